@@ -1,0 +1,65 @@
+"""Tiny tokenizers, targets and conversations that the tests build for themselves."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+from make_tiny_target import train_tokenizer  # noqa: E402  (examples/ is not a package)
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "Return the absolute value of the argument. The argument may be an integer or a floating point number.",
+    "A generator is a function which returns an iterator. It looks like a normal function except for yield.",
+    "Hello! How can I help you today? Please tell me more about what you want to do.",
+] * 4
+
+
+def tokenizer(vocab_size=400, **options):
+    return train_tokenizer(TEXTS, vocab_size, **options)
+
+
+def conversations(count, turns=1):
+    """count conversations of `turns` questions and answers of different lengths, as rows of a JSON Lines file."""
+    rows = []
+    for i in range(count):
+        messages = []
+        for turn in range(turns):
+            answer = " ".join(TEXTS[(i + turn + k) % 4] for k in range(1 + i % 3))
+            messages += [
+                {"role": "user", "content": f"Question {i}.{turn}: what is {TEXTS[i % 4][:20]}?"},
+                {"role": "assistant", "content": answer},
+            ]
+        rows.append({"id": str(i), "conversations": messages})
+    return rows
+
+
+def write_jsonl(path, rows):
+    path = Path(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def llama_config(vocab_size=400, layers=8, **options):
+    from transformers import LlamaConfig
+
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=512, bos_token_id=0, eos_token_id=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, **{**sizes, **options})
+
+
+def write_target(folder, seed=0, layers=8, vocab_size=400, max_shard_size="5GB", **options):
+    """A random Llama target with its tokenizer in a Hugging Face folder; weights large enough to make its text vary."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(llama_config(vocab_size, layers, initializer_range=0.2, **options))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer(vocab_size).save_pretrained(folder)
+    return Path(folder)
