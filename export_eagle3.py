@@ -1,0 +1,574 @@
+"""The draft checkpoint: config.json + model.safetensors, written, read and checked for completeness.
+
+In:  a draft in the flat form (ours, SpecForge's, EAGLE's own releases) or in the speculators form.
+Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads.
+
+The engines do not check: vLLM runs with an absent tensor and drafts junk, SGLang leaves it uninitialised and ignores
+names that it does not know. So nothing is written or read here that is not whole.
+
+    python export_eagle3.py --check output/final
+    python export_eagle3.py output/final --format speculators --output served \\
+        --target_model_path meta-llama/Llama-3.1-8B-Instruct
+    python export_eagle3.py someone_elses_draft --format flat --output flat
+"""
+
+import argparse
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from build_vocab_mapping import mapping_problems
+from prepare_data import fail, normalise_argv, resolve_target, write_atomic
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+DTYPES = ("bfloat16", "float16", "float32")
+MAPPING = {"d2t": torch.int64, "t2d": torch.bool}
+EMBEDDING = "embed_tokens.weight"
+AUXILIARY = "eagle_aux_hidden_state_layer_ids"
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "vocab_size", "draft_vocab_size",
+)  # fmt: skip
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+# What a draft has no choice in. More layers would be served differently by each engine, biases are dropped by SGLang,
+# and a tied head would be the target's embeddings instead of the trained one.
+FIXED = {
+    "architectures": [ARCHITECTURE],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+REQUIRED = (*SIZES, *FIXED, "rms_norm_eps", "rope_theta", "hidden_act", "torch_dtype", "bos_token_id", "eos_token_id")
+# The meaning of a key that a foreign draft's config does not have: every engine reads it through transformers'
+# LlamaConfig, and speculators stores only what differs from that. Nothing here changes what such a draft computes.
+LLAMA_DEFAULTS = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# Where the families keep the input embeddings [V, H].
+EMBEDDING_NAMES = (
+    "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
+    "embed_tokens.weight", "model.tok_embeddings.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
+)  # fmt: skip
+SPECULATORS_VERSION = "0.5.0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Auxiliary layers: written only if they are not the engines' default, and then twice
+
+
+def auxiliary_layers(config):
+    """The auxiliary layers in hidden_states indexing (0 = embeddings), or None where the config leaves the default."""
+    own, theirs = config.get(AUXILIARY), (config.get("eagle_config") or {}).get(AUXILIARY)
+    return list(own) if own else [i + 1 for i in theirs] if theirs else None
+
+
+def with_auxiliary_layers(config, layer_ids, default_ids=None):
+    """A copy of config with the auxiliary layers (hidden_states indexing) in both spellings; in none if the default."""
+    config = {k: v for k, v in config.items() if k not in (AUXILIARY, "eagle_config", "num_aux_hidden_states")}
+    if layer_ids is None or (default_ids is not None and list(layer_ids) == list(default_ids)):
+        return config
+    config[AUXILIARY] = list(layer_ids)  # vLLM: indices into hidden_states
+    config["eagle_config"] = {AUXILIARY: [i - 1 for i in layer_ids], "use_aux_hidden_state": True}  # SGLang: 0-based
+    if len(layer_ids) != 3:
+        config["num_aux_hidden_states"] = len(layer_ids)
+    return config
+
+
+def num_auxiliary(config):
+    return config.get("num_aux_hidden_states") or len(auxiliary_layers(config) or range(3))
+
+
+def _auxiliary_problems(config):
+    nested = config.get("eagle_config", {})
+    if not isinstance(nested, dict):
+        return [f"eagle_config is {nested!r}, not an object"]
+    problems = []
+    if not nested.get("use_aux_hidden_state", True):
+        problems.append("eagle_config.use_aux_hidden_state is false: the engines would leave out fc")
+    own, theirs = config.get(AUXILIARY), nested.get(AUXILIARY)
+    for name, ids, first in ((AUXILIARY, own, 1), (f"eagle_config.{AUXILIARY}", theirs, 0)):
+        if ids is not None and not (
+            isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
+        ):
+            return [*problems, f"{name} is {ids!r}, not a list of layer ids from {first}"]
+    if (own is None) != (theirs is None):
+        missing = "SGLang reads eagle_config." if theirs is None else "vLLM reads the top level's "
+        problems.append(f"auxiliary layers {own or theirs} are written once only: {missing}{AUXILIARY}")
+    elif own is not None and theirs != [i - 1 for i in own]:
+        problems.append(
+            f"auxiliary layers disagree: vLLM's {AUXILIARY} {own} needs SGLang's in eagle_config to be "
+            f"{[i - 1 for i in own]}, which is {theirs}"
+        )
+    count = config.get("num_aux_hidden_states", 3)
+    if own is not None and len(own) != count:
+        problems.append(f"{AUXILIARY} has {len(own)} layers, num_aux_hidden_states says {count}")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a whole draft is
+
+
+def needs_embedding(config):
+    """Whether the draft has an embedding table of its own: another width than the target's, or a trained one."""
+    own_width = config.get("target_hidden_size", config["hidden_size"]) != config["hidden_size"]
+    return own_width or bool(config.get("embed_requires_grad"))
+
+
+def expected_tensors(config):
+    """{name: shape} of the flat form of a draft with this (whole) config."""
+    hidden, inner, draft, vocab = (
+        config[key] for key in ("hidden_size", "intermediate_size", "draft_vocab_size", "vocab_size")
+    )
+    query, key_value = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    target_hidden, auxiliary = config.get("target_hidden_size", hidden), num_auxiliary(config)
+    shapes = {
+        "fc.weight": (hidden, auxiliary * target_hidden),
+        "midlayer.input_layernorm.weight": (hidden,),
+        "midlayer.hidden_norm.weight": (hidden,),
+        "midlayer.self_attn.q_proj.weight": (query, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (key_value, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (key_value, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, query),
+        "midlayer.post_attention_layernorm.weight": (hidden,),
+        "midlayer.mlp.gate_proj.weight": (inner, hidden),
+        "midlayer.mlp.up_proj.weight": (inner, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, inner),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (draft, hidden),
+    }
+    if config.get("norm_before_fc"):
+        shapes["input_norm.weight"] = (auxiliary * target_hidden,)
+    if config.get("fc_norm"):
+        shapes |= {f"fc_norm.{i}.weight": (target_hidden,) for i in range(auxiliary)}
+    if needs_embedding(config):
+        shapes[EMBEDDING] = (vocab, hidden)
+    if draft < vocab:
+        shapes |= {"d2t": (draft,), "t2d": (vocab,)}
+    return shapes
+
+
+def check_config(config):
+    """What is wrong with a flat config, one line each; empty if both engines can read it."""
+    problems = [f"{key} is missing" for key in REQUIRED if key not in config]
+    problems += [
+        f"{key} is {config[key]!r}, not a positive integer"
+        for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states")
+        if key in config and (type(config[key]) is not int or config[key] <= 0)
+    ]
+    problems += [
+        f"{key} is {config[key]!r}, not {value!r}" for key, value in FIXED.items() if config.get(key, value) != value
+    ]
+    problems += [
+        f"{key} is {config[key]!r}, not a positive number"
+        for key in ("rms_norm_eps", "rope_theta")
+        if key in config and not (type(config[key]) in (int, float) and config[key] > 0)
+    ]
+    problems += [f"{k} is {config[k]!r}, not true or false" for k in FLAGS if type(config.get(k, False)) is not bool]
+    if not isinstance(config.get("hidden_act", ""), str):
+        problems.append(f"hidden_act is {config['hidden_act']!r}, not a name")
+    if config.get("torch_dtype", DTYPES[0]) not in DTYPES:
+        problems.append(f"torch_dtype is {config['torch_dtype']!r}, not one of {', '.join(DTYPES)}")
+    scaling = config.get("rope_scaling")
+    if scaling is not None and not (isinstance(scaling, dict) and (scaling.get("rope_type") or scaling.get("type"))):
+        problems.append(f"rope_scaling is {scaling!r}, not null or an object with rope_type")
+    problems += _auxiliary_problems(config)
+    if problems:
+        return problems  # the relations below need the values
+    if config["draft_vocab_size"] > config["vocab_size"]:
+        problems.append(
+            f"draft_vocab_size {config['draft_vocab_size']} is larger than vocab_size {config['vocab_size']}"
+        )
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        problems.append(
+            f"num_attention_heads {config['num_attention_heads']} is not a multiple of num_key_value_heads "
+            f"{config['num_key_value_heads']}"
+        )
+    if config["head_dim"] % 2:
+        problems.append(f"head_dim {config['head_dim']} is odd: rotary positions need pairs")
+    return problems
+
+
+def serving_notes(config):
+    """What a whole draft cannot do in one of the engines, one line each."""
+    notes = []
+    if config.get("norm_before_residual"):
+        notes.append("norm_before_residual: SGLang cannot serve this draft, vLLM can")
+    if config["torch_dtype"] == "float32":
+        notes.append("torch_dtype float32: SGLang serves it as float16 unless started with --dtype")
+    if config["hidden_act"] != "silu":
+        notes.append(f"hidden_act {config['hidden_act']}: the engines know silu only")
+    return notes
+
+
+def check_tensors(config, tensors):
+    """What is wrong with the tensors (flat names) of a draft whose config is whole, one line each, by name."""
+    expected = expected_tensors(config)
+    shapes = {EMBEDDING: (config["vocab_size"], config["hidden_size"]), **expected}  # an embedding is never wrong
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            full = " (the draft has the full vocabulary: vLLM refuses a mapping)" if name in MAPPING else ""
+            problems.append(f"{name} is not a tensor of this draft{full}")
+            continue
+        dtype = MAPPING.get(name) or getattr(torch, config["torch_dtype"])
+        if tuple(tensor.shape) != shapes[name]:
+            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
+        if tensor.dtype != dtype:
+            problems.append(f"{name} is {str(tensor.dtype)[6:]}, expected {str(dtype)[6:]}")
+        if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
+            problems.append(f"{name} has {bad} of {tensor.numel()} values that are not finite")
+    if set(MAPPING) <= set(tensors) & set(expected):
+        problems += mapping_problems(tensors["d2t"].numpy(), tensors["t2d"].numpy())
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _read_config(folder):
+    """(config.json as a dict, problems)."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        return {}, [f"config.json cannot be read: {error}"]
+    return (config, []) if isinstance(config, dict) else ({}, ["config.json is not a JSON object"])
+
+
+def _read_tensors(folder):
+    """({name: tensor}, problems) of model.safetensors, else its shards, else EAGLE's own pytorch_model.bin."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if (folder / "model.safetensors").exists():
+            return load_file(folder / "model.safetensors"), []
+        if index.exists():
+            tensors = {}
+            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                tensors |= load_file(folder / shard)
+            return tensors, []
+        if (folder / "pytorch_model.bin").exists():
+            tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            if isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                return tensors, []
+            return {}, ["pytorch_model.bin is not a dictionary of tensors"]
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        return {}, [f"the weights cannot be read: {(str(error).splitlines() or [repr(error)])[0]}"]
+    return {}, ["model.safetensors is missing"]
+
+
+def _complete(raw, tensors):
+    """A foreign config in our form: what it leaves out is filled where that has one meaning only."""
+    config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
+    rope = config.pop("rope_parameters", None)  # transformers 5's name for both of the older keys
+    if rope and "rope_theta" not in config and "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    config = {**LLAMA_DEFAULTS, **config, "architectures": [ARCHITECTURE]}
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    if "lm_head.weight" in tensors:
+        config.setdefault("draft_vocab_size", len(tensors["lm_head.weight"]))
+    dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
+    if dtype:
+        config.setdefault("torch_dtype", dtype)
+    own, nested = config.get(AUXILIARY), config.get("eagle_config") or {}
+    theirs = nested.get(AUXILIARY) if isinstance(nested, dict) else None
+    if isinstance(nested, dict) and not own and not theirs and nested.get("use_aux_hidden_state", True):
+        config = {key: value for key, value in config.items() if key not in (AUXILIARY, "eagle_config")}
+    elif bool(own) != bool(theirs) and all(type(i) is int for i in own or theirs):
+        both = with_auxiliary_layers({}, auxiliary_layers(config))  # written once: the other spelling follows from it
+        config = {**both, **config, AUXILIARY: both[AUXILIARY], "eagle_config": {**both["eagle_config"], **nested}}
+    return config
+
+
+def _common_dtype(tensors):
+    """The dtype that all floating tensors have ("bfloat16"), or None if there are several."""
+    dtypes = {str(tensor.dtype)[6:] for tensor in tensors.values() if tensor.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _from_speculators(raw, tensors):
+    """The flat config of a speculators config.json."""
+    config = dict(raw.get("transformer_layer_config") or {})
+    config |= {k: raw[k] for k in ("draft_vocab_size", "target_hidden_size", AUXILIARY) if raw.get(k) is not None}
+    config |= {k: raw[k] for k in ("torch_dtype", "dtype") if raw.get(k) is not None and k not in config}
+    flags = {"norm_before_residual": raw.get("norm_before_residual", True)}  # vLLM's reading of an absent key
+    flags |= {key: raw[key] for key in FLAGS[1:] if raw.get(key)}
+    return _complete({**config, **{key: value for key, value in flags.items() if value}}, tensors)
+
+
+def _load(folder, strict):
+    """(flat config, tensors by flat names, problems); config and tensors are None where they cannot be had.
+
+    strict: the folder as an engine will read it. Otherwise as another trainer may have left it: keys filled, and what
+    means nothing (rotary tables, the identity as a mapping, the target's embeddings in the speculators form) left out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None, None, [f"{folder} is not a folder"]
+    raw, problems = _read_config(folder)
+    tensors, more = _read_tensors(folder)
+    if problems or more:
+        return None, None, problems + more
+    speculators = "speculators_model_type" in raw
+    renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
+    if renamed:
+        tensors = {("midlayer." + n[9:] if n.startswith("layers.0.") else n): t for n, t in tensors.items()}
+    if speculators:
+        config = _from_speculators(raw, tensors)
+    else:
+        config = raw if strict or not check_config(raw) else _complete(raw, tensors)
+    if strict and speculators and EMBEDDING not in tensors:
+        problems.append(f"{EMBEDDING} is missing")
+    if strict and renamed and not speculators:
+        problems.append("the tensors are named layers.0.*; the flat form names them midlayer.*")
+    bad_config = [f"config.json: {problem}" for problem in check_config(config)]
+    if bad_config:
+        return None, None, bad_config + problems
+    if not strict:
+        config, tensors = _without_noise(config, tensors, speculators)
+    problems += check_tensors(config, tensors)
+    if renamed and speculators:
+        problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
+    return config, tensors, problems
+
+
+def _without_noise(config, tensors, speculators):
+    """config and tensors of a foreign draft without what does not change its predictions."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    full = config["draft_vocab_size"] == config["vocab_size"]
+    if full and set(MAPPING) <= set(tensors) and not tensors["d2t"].any() and tensors["t2d"].all():
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in MAPPING}
+    if speculators and not needs_embedding(config):
+        tensors.pop(EMBEDDING, None)
+    # Engines convert while loading: a config that names another dtype than all tensors have is no fault of the weights.
+    return {**config, "torch_dtype": _common_dtype(tensors) or config["torch_dtype"]}, tensors
+
+
+def check_draft(folder):
+    """Everything that is wrong with a draft folder (flat or speculators form) as it would be served; empty = whole."""
+    return _load(folder, strict=True)[2]
+
+
+def read_draft(folder, expected_config=None):
+    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is not whole.
+
+    Each key of expected_config must have that value in the draft (absent, null and false count as equal).
+    """
+    config, tensors, problems = _load(folder, strict=False)
+    if not problems and expected_config:
+        problems = [
+            f"{key} is {config.get(key)!r}, expected {value!r}"
+            for key, value in expected_config.items()
+            if (config.get(key) or None) != (value or None)
+        ]
+    if problems:
+        fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
+    return config, tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _write(folder, config, tensors, verify):
+    """Both files, so that a process killed at any moment leaves the old draft, no config.json, or the new draft."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if verify:
+            written = load_file(temporary)
+            different = [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]
+            if different:
+                fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
+        (folder / "config.json").unlink(missing_ok=True)  # never an old config beside new weights
+        os.replace(temporary, folder / "model.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _cast(config, tensors):
+    """Copies on the CPU in the config's dtype; copies, because safetensors refuses tensors that share memory."""
+    dtype = getattr(torch, config["torch_dtype"])
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def _whole(config, tensors):
+    """_cast of a draft's tensors; ends the program if they and the config are not exactly a whole draft."""
+    problems = check_config(config)
+    if not problems:
+        tensors = _cast(config, tensors)
+        problems = check_tensors(config, tensors)
+    if problems:
+        fail(f"no draft written, it is not whole: {'; '.join(problems)}")
+    return tensors
+
+
+def write_draft(folder, config, tensors, verify=True):
+    """Write the flat form: config.json last, floats in config["torch_dtype"]. Nothing is completed or left out.
+
+    Ends the program, with nothing written, if config and tensors are not exactly a whole draft. verify: read the file
+    back and compare before it takes its place.
+    """
+    _write(folder, config, _whole(config, tensors), verify)
+
+
+def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=5):
+    """(config, tensors) of the speculators form of a flat draft; ends the program if it is not whole.
+
+    target_model_path and target_architectures (a list) name the target, embed_tokens [V, H] is its embedding table,
+    used unless the draft has its own. speculative_tokens is what an engine drafts by default.
+    """
+    if EMBEDDING not in tensors:
+        if embed_tokens is None:
+            fail(f"the speculators form needs {EMBEDDING}: give the target's embeddings")
+        tensors = {**tensors, EMBEDDING: embed_tokens}
+    tensors = _whole(config, tensors)
+    theirs = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "num_aux_hidden_states"}
+    layer = {key: value for key, value in config.items() if key not in theirs | {"target_hidden_size"}}
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    # rope_theta and rope_scaling are read by transformers 4, rope_parameters by 5
+    layer["rope_parameters"] = {"rope_type": kind, "rope_theta": config["rope_theta"], **scaling}
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": speculative_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    speculators = {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "draft_vocab_size": config["draft_vocab_size"],
+        **{flag: bool(config.get(flag)) for flag in FLAGS},  # norm_before_residual always: absent would mean true
+        "target_hidden_size": config.get("target_hidden_size"),
+        AUXILIARY: auxiliary_layers(config),
+        "tie_word_embeddings": False,
+        "torch_dtype": config["torch_dtype"],
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": str(target_model_path), "architectures": list(target_architectures)},
+        },
+        "transformer_layer_config": {**layer, "architectures": ["LlamaForCausalLM"]},
+    }
+    return speculators, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+
+
+def write_speculators(folder, config, tensors, verify=True, **target):
+    """Write the speculators form of a flat draft; target: the further arguments of to_speculators."""
+    _write(folder, *to_speculators(config, tensors, **target), verify)
+
+
+def read_embedding(model_dir):
+    """The input embeddings [V, Ht] of a target folder, read alone."""
+    from prepare_hidden_states import read_target_tensor  # slow to import: it brings transformers' models
+
+    return read_target_tensor(model_dir, EMBEDDING_NAMES)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
+    parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if not whole")
+    export = parser.add_argument_group("export")
+    export.add_argument("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
+    export.add_argument("--output", help="folder to write")
+    export.add_argument("--target_model_path", help="folder or hub id of the target; needed for speculators")
+    export.add_argument(
+        "--speculative_tokens", type=int, default=5, help="tokens an engine drafts, speculators (default: %(default)s)"
+    )
+    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+
+
+def check(folder):
+    """Print what a draft folder holds, or every problem on stderr; returns the exit code 0 or 1."""
+    config, tensors, problems = _load(folder, strict=True)
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    width = max(map(len, tensors))
+    for name, tensor in sorted(tensors.items()):
+        print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {str(tensor.dtype)[6:]}")
+    parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in MAPPING)
+    layers = auxiliary_layers(config) or "default (2, L//2, L-3)"
+    print(
+        f"hidden {config['hidden_size']}, heads {config['num_attention_heads']}/{config['num_key_value_heads']} of "
+        f"{config['head_dim']}, draft vocabulary {config['draft_vocab_size']:,} of {config['vocab_size']:,}, "
+        f"positions {config['max_position_embeddings']:,}, rope theta {config['rope_theta']:g}, "
+        f"{config['torch_dtype']}, auxiliary layers {layers}"
+    )
+    for note in serving_notes(config):
+        print(f"note: {note}")
+    print(f"complete: {len(tensors)} tensors, {parameters:,} parameters")
+    return 0
+
+
+def export(args):
+    if not (args.checkpoint and args.format and args.output):
+        fail("give a checkpoint folder, --format flat|speculators and --output FOLDER; or --check FOLDER")
+    if Path(args.output).resolve() == Path(args.checkpoint).resolve():
+        fail(f"--output {args.output} is the checkpoint itself: choose another folder")
+    if args.format == "speculators" and not args.target_model_path:
+        fail("--format speculators needs --target_model_path: the form names the target and holds its embeddings")
+    if args.speculative_tokens < 1:
+        fail(f"--speculative_tokens {args.speculative_tokens} must be at least 1")
+    config, tensors = read_draft(args.checkpoint)
+    if args.format == "flat":
+        write_draft(args.output, config, tensors)
+    else:
+        own = EMBEDDING in tensors
+        model_dir, _ = resolve_target(args.target_model_path, weights=not own)
+        architectures = json.loads((model_dir / "config.json").read_text()).get("architectures") or []
+        embedding = None if own else read_embedding(model_dir)
+        write_speculators(
+            args.output,
+            config,
+            tensors,
+            target_model_path=args.target_model_path,
+            target_architectures=architectures,
+            embed_tokens=embedding,
+            speculative_tokens=args.speculative_tokens,
+        )
+    for note in serving_notes(config):
+        print(f"note: {note}")
+    print(f"written to {args.output} ({args.format} form)")
+
+
+def main(args):
+    if args.check is None:
+        export(args)
+        return
+    folder = args.check or args.checkpoint
+    if not folder or not Path(folder).is_dir():
+        fail(f"--check {folder or ''}: no such folder" if folder else "--check needs a folder")
+    sys.exit(check(folder))
+
+
+if __name__ == "__main__":
+    main(parse_args())
