@@ -1,0 +1,244 @@
+"""The target model: which layers are read, how it is loaded, and what it says about a text.
+
+In:  a target in a Hugging Face folder (single-file or sharded safetensors, tied embeddings or not), concatenated token ids.
+Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the latter
+     the teacher: logits over the draft vocabulary, full-vocabulary argmax and logsumexp.
+
+train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text:
+
+    python prepare_hidden_states.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prepare_data import boolean, fail, load_tokenizer, normalise_argv, resolve_target
+
+MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
+VOCABULARY_CHUNK = 16384  # columns of the head at a time: with TOKEN_CHUNK rows 256 MiB of fp32 logits
+TOKEN_CHUNK = 4096
+# Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
+# (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
+LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+@dataclass
+class Head:
+    """The target's output head. logits = softcap · tanh(scale · (W h + b) / softcap), without softcap: scale · (W h + b)."""
+
+    weight: torch.Tensor  # [V, Ht]
+    bias: torch.Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden, rows=slice(None)):
+        """fp32 logits [N, rows] of hidden states [N, Ht] (after the final norm) for some rows of the vocabulary."""
+        bias = None if self.bias is None else self.bias[rows]
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight[rows], bias).float() * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+@torch.no_grad()
+def teacher(hidden, head, draft_ids=None):
+    """What the target says about the next token, without a [tokens × vocabulary] tensor.
+
+    hidden [N, Ht]: last hidden states. draft_ids [Vd] int64: target ids of the draft vocabulary, None for the full one.
+    Returns fp32 logits over the draft vocabulary [N, Vd], the full-vocabulary argmax [N] int64 (the lowest id among
+    equals, as torch.argmax), and the full-vocabulary logsumexp [N] fp32. The vocabulary is streamed in chunks.
+    """
+    count, vocabulary = hidden.shape[0], head.weight.shape[0]
+    draft_rows = slice(None) if draft_ids is None else draft_ids
+    columns = vocabulary if draft_ids is None else len(draft_ids)
+    logits = hidden.new_empty((count, columns), dtype=torch.float32)
+    argmax = torch.empty(count, dtype=torch.int64, device=hidden.device)
+    logsumexp = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    for start in range(0, count, TOKEN_CHUNK):
+        tokens = slice(start, start + TOKEN_CHUNK)
+        logits[tokens] = head.logits(hidden[tokens], draft_rows)
+        best = best_id = total = None
+        for first in range(0, vocabulary, VOCABULARY_CHUNK):
+            part = head.logits(hidden[tokens], slice(first, first + VOCABULARY_CHUNK))
+            value, index = part.max(dim=-1)
+            part_total = part.logsumexp(dim=-1)
+            if best is None:
+                best, best_id, total = value, index, part_total
+            else:
+                best_id = torch.where(value > best, index + first, best_id)
+                best = torch.maximum(best, value)
+                total = torch.logaddexp(total, part_total)
+        argmax[tokens], logsumexp[tokens] = best_id, total
+    return logits, argmax, logsumexp
+
+
+def positions_of(lengths, device=None):
+    """Position ids [sum(lengths)] int64 that restart with every sequence."""
+    return torch.cat([torch.arange(n, device=device) for n in lengths])
+
+
+@dataclass
+class Target:
+    """A frozen target and its pieces. Sizes: Ht hidden, V vocabulary, L layers."""
+
+    model: torch.nn.Module  # the whole causal language model
+    config: object  # its text configuration
+    head: Head
+    embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
+    layer_ids: list  # in transformers' hidden_states indexing: 0 = embeddings, i = after i layers
+    captured: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.decoder = self.model.get_decoder()
+        for index in self.layer_ids:
+            # hidden_states[0] is what enters the first layer; hidden_states[i] what the i-th leaves behind.
+            if index == 0:
+                self.decoder.layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            else:
+                self.decoder.layers[index - 1].register_forward_hook(self._keep_output(index))
+
+    def _keep_input(self, module, args, kwargs):
+        self.captured[0] = args[0] if args else kwargs["hidden_states"]
+
+    def _keep_output(self, index):
+        def hook(module, args, output):
+            self.captured[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def hidden_states(self, input_ids, lengths):
+        """One forward over concatenated sequences, without the head.
+
+        input_ids [T] int64 with T = sum(lengths). Positions restart and attention ends at every sequence's border: with
+        neither mask nor cache, transformers reads the borders off the position ids.
+        Returns auxiliary hidden states [T, 3·Ht] and the last hidden state [T, Ht], in the target's dtype.
+        """
+        with torch.inference_mode():
+            position_ids = positions_of(lengths, input_ids.device)[None]
+            output = self.decoder(input_ids=input_ids[None], position_ids=position_ids, use_cache=False)
+        # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
+        return self.auxiliary(), output.last_hidden_state[0].clone()
+
+    def auxiliary(self):
+        """The auxiliary hidden states [T, 3·Ht] that the last forward of the model left behind (batch of one)."""
+        return torch.cat([self.captured.pop(index)[0] for index in self.layer_ids], dim=-1)
+
+
+def read_target_config(model_dir, trust_remote_code=False):
+    """(text configuration, whole configuration) of a target folder; ends the program if it cannot train a draft."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"target_model_path {model_dir}: its config.json cannot be read: {str(error).splitlines()[0]}")
+    text = config.get_text_config()
+    if text.num_hidden_layers < MIN_TARGET_LAYERS:
+        fail(
+            f"the target {model_dir} has {text.num_hidden_layers} layers; EAGLE-3 reads three distinct ones "
+            f"(2, L//2, L-3), which needs at least {MIN_TARGET_LAYERS}"
+        )
+    return text, config
+
+
+def default_layer_ids(num_layers):
+    """The auxiliary layers 2, L//2, L-3 in hidden_states indexing (the default of SGLang and vLLM)."""
+    return [2, num_layers // 2, num_layers - 3]
+
+
+def load_target(model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False):
+    """The target in memory, frozen, ready for hidden_states(); dtype "auto" is the one it was saved in.
+
+    Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits are
+    compared with what Head makes of the last hidden state: a family whose logits are formed in another way ends the program.
+    """
+    text, whole = read_target_config(model_dir, trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.to(device).eval().requires_grad_(False)
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight.detach()
+    layer_ids = list(layer_ids or default_layer_ids(text.num_hidden_layers))
+    head = Head(output.weight.detach(), None if output.bias is None else output.bias.detach())
+    target = Target(model, text, head, embedding, layer_ids)
+    _fit_head(target)
+    return target
+
+
+def _fit_head(target):
+    """Find scale and soft cap of the target's logits by one forward of the whole model; fail if nothing fits."""
+    config, head = target.config, target.head
+    ids = torch.arange(1, 9, device=head.weight.device) % head.weight.shape[0]
+    with torch.inference_mode():
+        own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
+    _, last = target.hidden_states(ids, [len(ids)])
+    scales = [1.0]
+    for value in (getattr(config, key, None) for key in LOGIT_SCALE_KEYS):
+        if isinstance(value, int | float) and not isinstance(value, bool) and value:
+            scales = [value, 1 / value, *scales]
+    cap = getattr(config, "final_logit_softcapping", None)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
+    for softcap in [cap, None] if cap else [None]:
+        for scale in scales:
+            head.scale, head.softcap = float(scale), softcap
+            gap = (head.logits(last) - own).abs().max()
+            if gap <= tolerance * max(1.0, own.abs().max()):
+                return
+    fail(
+        f"the target's logits are not its head applied to its last hidden state (model_type {config.model_type}, tried "
+        f"scales {scales}, soft cap {cap}, largest difference {gap:.3g}): this family is not supported"
+    )
+
+
+def read_target_tensor(model_dir, names):
+    """The first tensor of `names` that a target's safetensors files hold, read alone; the error lists what was looked for."""
+    model_dir = Path(model_dir)
+    index = model_dir / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+    elif (model_dir / "model.safetensors").exists():
+        with safe_open(model_dir / "model.safetensors", "pt") as file:
+            weight_map = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        fail(f"{model_dir} has neither model.safetensors nor model.safetensors.index.json")
+    for name in names:
+        if name in weight_map:
+            with safe_open(model_dir / weight_map[name], "pt") as file:
+                return file.get_tensor(name)
+    fail(f"{model_dir} holds none of the tensors {', '.join(names)}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--target_model_path", required=True, help="folder or hub id of the target")
+    parser.add_argument("--text", required=True, help="text to run the target on")
+    parser.add_argument("--target_layer_ids", type=int, nargs="+", help="auxiliary layers (default: 2 L//2 L-3)")
+    parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False,
+                        help="run code that comes with the target (default: false)")  # fmt: skip
+    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+
+
+def main(args):
+    model_dir, tokenizer_dir = resolve_target(args.target_model_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target(
+        model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code
+    )
+    tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
+    ids = torch.tensor(tokenizer(args.text)["input_ids"], device=device)
+    auxiliary, last = target.hidden_states(ids, [len(ids)])
+    _, argmax, logsumexp = teacher(last, target.head)
+    best = torch.stack([target.head.logits(h[None])[0].max() for h in last])
+    print(f"layers {target.layer_ids} of {target.config.num_hidden_layers}, logit scale {target.head.scale}, "
+          f"soft cap {target.head.softcap}, auxiliary {tuple(auxiliary.shape)}, last {tuple(last.shape)}")  # fmt: skip
+    for token, follows, p in zip(ids.tolist(), argmax.tolist(), (best - logsumexp).tolist(), strict=True):
+        print(f"{tokenizer.decode([token])!r:>20} -> {tokenizer.decode([follows])!r:<20} {math.exp(p):.3f}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

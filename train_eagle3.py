@@ -1,0 +1,1073 @@
+"""Train an EAGLE-3 draft for a target model that is held in memory.
+
+In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split), or a
+     folder written by prepare_data.py (--data_path).
+Out: output_dir/ with run.json, metrics.jsonl, step_XXXXXXXX/ (config.json, model.safetensors, trainer_state.json), `latest`
+     (a link to the newest of them) and final/. Each folder with a model.safetensors can be served as it is.
+
+One device:        python train_eagle3.py --target_model_path M --dataset_train_split train.jsonl --output_dir out
+Eight devices:     deepspeed --num_gpus 8 train_eagle3.py --target_model_path M --data_path prepared --draft_vocab_size 32000
+Many nodes:        deepspeed --hostfile hosts train_eagle3.py ... ; torchrun and RANK/WORLD_SIZE/MASTER_* work as well
+Tiny, no GPU:      bash examples/run_tiny_online.sh
+
+The file reads in the order of the training: the draft, the objective, the engine, the data, measuring, keeping, the loop.
+Slots and steps: slot j of a document drafts x[j+2+i] at step i (0-based) from the token x[j+1+i] and, at step 0, the target's
+hidden states at j, later its own output of the step before (EAGLE-3, arXiv 2503.01840).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+
+from build_vocab_mapping import build_mapping, coverage, load_mapping
+from export_eagle3 import auxiliary_layers, check_config, read_draft, with_auxiliary_layers, write_draft
+from prepare_data import (
+    boolean,
+    epoch_order,
+    fail,
+    normalise_argv,
+    open_data,
+    prepare,
+    read_token_freq,
+    resolve_target,
+    step_rows,
+    write_atomic,
+)
+from prepare_hidden_states import default_layer_ids, load_target, positions_of, read_target_config, teacher
+
+REPOSITORY = Path(__file__).resolve().parent
+ALIASES = {  # other trainers' names of the same thing
+    "verifier_name_or_path": "target_model_path",
+    "train_data_path": "dataset_train_split",
+    "eval_data_path": "dataset_validation_split",
+    "draft_config": "draft_model_config",
+    "epochs": "num_epochs",
+    "training_batch_size": "batch_size",
+    "lr": "learning_rate",
+    "ttt_steps": "ttt_length",
+    "draft_attn_impl": "attention_backend",
+    "log_interval": "log_steps",
+    "log_freq": "log_steps",
+    "from_pretrained": "resume_from_checkpoint",
+    "ckpt_dir": "resume_from_checkpoint",
+    "max_steps": "total_steps",
+    "output_model_path": "output_dir",
+    "save_path": "output_dir",
+    "logger": "report_to",
+}
+# Rope types that transformers, SGLang and vLLM compute alike. A target with another type gets a draft with plain RoPE.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+# ======================================================================================================================
+# The draft
+# ======================================================================================================================
+
+
+def draft_rope(text):
+    """(rope_theta, rope_scaling or None) for the draft of a target whose text configuration this is."""
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
+    theta, kind = rope.pop("rope_theta", None) or 10000.0, rope.get("rope_type", "default")
+    if kind == "default" or kind not in ROPE_TYPES:
+        return theta, None
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
+    rope.pop("partial_rotary_factor", None)  # the draft rotates whole heads
+    return theta, {key: value for key, value in rope.items() if value is not None}
+
+
+def derive_draft_config(text, whole):
+    """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
+    theta, scaling = draft_rope(text)
+    heads = text.num_attention_heads
+
+    def first(*names, default=None):
+        values = (getattr(config, name, None) for config in (text, whole) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    eos = first("eos_token_id")
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": first("intermediate_size", default=4 * text.hidden_size),
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": first("num_key_value_heads", default=heads),
+        "head_dim": first("head_dim", default=text.hidden_size // heads),
+        "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "draft_vocab_size": text.vocab_size,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(first("dtype", default="bfloat16")).removeprefix("torch."),
+        "bos_token_id": first("bos_token_id"),
+        "eos_token_id": eos,
+    }
+
+
+def upcast(x):
+    """x in fp32 at least: half-precision inputs are normalised and summed in fp32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension as Llama computes it: in fp32, rounded, then scaled."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = upcast(x)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class DraftAttention(nn.Module):
+    """The four projections; what is attended to is decided by the caller's `attend`."""
+
+    def __init__(self, config):
+        super().__init__()
+        size, self.head_dim = config["hidden_size"], config["head_dim"]
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.q_proj = nn.Linear(2 * size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * size, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * size, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
+
+    def forward(self, x, cos, sin, attend):
+        """x [T, 2H], cos and sin [T, D]; attend(q [A, T, D], k [G, T, D], v [G, T, D]) -> [A, T, D]. Returns [T, H]."""
+
+        def heads(projection):
+            return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+
+        q, k = (part * cos + rotate_half(part) * sin for part in (heads(self.q_proj), heads(self.k_proj)))
+        return self.o_proj(attend(q, k, heads(self.v_proj)).transpose(0, 1).flatten(1))
+
+
+class DraftMLP(nn.Module):
+    def __init__(self, size, intermediate_size):
+        super().__init__()
+        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """One Llama layer whose attention reads the token's embedding beside the feature."""
+
+    def __init__(self, config):
+        super().__init__()
+        size, eps = config["hidden_size"], config["rms_norm_eps"]
+        self.input_layernorm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
+        self.self_attn = DraftAttention(config)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = DraftMLP(size, config["intermediate_size"])
+        self.norm_before_residual = config.get("norm_before_residual", False)
+
+    def forward(self, embeds, feature, cos, sin, attend):
+        """embeds, feature [T, H] -> hidden state [T, H]."""
+        normed = self.hidden_norm(feature)
+        residual = normed if self.norm_before_residual else feature
+        x = torch.cat([self.input_layernorm(embeds), normed], dim=-1)  # this order: the serving engines split it so
+        hidden = residual + self.self_attn(x, cos, sin, attend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DraftModel(nn.Module):
+    """The EAGLE-3 draft; its parameters carry the names of the checkpoint. Sizes: H hidden, Vd draft vocabulary.
+
+    config: the flat config.json (export_eagle3.py). embedding [V, H]: the target's table, frozen; it is a plain attribute
+    and not a parameter, because the target holds it already and it must not reach the engine or the checkpoint.
+    """
+
+    def __init__(self, config, embedding):
+        super().__init__()
+        self.config, self.embedding = config, embedding
+        size, eps = config["hidden_size"], config["rms_norm_eps"]
+        features = config.get("target_hidden_size", size)
+        count = config.get("num_aux_hidden_states", 3)
+        self.input_norm = RMSNorm(count * features, eps) if config.get("norm_before_fc") else None
+        self.fc_norm = nn.ModuleList(RMSNorm(features, eps) for _ in range(count)) if config.get("fc_norm") else None
+        self.fc = nn.Linear(count * features, size, bias=False)
+        self.midlayer = DraftLayer(config)
+        self.norm = RMSNorm(size, eps)
+        self.lm_head = nn.Linear(size, config["draft_vocab_size"], bias=False)
+        # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers to
+        # bf16, which at long positions is an error of more than one radian.
+        rotary = LlamaRotaryEmbedding(rope_config(config))
+        self.frequencies, self.rotary_scale = rotary.inv_freq.clone(), rotary.attention_scaling
+
+    def initialise(self, head_rows):
+        """Linear layers normal with 0.02, norms one, the head the target's own rows [Vd, H] if the sizes allow it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        if head_rows.shape == self.lm_head.weight.shape:
+            self.lm_head.weight.data.copy_(head_rows)
+
+    def features(self, auxiliary):
+        """Auxiliary hidden states [T, n·Ht] -> features of step 0 [T, H]."""
+        if self.input_norm is not None:
+            auxiliary = self.input_norm(auxiliary)
+        if self.fc_norm is not None:
+            chunks = auxiliary.chunk(len(self.fc_norm), dim=-1)
+            auxiliary = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
+        return self.fc(auxiliary)
+
+    def rotary(self, positions, dtype):
+        """cos, sin [T, D] of positions [T]; formed in fp32 (float64 for a float64 draft), then rounded to dtype."""
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = positions[:, None].to(wide) * self.frequencies.to(positions.device, wide)
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+
+    def step(self, tokens, feature, positions, attend):
+        """One step: tokens [T] int64, feature [T, H], positions [T]. Returns the next feature [T, H] and logits [T, Vd]."""
+        embeds = F.embedding(tokens, self.embedding).to(feature.dtype)
+        hidden = self.midlayer(embeds, feature, *self.rotary(positions, feature.dtype), attend)
+        normed = self.norm(hidden)
+        return (normed if self.config.get("norm_output") else hidden), self.lm_head(normed)
+
+    def forward(self, *args, **kwargs):
+        """The objective: the engine's hooks (ZeRO-3's gathering of weights) need it to run inside the module's forward."""
+        return objective(self, *args, **kwargs)
+
+
+def rope_config(config):
+    """What transformers' rotary embedding reads, from the draft's flat configuration."""
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+    keys = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+    return LlamaConfig(rope_parameters=rope, **{key: config[key] for key in keys})
+
+
+# ======================================================================================================================
+# The objective
+# ======================================================================================================================
+
+
+def supervised_slots(loss_mask, document_ids, steps):
+    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
+
+    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a token
+    that the target itself produced and ends with the reply; once dead it stays dead.
+    """
+
+    def ahead(n):
+        """loss_mask n tokens further on, 0 beyond the document."""
+        inside = torch.zeros_like(alive)
+        inside[: max(len(alive) - n, 0)] = document_ids[n:] == document_ids[:-n]
+        return inside & loss_mask.bool().roll(-n)
+
+    alive = torch.ones_like(loss_mask, dtype=torch.bool)
+    alive = ahead(1)
+    rows = []
+    for i in range(steps):
+        alive = alive & ahead(2 + i)
+        rows.append(alive)
+    return torch.stack(rows)
+
+
+def dense_attention(q, keys, values, causal):
+    """One softmax over the step-0 keys that `causal` allows and the slot's own keys of the later steps.
+
+    q [A, T, D]; keys, values: one [G, T, D] per step so far; causal bool [T, T]. Returns [A, T, D].
+    """
+    repeat = q.shape[0] // keys[0].shape[0]
+    keys, values = ([part.repeat_interleave(repeat, dim=0) for part in parts] for parts in (keys, values))
+    scores = (q @ keys[0].transpose(1, 2)).masked_fill(~causal, -math.inf)  # [A, T, T]
+    own = [(q * key).sum(-1, keepdim=True) for key in keys[1:]]  # [A, T, 1] each
+    weights = upcast(torch.cat([scores, *own], dim=-1) * q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)
+    output = weights[..., : q.shape[1]] @ values[0]
+    for step, value in enumerate(values[1:]):
+        output = output + weights[..., q.shape[1] + step, None] * value
+    return output
+
+
+def objective(draft, input_ids, position_ids, document_ids, auxiliary, teaching, supervised, d2t, decay):
+    """The training-time test over concatenated documents, dense: every slot in every step.
+
+    input_ids, position_ids, document_ids [T] int64; auxiliary [T, n·Ht]; teaching: what `teacher` returns for every token
+    (logits [T, Vd], argmax [T], logsumexp [T]); supervised bool [K, T] (any rule; dead slots add nothing); d2t [Vd] int64
+    offsets; decay: weight of step i is decay^i.
+    Returns the loss summed over slots and steps (not yet divided by anything), the sums behind the metrics
+    (float64 [K, 4]: cross-entropy, argmax correct, acceptance, count), and which predictions were right (bool [K, T]).
+    """
+    teacher_logits, teacher_argmax, teacher_logsumexp = teaching
+    target_ids = torch.arange(len(d2t), device=d2t.device) + d2t
+    drawn = torch.isin(teacher_argmax, target_ids)  # elsewhere the draft cannot be right and learns nothing
+    causal = (document_ids[:, None] == document_ids) & (position_ids[:, None] >= position_ids)
+    feature = draft.features(auxiliary.to(draft.fc.weight.dtype))
+    keys, values, loss, sums, correct = [], [], 0.0, [], []
+
+    def attend(q, k, v):
+        keys.append(k)
+        values.append(v)
+        return dense_attention(q, keys, values, causal)
+
+    for i, live in enumerate(supervised):
+        feature, logits = draft.step(input_ids.roll(-1 - i), feature, position_ids + i, attend)
+        z, best, total = (part.roll(-1 - i, dims=0) for part in (teacher_logits, teacher_argmax, teacher_logsumexp))
+        z, log_q = upcast(z), upcast(logits).log_softmax(dim=-1)
+        entropy = -(z.softmax(dim=-1) * log_q).sum(dim=-1)
+        entropy = torch.where(live & drawn.roll(-1 - i), entropy, 0.0).sum()
+        loss = loss + decay**i * entropy
+        with torch.no_grad():
+            accepted = torch.minimum((z - upcast(total)[:, None]).exp(), log_q.exp()).sum(dim=-1)
+            right = live & (target_ids[logits.argmax(dim=-1)] == best)
+            parts = (entropy, right.sum(), torch.where(live, accepted, 0.0).sum(), live.sum())
+            sums.append(torch.stack([part.double() for part in parts]))
+            correct.append(right)
+    return loss, torch.stack(sums), torch.stack(correct)
+
+
+def chain_lengths(correct):
+    """n_j [T]: the number of leading steps that are all right, of correct [K, T] bool."""
+    return correct.long().cumprod(dim=0).sum(dim=0)
+
+
+def acceptance_walk(accepted, loss_mask):
+    """Walk each reply of one document as serving does; returns the accepted draft tokens n_j of every pass of the target.
+
+    accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
+    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
+    """
+    passes, length, start = [], len(loss_mask), 0
+    while start < length:
+        if not loss_mask[start]:
+            start += 1
+            continue
+        end = start
+        while end + 1 < length and loss_mask[end + 1]:
+            end += 1
+        slot = max(start - 1, 0)
+        while slot + 2 <= end:
+            passes.append(accepted[slot])
+            slot += accepted[slot] + 1
+        start = end + 1
+    return passes
+
+
+def metric_values(sums, chains, loss_weight_sum):
+    """Metrics by name from sums [K, 4] and chains (sum of n_j), as floats. loss_weight_sum: decay^i per step."""
+    counts = [max(row[3], 1.0) for row in sums]
+    values = {"loss": sum(w * row[0] for w, row in zip(loss_weight_sum, sums, strict=True)) / counts[0]}
+    for name, column in (("loss", 0), ("acc", 1), ("accept", 2)):
+        values |= {f"{name}_{i}": row[column] / counts[i] for i, row in enumerate(sums)}
+    return values | {"chain_length": 1 + chains / counts[0]}
+
+
+# ======================================================================================================================
+# The engine
+# ======================================================================================================================
+
+
+def start_distributed(args):
+    """Join the process group that the launcher's, torchrun's or a service's variables describe, or be a group of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update({name: str(value) for name, value in alone.items()})
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
+    timeout = datetime.timedelta(minutes=args.dist_timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        deepspeed.init_distributed("nccl", timeout=timeout, verbose=False)
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("gloo", timeout=timeout, verbose=False)
+    return torch.device("cpu")
+
+
+def on_first_rank(work):
+    """Run work() on rank 0 while the others wait, and give them its result; if it ends the program, all end."""
+    result = [None, 1]
+    if dist.get_rank() == 0:
+        try:
+            result = [work(), 0]
+        except SystemExit as stop:
+            result[1] = stop.code
+            raise
+        finally:
+            dist.broadcast_object_list(result)
+    else:
+        dist.broadcast_object_list(result)
+        if result[1]:
+            sys.exit(result[1])
+    return result[0]
+
+
+def engine_config(args, device):
+    """DeepSpeed's configuration: the file's, with what the flags decide filled in; a contradiction ends the program."""
+    try:
+        config = json.loads(Path(args.deepspeed_config).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"deepspeed_config {args.deepspeed_config} cannot be read: {error}")
+    decided = {
+        "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", args.draft_micro_batch_size),
+        "gradient_accumulation_steps": ("draft_accumulation_steps", args.draft_accumulation_steps),
+        "train_batch_size": ("draft_global_batch_size", args.draft_global_batch_size),
+        "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
+    }
+    for key, (flag, value) in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            fail(f"{args.deepspeed_config} says {key} {config[key]}, the flags say {flag} {value}: remove it from the file")
+        config[key] = value
+    for key, flag in (("optimizer", "learning_rate and weight_decay"), ("scheduler", "scheduler_type")):
+        if key in config:
+            fail(f"{args.deepspeed_config} has a section {key}, which the flags {flag} decide: remove it from the file")
+    half = config.setdefault("bf16", {})
+    if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
+        half["enabled"] = device.type == "cuda"
+    config.setdefault("steps_per_print", sys.maxsize)
+    return config
+
+
+def build_engine(args, draft, device):
+    """The DeepSpeed engine around the draft, with AdamW; the learning rate is set by the loop."""
+    config = engine_config(args, device)
+    options = {"lr": args.learning_rate, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
+    parameters = [p for p in draft.parameters() if p.requires_grad]
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload == "none":
+        optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda", **options)
+    else:  # the states live in CPU memory: DeepSpeed's own AdamW steps them there with vector instructions
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    engine, *_ = deepspeed.initialize(model=draft.to(device), optimizer=optimizer, config=config)
+    return engine
+
+
+def learning_rate_at(step, args):
+    """Learning rate of the optimizer step that follows `step` finished ones: linear warm-up, then the schedule."""
+    if step < args.scheduler_warmup_steps:
+        return args.learning_rate * (step + 1) / args.scheduler_warmup_steps
+    rest = max(args.scheduler_total_steps - args.scheduler_warmup_steps, 1)
+    share = min((step - args.scheduler_warmup_steps) / rest, 1.0)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - share,
+        "cosine": 0.5 * (1.0 + math.cos(2.0 * math.pi * args.scheduler_num_cosine_cycles * share)),
+    }[args.scheduler_type]
+    return args.learning_rate * factor
+
+
+# ======================================================================================================================
+# The data
+# ======================================================================================================================
+
+
+def read_sequences(data, rows, device):
+    """[(input_ids [S] int64, loss_mask [S] int64)] of some rows of the tokenised data set."""
+    part = data[rows] if rows else {"input_ids": [], "loss_mask": []}
+    pairs = zip(part["input_ids"], part["loss_mask"], strict=True)
+    return [(torch.tensor(ids, device=device), torch.tensor(mask, device=device)) for ids, mask in pairs]
+
+
+def target_states(target, sequences, batch_size):
+    """Yield (input_ids, loss_mask, auxiliary, last hidden states) per sequence; batch_size of them share a forward."""
+    for start in range(0, len(sequences), batch_size):
+        group = sequences[start : start + batch_size]
+        lengths = [len(ids) for ids, _ in group]
+        auxiliary, last = target.hidden_states(torch.cat([ids for ids, _ in group]), lengths)
+        for (ids, mask), *states in zip(group, auxiliary.split(lengths), last.split(lengths), strict=True):
+            yield ids, mask, *states
+
+
+def micro_batches(target, sequences, count, args, device):
+    """`count` lists of up to draft_micro_batch_size items of target_states, the last ones empty if the rows run out."""
+    states = target_states(target, sequences, args.batch_size)
+    for _ in range(count):
+        yield [item for _, item in zip(range(args.draft_micro_batch_size), states, strict=False)]
+
+
+def objective_inputs(items, target, d2t, args):
+    """The arguments of `objective` for one micro-batch, by name.
+
+    An empty one becomes four unsupervised tokens: its gradient is zero, and the ranks stay in step.
+    """
+    if not items:
+        weight = target.embedding
+        nothing = torch.zeros(4, dtype=torch.int64, device=weight.device)
+        states = weight.new_zeros(4, len(target.layer_ids) * weight.shape[1]), weight.new_zeros(4, weight.shape[1])
+        items = [(nothing, nothing, *states)]
+    lengths = [len(item[0]) for item in items]
+    input_ids, loss_mask, auxiliary, last = (torch.cat(parts) for parts in zip(*items, strict=True))
+    document_ids = torch.arange(len(items), device=input_ids.device).repeat_interleave(
+        torch.tensor(lengths, device=input_ids.device)
+    )
+    return {
+        "input_ids": input_ids,
+        "position_ids": positions_of(lengths, input_ids.device),
+        "document_ids": document_ids,
+        "auxiliary": auxiliary,
+        "teaching": teacher(last, target.head, torch.arange(len(d2t), device=d2t.device) + d2t),
+        "supervised": supervised_slots(loss_mask, document_ids, args.ttt_length),
+        "d2t": d2t,
+        "decay": args.ttt_step_loss_decay,
+    }
+
+
+def optimizer_step(engine, target, sequences, d2t, args):
+    """One optimizer step on this rank's sequences. Returns metric sums [K, 4], the sum of chain lengths, and the tokens read.
+
+    The loss is divided by the supervised step-0 slots of the whole step (all micro-batches, all ranks), so the gradient
+    does not depend on how sequences are dealt out. DeepSpeed averages over ranks and micro-batches: hence the factors.
+    """
+    masks = [mask for _, mask in sequences]
+    slots = sum(supervised_slots(mask, torch.zeros_like(mask), 1).sum() for mask in masks)
+    total = torch.as_tensor(slots, dtype=torch.float64, device=engine.device).clone()
+    dist.all_reduce(total)
+    scale = dist.get_world_size() * args.draft_accumulation_steps / total.clamp(min=1)
+    sums, chains = 0.0, 0.0
+    for items in micro_batches(target, sequences, args.draft_accumulation_steps, args, engine.device):
+        inputs = objective_inputs(items, target, d2t, args)
+        loss, part, correct = engine(**inputs)
+        engine.backward(loss * scale.to(loss.dtype))
+        engine.step()
+        sums, chains = sums + part, chains + chain_lengths(correct).sum().double()
+    return sums, chains, sum(len(mask) for mask in masks)
+
+
+# ======================================================================================================================
+# Measuring
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def evaluate(engine, target, data, d2t, args):
+    """Metrics of the validation rows, all ranks together; acceptance_length from walking every reply as serving does."""
+    engine.eval()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = list(range(rank, len(data), world))
+    sums, chains, walk = 0.0, 0.0, torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for start in range(0, math.ceil(len(data) / world), args.batch_size):  # as often on every rank: ZeRO-3 gathers
+        sequences = read_sequences(data, rows[start : start + args.batch_size], engine.device)
+        items = list(target_states(target, sequences, args.batch_size))
+        _, part, correct = engine.module(**objective_inputs(items, target, d2t, args))
+        accepted = chain_lengths(correct)
+        sums, chains = sums + part, chains + accepted.sum().double()
+        offset = 0
+        for ids, mask, *_ in items:
+            passes = acceptance_walk(accepted[offset : offset + len(ids)].tolist(), mask.tolist())
+            walk += torch.tensor([sum(passes) + len(passes), len(passes)], dtype=torch.float64, device=engine.device)
+            offset += len(ids)
+    engine.train()
+    values = reduced_metrics(sums, chains, args, walk)
+    tokens, passes = values.pop("extra")
+    return values | {"acceptance_length": tokens / max(passes, 1.0), "passes": int(passes)}
+
+
+def reduced_metrics(sums, chains, args, extra):
+    """Metrics over all ranks from per-rank sums; `extra` (1-D tensor) is summed along and returned under that name."""
+    flat = torch.cat([sums.flatten(), chains.reshape(1), extra.to(sums)])
+    dist.all_reduce(flat)
+    flat = flat.tolist()  # the one synchronisation with the device
+    count = sums.numel()
+    table = [flat[4 * i : 4 * i + 4] for i in range(count // 4)]
+    weights = [args.ttt_step_loss_decay**i for i in range(len(table))]
+    return metric_values(table, flat[count], weights) | {"extra": flat[count + 1 :]}
+
+
+def open_swanlab(args, settings):
+    import swanlab
+
+    run = swanlab.init(project="eagle3", experiment_name=args.run_name, logdir=args.log_dir, config=settings)
+    return lambda values, step: run.log(values, step=step), run.finish
+
+
+def open_tensorboard(args, settings):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(Path(args.log_dir) / (args.run_name or "tensorboard")))
+    writer.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```")
+
+    def log(values, step):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log, writer.close
+
+
+TRACKERS = {"swanlab": open_swanlab, "tensorboard": open_tensorboard}
+
+
+class Record:
+    """Where measured values go on rank 0: metrics.jsonl, the trackers, the terminal. Elsewhere it does nothing."""
+
+    def __init__(self, args, settings):
+        self.first = dist.get_rank() == 0
+        if not self.first:
+            return
+        self.file = (Path(args.output_dir) / "metrics.jsonl").open("w")
+        self.trackers = [TRACKERS[name](args, settings) for name in args.report_to]
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=args.total_steps, unit="step", disable=not terminal, dynamic_ncols=True)
+
+    def row(self, split, step, epoch, values):
+        if not self.first:
+            return
+        values = {name: round(value, 8) if isinstance(value, float) else value for name, value in values.items()}
+        self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
+        self.file.flush()
+        for log, _ in self.trackers:
+            log({f"{split}/{name}": value for name, value in values.items() if value is not None}, step)
+
+    def line(self, text):
+        if self.first:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self):
+        if self.first:
+            self.bar.close()
+            self.file.close()
+            for _, close in self.trackers:
+                close()
+
+
+def metrics_line(values, steps):
+    """The part of a printed line that training and evaluation share."""
+    accuracy = " ".join(f"{values[f'acc_{i}']:.3f}" for i in range(steps))
+    return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
+
+
+# ======================================================================================================================
+# Keeping
+# ======================================================================================================================
+
+
+def draft_tensors(engine, d2t):
+    """The checkpoint's tensors on rank 0 (CPU), an empty dict elsewhere; under ZeRO-3 all ranks take part."""
+    draft = engine.module
+    with deepspeed.zero.GatheredParameters(list(draft.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        if dist.get_rank() != 0:
+            return {}
+        tensors = {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
+    vocabulary = draft.config["vocab_size"]
+    if draft.config["draft_vocab_size"] < vocabulary:
+        tensors["d2t"], tensors["t2d"] = d2t.cpu(), torch.zeros(vocabulary, dtype=torch.bool)
+        tensors["t2d"][torch.arange(len(d2t)) + tensors["d2t"]] = True
+    return tensors
+
+
+def save(engine, d2t, folder, state):
+    """A draft checkpoint that is visible only when whole; `latest` points to it. All ranks call it."""
+    tensors = draft_tensors(engine, d2t)
+    if dist.get_rank() == 0:
+        building = folder.with_name(f".{folder.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        write_draft(building, engine.module.config, tensors)
+        write_atomic(building / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+        building.rename(folder)
+        link = folder.with_name(".latest.building")
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        link.replace(folder.with_name("latest"))
+    dist.barrier()
+
+
+def save_final(engine, d2t, output_dir):
+    """output_dir/final: the last step's draft with the run's settings."""
+    tensors = draft_tensors(engine, d2t)
+    if dist.get_rank() == 0:
+        write_draft(output_dir / "final", engine.module.config, tensors)
+        shutil.copyfile(output_dir / "run.json", output_dir / "final" / "run.json")
+    dist.barrier()
+
+
+def run_settings(args, data_config):
+    """run.json: what was run, with what, on what."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "argv": sys.argv,
+        "flags": vars(args),
+        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": commit or None,
+        "world_size": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "data_fingerprint": data_config["fingerprint"],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+# ======================================================================================================================
+# The loop
+# ======================================================================================================================
+
+
+def check_flags(args, world):
+    """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
+    for name in ("num_epochs", "batch_size", "max_length", "ttt_length", "draft_global_batch_size", "log_steps",
+                 "draft_micro_batch_size", "eval_interval", "save_interval", "dist_timeout", "build_dataset_num_proc"):  # fmt: skip
+        if getattr(args, name) < 1:
+            fail(f"{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("eval_steps", "save_steps", "max_grad_norm", "weight_decay", "warmup_ratio"):
+        if getattr(args, name) < 0:
+            fail(f"{name} is {getattr(args, name)}; it must not be negative")
+    if args.tp_size != 1:
+        fail(f"tp_size {args.tp_size}: a tensor-parallel target is not available yet; use tp_size 1")
+    if args.resume:
+        fail("resume: continuing a run is not available yet; resume_from_checkpoint alone starts from a draft's weights")
+    if bool(args.d2t_path) != bool(args.t2d_path):
+        fail("d2t_path and t2d_path belong together: give both or neither")
+    if bool(args.data_path) == bool(args.dataset_train_split):
+        fail("give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)")
+    if args.data_path and args.dataset_validation_split:
+        fail("data_path brings its own validation split: leave dataset_validation_split out")
+    metrics = Path(args.output_dir) / "metrics.jsonl"
+    if metrics.exists():
+        fail(f"{metrics} exists: output_dir holds an earlier run; give another output_dir or remove it")
+    if args.dp_size not in (None, world):
+        print(f"dp_size {args.dp_size} is replaced by {world} (world size / tp_size)")
+    args.dp_size = world
+    micro, batch = args.draft_micro_batch_size * world, args.draft_global_batch_size
+    if batch % micro:
+        fits = [n for n in (batch // micro * micro, -(-batch // micro) * micro) if n]
+        fail(
+            f"draft_global_batch_size {batch} is not a multiple of draft_micro_batch_size {args.draft_micro_batch_size} x "
+            f"{world} ranks = {micro}; the nearest that fit: {' or '.join(map(str, fits))}"
+        )
+    if args.draft_accumulation_steps not in (None, batch // micro):
+        print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {batch // micro} ({batch} / {micro})")
+    args.draft_accumulation_steps = batch // micro
+
+
+def draft_config_for(args, model_dir):
+    """The draft's flat configuration, from the target and whatever the flags name; ends the program on a misfit."""
+    text, whole = read_target_config(model_dir, args.trust_remote_code)
+    config, default_layers = derive_draft_config(text, whole), default_layer_ids(text.num_hidden_layers)
+    given, source = {}, None
+    if args.resume_from_checkpoint:
+        source = args.resume_from_checkpoint
+        given, _ = read_draft(source)
+    elif args.draft_model_config:
+        source = args.draft_model_config
+        try:
+            given = json.loads(Path(source).read_text())
+        except (OSError, ValueError) as error:
+            fail(f"draft_model_config {source} cannot be read: {error}")
+        if not isinstance(given, dict):
+            fail(f"draft_model_config {source} is not a JSON object")
+    if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half the target's and half the file's
+        config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
+    if "hidden_size" in given or "num_attention_heads" in given:
+        config["head_dim"] = given.get("hidden_size", config["hidden_size"]) // given.get(
+            "num_attention_heads", config["num_attention_heads"]
+        )
+    dtype = config["torch_dtype"]
+    config |= {key: value for key, value in given.items() if value is not None} | {"torch_dtype": dtype}
+    for key in ("hidden_size", "vocab_size"):
+        if config[key] != getattr(text, key):
+            fail(f"{source}: {key} {config[key]} is not the target's {getattr(text, key)}")
+    layers = args.target_layer_ids or auxiliary_layers(config) or default_layers
+    if not all(0 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
+        fail(f"target_layer_ids {layers}: must ascend within 0..{text.num_hidden_layers} (0 = embeddings)")
+    if args.draft_vocab_size and not args.resume_from_checkpoint:
+        config["draft_vocab_size"] = args.draft_vocab_size
+    if not 0 < config["draft_vocab_size"] <= text.vocab_size:
+        fail(f"draft_vocab_size {config['draft_vocab_size']} must be within 1..{text.vocab_size}, the target's vocab_size")
+    config = with_auxiliary_layers(config, layers, default_layers)
+    problems = [problem for problem in check_config(config)]
+    if problems:
+        fail(f"{source or 'the derived draft configuration'}: {'; '.join(problems)}")
+    return config, layers
+
+
+def prepare_run(args, world):
+    """Everything that can go wrong before a model loads, on rank 0. Returns what all ranks need to go on."""
+    check_flags(args, world)
+    for name in ("dataset_train_split", "dataset_validation_split", "data_path", "deepspeed_config", "token_freq_path"):
+        path = getattr(args, name)
+        if path and not Path(path).exists():
+            fail(f"{name} {path} does not exist")
+    model_dir, _ = resolve_target(args.target_model_path)
+    config, layers = draft_config_for(args, model_dir)
+    folder = args.data_path
+    if not folder:
+        folder = str(Path(args.output_dir) / "data")
+        prepare(
+            args.dataset_train_split,
+            folder,
+            args.target_model_path,
+            validation_dataset=args.dataset_validation_split,
+            chat_template=args.chat_template,
+            max_length=args.max_length,
+            num_proc=args.build_dataset_num_proc,
+            seed=args.seed,
+            trust_remote_code=args.trust_remote_code,
+        )
+    data, _ = open_data(folder)
+    for split, part in data.items():
+        if len(part) < world:
+            fail(f"the {split} data has {len(part)} sequences for {world} ranks: a rank would have none")
+    engine_config(args, torch.device("cpu"))
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return args, str(model_dir), config, layers, folder
+
+
+def vocabulary_mapping(args, config, data_folder):
+    """(d2t [Vd] int64, config): a checkpoint's own mapping first, then the files given, then built from the counts."""
+    vocabulary, counts = config["vocab_size"], args.token_freq_path or str(Path(data_folder) / "token_freq.pt")
+    if args.resume_from_checkpoint:
+        tensors = read_draft(args.resume_from_checkpoint)[1]
+        d2t = tensors.get("d2t", torch.zeros(vocabulary, dtype=torch.int64))
+    elif args.d2t_path:
+        d2t = torch.from_numpy(load_mapping(args.d2t_path, args.t2d_path, vocabulary)[0])
+        if args.draft_vocab_size not in (None, len(d2t)):
+            fail(f"draft_vocab_size {args.draft_vocab_size}, but {args.d2t_path} has {len(d2t)} entries")
+    elif config["draft_vocab_size"] < vocabulary:
+        d2t = torch.from_numpy(build_mapping(read_token_freq(counts), config["draft_vocab_size"], vocabulary)[0])
+    else:
+        d2t = torch.zeros(vocabulary, dtype=torch.int64)
+    return d2t, config | {"draft_vocab_size": len(d2t)}
+
+
+def build_draft(args, config, target, d2t):
+    """The draft, initialised from the seed or with a checkpoint's weights."""
+    torch.manual_seed(args.seed)
+    draft = DraftModel(config, target.embedding)
+    draft.initialise(target.head.weight[torch.arange(len(d2t)) + d2t])
+    if args.resume_from_checkpoint:
+        tensors = read_draft(args.resume_from_checkpoint)[1]
+        draft.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")})
+    return draft
+
+
+def summary(args, config, layers, draft, data, data_config, steps_per_epoch, share):
+    """The lines printed once at the start: what was derived, and from what."""
+    world = dist.get_world_size()
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    rows = {split: len(part) for split, part in data.items()}
+    return "\n".join([
+        f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
+        f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
+        f"batch       {args.draft_global_batch_size} sequences a step = {args.draft_micro_batch_size} x "
+        f"{args.draft_accumulation_steps} accumulated x {world} ranks; target forward {args.batch_size} sequences",
+        f"steps       {steps_per_epoch} an epoch, {args.total_steps} in all, warm-up {args.scheduler_warmup_steps}, "
+        f"{args.scheduler_type} to step {args.scheduler_total_steps}",
+        f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
+        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, covering {share:.2%} of the supervised",
+    ])  # fmt: skip
+
+
+def train(args, engine, target, data, d2t, record):
+    """The loop: every optimizer step of every epoch; then logging, evaluating and saving where they are due."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows, output_dir = len(data["train"]), Path(args.output_dir)
+    steps_per_epoch = math.ceil(rows / args.draft_global_batch_size)
+    step, logged, started = 0, 0, time.monotonic()
+    since, tokens, norms, pending = started, 0, [], None
+
+    while step < args.total_steps:
+        epoch, index = divmod(step, steps_per_epoch)
+        if index == 0 or step == 0:
+            order = epoch_order(rows, args.seed, epoch)
+
+        # --- one optimizer step ---
+        mine = step_rows(order, index, args.draft_global_batch_size, rank, world)
+        sequences = read_sequences(data["train"], mine, engine.device)
+        rate = learning_rate_at(step, args)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        sums, chains, count = optimizer_step(engine, target, sequences, d2t, args)
+        pending = (sums, chains) if pending is None else (pending[0] + sums, pending[1] + chains)
+        tokens += count
+        norms.append(engine.get_global_grad_norm())
+        step += 1
+        if record.first:
+            record.bar.update()
+        at, last = step / steps_per_epoch, step == args.total_steps
+
+        # --- log: the values cover all steps since the last line ---
+        if step % args.log_steps == 0 or last:
+            values = reduced_metrics(*pending, args, torch.tensor([tokens]))
+            now = time.monotonic()
+            norms = [float(norm) for norm in norms if norm is not None]  # ZeRO stage 0 reports none
+            values |= {
+                "lr": rate,
+                "grad_norm": sum(norms) / len(norms) if norms else None,
+                "tokens_per_second": values.pop("extra")[0] / (now - since),
+                "seconds": now - started,
+            }
+            record.row("train", step, at, values)
+            left = datetime.timedelta(seconds=round((now - started) / step * (args.total_steps - step)))
+            norm = "-" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
+            record.line(
+                f"step {step}/{args.total_steps} {step / args.total_steps:.0%} | {metrics_line(values, args.ttt_length)} | "
+                f"lr {rate:.2e} | grad_norm {norm} | {values['tokens_per_second']:.0f} tokens/s | left {left}"
+            )
+            since, tokens, norms, pending, logged = time.monotonic(), 0, [], None, step
+
+        # --- evaluate and save: by epochs, by steps, and always at the end ---
+        whole = epoch + 1 if index + 1 == steps_per_epoch else 0  # epochs finished with this step, 0 within one
+        due_eval = last or (whole and whole % args.eval_interval == 0) or (args.eval_steps and step % args.eval_steps == 0)
+        due_save = last or (whole and whole % args.save_interval == 0) or (args.save_steps and step % args.save_steps == 0)
+        paused = time.monotonic()
+        if due_eval and "validation" in data:
+            values = evaluate(engine, target, data["validation"], d2t, args)
+            record.row("validation", step, at, values)
+            record.line(f"evaluation at step {step} | {metrics_line(values, args.ttt_length)} | "
+                        f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
+        if due_save:
+            save(engine, d2t, output_dir / f"step_{step:08d}", {"step": step, "epoch": at})
+            record.line(f"saved {output_dir / f'step_{step:08d}'}")
+        since += time.monotonic() - paused  # tokens/s is about training
+    save_final(engine, d2t, output_dir)
+    record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
+
+    group = parser.add_argument_group("target and data")
+    group.add_argument("--target_model_path", required=True,
+                       help="folder or hub id: a Hugging Face snapshot, a folder with one nested model, or an MLflow model")
+    group.add_argument("--dataset_train_split", help="JSON Lines of conversations; prepared into output_dir/data")
+    group.add_argument("--dataset_validation_split", help="the same, for evaluation (default: no evaluation)")
+    group.add_argument("--data_path", help="folder written by prepare_data.py, instead of the two above")
+    group.add_argument("--chat_template", default="llama3",
+                       help="llama3, qwen, gpt-oss, deepseek-r1-distill, or auto = the tokenizer's own (default: llama3)")
+    group.add_argument("--max_length", type=int, default=2048,
+                       help="tokens; longer conversations are cut at the right (default: 2048)")
+    group.add_argument("--build_dataset_num_proc", type=int, default=96,
+                       help="processes that tokenise, at most the cores available (default: 96)")
+    group.add_argument("--trust_remote_code", **flag, help="run code that comes with the target (default: false)")
+
+    group = parser.add_argument_group("draft")
+    group.add_argument("--draft_model_config", help="JSON of the draft (default: derived from the target)")
+    group.add_argument("--draft_vocab_size", type=int, help="tokens the draft can propose (default: the target's vocabulary)")
+    group.add_argument("--token_freq_path", help="token counts to choose them by (default: the prepared data's)")
+    group.add_argument("--d2t_path", help="mapping written by build_vocab_mapping.py; needs t2d_path (default: built)")
+    group.add_argument("--t2d_path", help="the other half of the mapping")
+    group.add_argument("--target_layer_ids", type=int, nargs="+",
+                       help="auxiliary layers, 0 = embeddings, i = after i layers (default: 2 L//2 L-3)")
+    group.add_argument("--attention_backend", default="flex_attention", choices=("flex_attention", "sdpa"),
+                       help="attention of the draft; this version computes both densely and says so (default: flex_attention)")
+    group.add_argument("--dry_run", **flag, help="initialise the draft, save it as step_00000000, and exit (default: false)")
+
+    group = parser.add_argument_group("objective and optimizer")
+    group.add_argument("--ttt_length", type=int, default=7, help="steps K of the training-time test (default: 7)")
+    group.add_argument("--ttt_step_loss_decay", type=float, default=0.8, help="weight of step i is this^i (default: 0.8)")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="peak (default: 1e-4)")
+    group.add_argument("--weight_decay", type=float, default=0.01, help="of AdamW (default: 0.01)")
+    group.add_argument("--max_grad_norm", type=float, default=0.5, help="global norm; 0 = no clipping (default: 0.5)")
+    group.add_argument("--warmup_ratio", type=float, default=0.015, help="share of the total steps (default: 0.015)")
+    group.add_argument("--scheduler_type", default="cosine", choices=("cosine", "linear", "constant"),
+                       help="after the warm-up (default: cosine)")
+    group.add_argument("--scheduler_warmup_steps", type=int, help="optimizer steps (default: from warmup_ratio)")
+    group.add_argument("--scheduler_total_steps", type=int, help="length of the schedule (default: the training's)")
+    group.add_argument("--scheduler_num_cosine_cycles", type=float, default=0.5, help="0.5 = once down (default: 0.5)")
+
+    group = parser.add_argument_group("length and batches")
+    group.add_argument("--num_epochs", type=int, default=2, help="passes over the data (default: 2)")
+    group.add_argument("--total_steps", type=int, default=-1,
+                       help="optimizer steps; positive: instead of num_epochs, the data repeats (default: -1)")
+    group.add_argument("--batch_size", type=int, default=2,
+                       help="sequences per rank in one forward of the target, and in evaluation (default: 2)")
+    group.add_argument("--draft_global_batch_size", type=int, default=8,
+                       help="sequences per optimizer step, all ranks (default: 8)")
+    group.add_argument("--draft_micro_batch_size", type=int, default=1,
+                       help="sequences per rank in one forward of the draft (default: 1)")
+    group.add_argument("--draft_accumulation_steps", type=int,
+                       help="derived: global / (micro x ranks); another value is reported and replaced")
+    group.add_argument("--tp_size", type=int, default=1, help="ranks that share one copy of the target (default: 1)")
+    group.add_argument("--dp_size", type=int, help="derived: ranks / tp_size; another value is reported and replaced")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output", help="where everything is written (default: ./output)")
+    group.add_argument("--log_steps", type=int, default=50, help="optimizer steps between two log lines (default: 50)")
+    group.add_argument("--eval_interval", type=int, default=1, help="epochs; the last is always evaluated (default: 1)")
+    group.add_argument("--save_interval", type=int, default=1, help="epochs; the last is always saved (default: 1)")
+    group.add_argument("--eval_steps", type=int, default=0, help="optimizer steps; 0 = by epoch only (default: 0)")
+    group.add_argument("--save_steps", type=int, default=0, help="optimizer steps; 0 = by epoch only (default: 0)")
+    group.add_argument("--resume", **flag, help="continue the newest checkpoint of output_dir; not available yet (default: false)")
+    group.add_argument("--resume_from_checkpoint",
+                       help="draft whose weights and vocabulary mapping to start from (default: a new draft)")
+    group.add_argument("--report_to", default="none", help="none, swanlab, tensorboard; several by comma (default: none)")
+    group.add_argument("--run_name", help="name of the run in the trackers (default: theirs)")
+    group.add_argument("--log_dir", help="folder of the trackers' files (default: output_dir/logs)")
+    group.add_argument("--seed", type=int, default=0, help="of initialisation and data order (default: 0)")
+    group.add_argument("--dist_timeout", type=float, default=20, help="minutes a collective may take (default: 20)")
+    group.add_argument("--deepspeed_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"),
+                       help="DeepSpeed's own settings: ZeRO, precision, offload (default: ds_configs/zero2.json)")
+    group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
+
+    args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, ALIASES))
+    args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
+    unknown = [name for name in args.report_to if name not in TRACKERS]
+    if unknown:
+        parser.error(f"report_to {','.join(unknown)}: choose from none, {', '.join(TRACKERS)}")
+    args.log_dir = args.log_dir or str(Path(args.output_dir) / "logs")
+    return args
+
+
+def main(args):
+    device = start_distributed(args)
+    args, model_dir, config, layers, data_folder = on_first_rank(lambda: prepare_run(args, dist.get_world_size()))
+    data, data_config = open_data(data_folder)
+    d2t, config = vocabulary_mapping(args, config, data_folder)
+
+    target = load_target(model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code)
+    config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
+    draft = build_draft(args, config, target, d2t.to(target.embedding.device))
+
+    steps_per_epoch = math.ceil(len(data["train"]) / args.draft_global_batch_size)
+    if args.total_steps <= 0:
+        args.total_steps = args.num_epochs * steps_per_epoch
+    if args.scheduler_warmup_steps is None:
+        args.scheduler_warmup_steps = math.ceil(args.warmup_ratio * args.total_steps)
+    args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
+    settings = run_settings(args, data_config)
+    if dist.get_rank() == 0:
+        t2d = torch.zeros(config["vocab_size"], dtype=torch.bool)
+        t2d[torch.arange(len(d2t)) + d2t] = True
+        share = coverage(read_token_freq(Path(data_folder) / "token_freq.pt"), t2d.numpy())
+        print(summary(args, config, layers, draft, data, data_config, steps_per_epoch, share))
+        print(f"attention   {args.attention_backend}: computed densely in this version", flush=True)
+        write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
+
+    engine, d2t = build_engine(args, draft, device), d2t.to(device)
+    if args.dry_run:
+        save(engine, d2t, Path(args.output_dir) / "step_00000000", {"step": 0, "epoch": 0})
+    else:
+        record = Record(args, settings)
+        train(args, engine, target, data, d2t, record)
+        record.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
