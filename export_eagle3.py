@@ -45,7 +45,10 @@ FIXED = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
-REQUIRED = (*SIZES, *FIXED, "rms_norm_eps", "rope_theta", "hidden_act", "torch_dtype", "bos_token_id", "eos_token_id")
+REQUIRED = (
+    "architectures", "model_type", *SIZES, "attention_bias", "tie_word_embeddings", "rms_norm_eps", "rope_theta",
+    "hidden_act", "torch_dtype", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 # The meaning of a key that a foreign draft's config does not have: every engine reads it through transformers'
 # LlamaConfig, and speculators stores only what differs from that. Nothing here changes what such a draft computes.
 LLAMA_DEFAULTS = {
@@ -327,6 +330,8 @@ def _load(folder, strict):
     renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
     if renamed:
         tensors = {("midlayer." + n[9:] if n.startswith("layers.0.") else n): t for n, t in tensors.items()}
+    if not strict:  # older releases keep the rotary table, which follows from the config
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if speculators:
         config = _from_speculators(raw, tensors)
     else:
@@ -348,12 +353,11 @@ def _load(folder, strict):
 
 def _without_noise(config, tensors, speculators):
     """config and tensors of a foreign draft without what does not change its predictions."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     full = config["draft_vocab_size"] == config["vocab_size"]
     if full and set(MAPPING) <= set(tensors) and not tensors["d2t"].any() and tensors["t2d"].all():
         tensors = {name: tensor for name, tensor in tensors.items() if name not in MAPPING}
     if speculators and not needs_embedding(config):
-        tensors.pop(EMBEDDING, None)
+        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
     # Engines convert while loading: a config that names another dtype than all tensors have is no fault of the weights.
     return {**config, "torch_dtype": _common_dtype(tensors) or config["torch_dtype"]}, tensors
 
