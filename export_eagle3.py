@@ -63,6 +63,69 @@ EMBEDDING_NAMES = (
     "embed_tokens.weight", "model.tok_embeddings.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
 )  # fmt: skip
 SPECULATORS_VERSION = "0.5.0"
+# Rope types that transformers, SGLang and vLLM compute alike; beside another one a draft gets plain RoPE.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deriving a draft's configuration from its target's
+
+
+def _derived_rope(text):
+    """(rope_theta, rope_scaling or None) for the draft of a target whose text configuration this is."""
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
+    theta, kind = rope.pop("rope_theta", None) or 10000.0, rope.get("rope_type", "default")
+    if kind == "default" or kind not in ROPE_TYPES:
+        return theta, None
+    if kind == "yarn":
+        rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
+    rope.pop("partial_rotary_factor", None)  # the draft rotates whole heads
+    return theta, {key: value for key, value in rope.items() if value is not None}
+
+
+def derive_config(text, whole):
+    """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
+    theta, scaling = _derived_rope(text)
+    heads = text.num_attention_heads
+
+    def first(*names, default=None):
+        values = (getattr(config, name, None) for config in (text, whole) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": first("intermediate_size", default=4 * text.hidden_size),
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": first("num_key_value_heads", default=heads),
+        "head_dim": first("head_dim", default=text.hidden_size // heads),
+        "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "draft_vocab_size": text.vocab_size,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(first("dtype", default="bfloat16")).removeprefix("torch."),
+        "bos_token_id": first("bos_token_id"),
+        "eos_token_id": first("eos_token_id"),
+    }
+
+
+def complete_config(derived, given):
+    """A draft's configuration from a file, `given`, with what it leaves open taken from the derived one."""
+    config = dict(derived)
+    if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half the target's and half the file's
+        config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
+    config |= {key: value for key, value in given.items() if value is not None}
+    if "head_dim" not in given and ("hidden_size" in given or "num_attention_heads" in given):
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    return config | {"torch_dtype": derived["torch_dtype"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The target model: which layers are read, how it is loaded, and what it says about a text.
 
-In:  a target in a Hugging Face folder (single-file or sharded safetensors, tied embeddings or not), concatenated token ids.
-Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the latter
-     the teacher: logits over the draft vocabulary, full-vocabulary argmax and logsumexp.
+In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); concatenated tokens.
+Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
+     latter the teacher: logits over the draft vocabulary, full-vocabulary argmax and logsumexp.
 
 train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text:
 
@@ -33,7 +33,7 @@ LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "outp
 
 @dataclass
 class Head:
-    """The target's output head. logits = softcap · tanh(scale · (W h + b) / softcap), without softcap: scale · (W h + b)."""
+    """The target's output head: logits = scale · (W h + b), and with a soft cap c: c · tanh(logits / c)."""
 
     weight: torch.Tensor  # [V, Ht]
     bias: torch.Tensor | None = None  # [V]
@@ -126,6 +126,18 @@ class Target:
         # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
         return self.auxiliary(), output.last_hidden_state[0].clone()
 
+    def states(self, sequences, batch_size):
+        """Yield (input_ids [S], loss_mask [S], auxiliary [S, 3·Ht], last [S, Ht]) for each (input_ids, loss_mask).
+
+        batch_size sequences share one forward.
+        """
+        for start in range(0, len(sequences), batch_size):
+            group = sequences[start : start + batch_size]
+            lengths = [len(ids) for ids, _ in group]
+            auxiliary, last = self.hidden_states(torch.cat([ids for ids, _ in group]), lengths)
+            for (ids, mask), *states in zip(group, auxiliary.split(lengths), last.split(lengths), strict=True):
+                yield ids, mask, *states
+
     def auxiliary(self):
         """The auxiliary hidden states [T, 3·Ht] that the last forward of the model left behind (batch of one)."""
         return torch.cat([self.captured.pop(index)[0] for index in self.layer_ids], dim=-1)
@@ -154,8 +166,8 @@ def default_layer_ids(num_layers):
 def load_target(model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False):
     """The target in memory, frozen, ready for hidden_states(); dtype "auto" is the one it was saved in.
 
-    Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits are
-    compared with what Head makes of the last hidden state: a family whose logits are formed in another way ends the program.
+    Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
+    are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
     """
     text, whole = read_target_config(model_dir, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -194,7 +206,7 @@ def _fit_head(target):
 
 
 def read_target_tensor(model_dir, names):
-    """The first tensor of `names` that a target's safetensors files hold, read alone; the error lists what was looked for."""
+    """The first tensor of `names` that a target's safetensors files hold, read alone; if none, the program ends."""
     model_dir = Path(model_dir)
     index = model_dir / "model.safetensors.index.json"
     if index.exists():
@@ -226,9 +238,7 @@ def parse_args(argv=None):
 def main(args):
     model_dir, tokenizer_dir = resolve_target(args.target_model_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = load_target(
-        model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code
-    )
+    target = load_target(model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code)
     tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
     ids = torch.tensor(tokenizer(args.text)["input_ids"], device=device)
     auxiliary, last = target.hidden_states(ids, [len(ids)])

@@ -1,18 +1,18 @@
 """Train an EAGLE-3 draft for a target model that is held in memory.
 
-In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split), or a
-     folder written by prepare_data.py (--data_path).
-Out: output_dir/ with run.json, metrics.jsonl, step_XXXXXXXX/ (config.json, model.safetensors, trainer_state.json), `latest`
-     (a link to the newest of them) and final/. Each folder with a model.safetensors can be served as it is.
+In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split),
+     or a folder written by prepare_data.py (--data_path).
+Out: output_dir/ with run.json, metrics.jsonl, step_XXXXXXXX/ (config.json, model.safetensors, trainer_state.json),
+     `latest` (a link to the newest of them) and final/. A folder with a model.safetensors can be served as it is.
 
-One device:        python train_eagle3.py --target_model_path M --dataset_train_split train.jsonl --output_dir out
-Eight devices:     deepspeed --num_gpus 8 train_eagle3.py --target_model_path M --data_path prepared --draft_vocab_size 32000
-Many nodes:        deepspeed --hostfile hosts train_eagle3.py ... ; torchrun and RANK/WORLD_SIZE/MASTER_* work as well
-Tiny, no GPU:      bash examples/run_tiny_online.sh
+One device:     python train_eagle3.py --target_model_path M --dataset_train_split train.jsonl --output_dir out
+Eight devices:  deepspeed --num_gpus 8 train_eagle3.py --target_model_path M --data_path prepared --output_dir out
+Many nodes:     deepspeed --hostfile hosts train_eagle3.py ... ; torchrun and RANK/WORLD_SIZE/MASTER_* work as well
+Tiny, no GPU:   bash examples/run_tiny_online.sh
 
-The file reads in the order of the training: the draft, the objective, the engine, the data, measuring, keeping, the loop.
-Slots and steps: slot j of a document drafts x[j+2+i] at step i (0-based) from the token x[j+1+i] and, at step 0, the target's
-hidden states at j, later its own output of the step before (EAGLE-3, arXiv 2503.01840).
+The file reads in the order of training: the draft, the objective, the engine, the data, measuring, keeping, the loop.
+Slots and steps: slot j of a document drafts x[j+2+i] at step i (0-based) from the token x[j+1+i] and, at step 0, the
+target's hidden states at j, later its own output of the step before (EAGLE-3, arXiv 2503.01840).
 """
 
 import argparse
@@ -35,10 +35,20 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from build_vocab_mapping import build_mapping, coverage, load_mapping
-from export_eagle3 import auxiliary_layers, check_config, read_draft, with_auxiliary_layers, write_draft
+from export_eagle3 import (
+    auxiliary_layers,
+    check_config,
+    complete_config,
+    derive_config,
+    num_auxiliary,
+    read_draft,
+    with_auxiliary_layers,
+    write_draft,
+)
 from prepare_data import (
     boolean,
     epoch_order,
@@ -46,6 +56,7 @@ from prepare_data import (
     normalise_argv,
     open_data,
     prepare,
+    read_sequences,
     read_token_freq,
     resolve_target,
     step_rows,
@@ -73,59 +84,10 @@ ALIASES = {  # other trainers' names of the same thing
     "save_path": "output_dir",
     "logger": "report_to",
 }
-# Rope types that transformers, SGLang and vLLM compute alike. A target with another type gets a draft with plain RoPE.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # ======================================================================================================================
 # The draft
 # ======================================================================================================================
-
-
-def draft_rope(text):
-    """(rope_theta, rope_scaling or None) for the draft of a target whose text configuration this is."""
-    rope = dict(getattr(text, "rope_parameters", None) or {})
-    rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
-    theta, kind = rope.pop("rope_theta", None) or 10000.0, rope.get("rope_type", "default")
-    if kind == "default" or kind not in ROPE_TYPES:
-        return theta, None
-    if kind == "yarn":
-        rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
-    rope.pop("partial_rotary_factor", None)  # the draft rotates whole heads
-    return theta, {key: value for key, value in rope.items() if value is not None}
-
-
-def derive_draft_config(text, whole):
-    """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
-    theta, scaling = draft_rope(text)
-    heads = text.num_attention_heads
-
-    def first(*names, default=None):
-        values = (getattr(config, name, None) for config in (text, whole) for name in names)
-        return next((value for value in values if value is not None), default)
-
-    eos = first("eos_token_id")
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "hidden_size": text.hidden_size,
-        "intermediate_size": first("intermediate_size", default=4 * text.hidden_size),
-        "num_hidden_layers": 1,
-        "num_attention_heads": heads,
-        "num_key_value_heads": first("num_key_value_heads", default=heads),
-        "head_dim": first("head_dim", default=text.hidden_size // heads),
-        "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": text.max_position_embeddings,
-        "vocab_size": text.vocab_size,
-        "draft_vocab_size": text.vocab_size,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(first("dtype", default="bfloat16")).removeprefix("torch."),
-        "bos_token_id": first("bos_token_id"),
-        "eos_token_id": eos,
-    }
 
 
 def upcast(x):
@@ -168,14 +130,16 @@ class DraftAttention(nn.Module):
 
 
 class DraftMLP(nn.Module):
-    def __init__(self, size, intermediate_size):
+    def __init__(self, config):
         super().__init__()
+        size, intermediate_size = config["hidden_size"], config["intermediate_size"]
+        self.act = ACT2FN[config["hidden_act"]]
         self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DraftLayer(nn.Module):
@@ -187,7 +151,7 @@ class DraftLayer(nn.Module):
         self.input_layernorm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
         self.self_attn = DraftAttention(config)
         self.post_attention_layernorm = RMSNorm(size, eps)
-        self.mlp = DraftMLP(size, config["intermediate_size"])
+        self.mlp = DraftMLP(config)
         self.norm_before_residual = config.get("norm_before_residual", False)
 
     def forward(self, embeds, feature, cos, sin, attend):
@@ -202,8 +166,8 @@ class DraftLayer(nn.Module):
 class DraftModel(nn.Module):
     """The EAGLE-3 draft; its parameters carry the names of the checkpoint. Sizes: H hidden, Vd draft vocabulary.
 
-    config: the flat config.json (export_eagle3.py). embedding [V, H]: the target's table, frozen; it is a plain attribute
-    and not a parameter, because the target holds it already and it must not reach the engine or the checkpoint.
+    config: the flat config.json (export_eagle3.py). embedding [V, H]: the target's table, frozen; a plain attribute and
+    not a parameter, because the target holds it already and it must reach neither the engine nor the checkpoint.
     """
 
     def __init__(self, config, embedding):
@@ -211,15 +175,15 @@ class DraftModel(nn.Module):
         self.config, self.embedding = config, embedding
         size, eps = config["hidden_size"], config["rms_norm_eps"]
         features = config.get("target_hidden_size", size)
-        count = config.get("num_aux_hidden_states", 3)
+        count = num_auxiliary(config)
         self.input_norm = RMSNorm(count * features, eps) if config.get("norm_before_fc") else None
         self.fc_norm = nn.ModuleList(RMSNorm(features, eps) for _ in range(count)) if config.get("fc_norm") else None
         self.fc = nn.Linear(count * features, size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(size, eps)
         self.lm_head = nn.Linear(size, config["draft_vocab_size"], bias=False)
-        # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers to
-        # bf16, which at long positions is an error of more than one radian.
+        # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers
+        # to bf16, whose 8 bits are an error of radians at long positions.
         rotary = LlamaRotaryEmbedding(rope_config(config))
         self.frequencies, self.rotary_scale = rotary.inv_freq.clone(), rotary.attention_scaling
 
@@ -248,14 +212,14 @@ class DraftModel(nn.Module):
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
 
     def step(self, tokens, feature, positions, attend):
-        """One step: tokens [T] int64, feature [T, H], positions [T]. Returns the next feature [T, H] and logits [T, Vd]."""
+        """One step: tokens [T] int64, feature [T, H], positions [T] -> the next feature [T, H] and logits [T, Vd]."""
         embeds = F.embedding(tokens, self.embedding).to(feature.dtype)
         hidden = self.midlayer(embeds, feature, *self.rotary(positions, feature.dtype), attend)
         normed = self.norm(hidden)
         return (normed if self.config.get("norm_output") else hidden), self.lm_head(normed)
 
     def forward(self, *args, **kwargs):
-        """The objective: the engine's hooks (ZeRO-3's gathering of weights) need it to run inside the module's forward."""
+        """The objective; inside the module's forward because ZeRO-3 gathers the weights by its hooks."""
         return objective(self, *args, **kwargs)
 
 
@@ -274,19 +238,17 @@ def rope_config(config):
 def supervised_slots(loss_mask, document_ids, steps):
     """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
 
-    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a token
-    that the target itself produced and ends with the reply; once dead it stays dead.
+    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
+    token that the target itself produced and ends with the reply; once dead it stays dead.
     """
 
     def ahead(n):
         """loss_mask n tokens further on, 0 beyond the document."""
-        inside = torch.zeros_like(alive)
-        inside[: max(len(alive) - n, 0)] = document_ids[n:] == document_ids[:-n]
+        inside = torch.zeros_like(loss_mask, dtype=torch.bool)
+        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
         return inside & loss_mask.bool().roll(-n)
 
-    alive = torch.ones_like(loss_mask, dtype=torch.bool)
-    alive = ahead(1)
-    rows = []
+    alive, rows = ahead(1), []
     for i in range(steps):
         alive = alive & ahead(2 + i)
         rows.append(alive)
@@ -312,9 +274,9 @@ def dense_attention(q, keys, values, causal):
 def objective(draft, input_ids, position_ids, document_ids, auxiliary, teaching, supervised, d2t, decay):
     """The training-time test over concatenated documents, dense: every slot in every step.
 
-    input_ids, position_ids, document_ids [T] int64; auxiliary [T, n·Ht]; teaching: what `teacher` returns for every token
-    (logits [T, Vd], argmax [T], logsumexp [T]); supervised bool [K, T] (any rule; dead slots add nothing); d2t [Vd] int64
-    offsets; decay: weight of step i is decay^i.
+    input_ids, position_ids, document_ids [T] int64; auxiliary [T, n·Ht]; teaching: what `teacher` returns for every
+    token (logits [T, Vd], argmax [T], logsumexp [T]); supervised bool [K, T] (any rule; dead slots add nothing);
+    d2t [Vd] int64 offsets; decay: the weight of step i is decay^i.
     Returns the loss summed over slots and steps (not yet divided by anything), the sums behind the metrics
     (float64 [K, 4]: cross-entropy, argmax correct, acceptance, count), and which predictions were right (bool [K, T]).
     """
@@ -352,7 +314,7 @@ def chain_lengths(correct):
 
 
 def acceptance_walk(accepted, loss_mask):
-    """Walk each reply of one document as serving does; returns the accepted draft tokens n_j of every pass of the target.
+    """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
 
     accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
     each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
@@ -388,7 +350,7 @@ def metric_values(sums, chains, loss_weight_sum):
 
 
 def start_distributed(args):
-    """Join the process group that the launcher's, torchrun's or a service's variables describe, or be a group of one."""
+    """Join the process group that the variables of a launcher or a service describe, or be a group of one."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -437,11 +399,11 @@ def engine_config(args, device):
     }
     for key, (flag, value) in decided.items():
         if config.get(key, "auto") not in ("auto", value):
-            fail(f"{args.deepspeed_config} says {key} {config[key]}, the flags say {flag} {value}: remove it from the file")
+            fail(f"{args.deepspeed_config}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
         config[key] = value
     for key, flag in (("optimizer", "learning_rate and weight_decay"), ("scheduler", "scheduler_type")):
         if key in config:
-            fail(f"{args.deepspeed_config} has a section {key}, which the flags {flag} decide: remove it from the file")
+            fail(f"{args.deepspeed_config}: {key} is decided by the flags {flag}; remove it from the file")
     half = config.setdefault("bf16", {})
     if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
         half["enabled"] = device.type == "cuda"
@@ -482,26 +444,9 @@ def learning_rate_at(step, args):
 # ======================================================================================================================
 
 
-def read_sequences(data, rows, device):
-    """[(input_ids [S] int64, loss_mask [S] int64)] of some rows of the tokenised data set."""
-    part = data[rows] if rows else {"input_ids": [], "loss_mask": []}
-    pairs = zip(part["input_ids"], part["loss_mask"], strict=True)
-    return [(torch.tensor(ids, device=device), torch.tensor(mask, device=device)) for ids, mask in pairs]
-
-
-def target_states(target, sequences, batch_size):
-    """Yield (input_ids, loss_mask, auxiliary, last hidden states) per sequence; batch_size of them share a forward."""
-    for start in range(0, len(sequences), batch_size):
-        group = sequences[start : start + batch_size]
-        lengths = [len(ids) for ids, _ in group]
-        auxiliary, last = target.hidden_states(torch.cat([ids for ids, _ in group]), lengths)
-        for (ids, mask), *states in zip(group, auxiliary.split(lengths), last.split(lengths), strict=True):
-            yield ids, mask, *states
-
-
 def micro_batches(target, sequences, count, args, device):
-    """`count` lists of up to draft_micro_batch_size items of target_states, the last ones empty if the rows run out."""
-    states = target_states(target, sequences, args.batch_size)
+    """`count` lists of up to draft_micro_batch_size items of Target.states, the last ones empty if the rows run out."""
+    states = target.states(sequences, args.batch_size)
     for _ in range(count):
         yield [item for _, item in zip(range(args.draft_micro_batch_size), states, strict=False)]
 
@@ -534,7 +479,7 @@ def objective_inputs(items, target, d2t, args):
 
 
 def optimizer_step(engine, target, sequences, d2t, args):
-    """One optimizer step on this rank's sequences. Returns metric sums [K, 4], the sum of chain lengths, and the tokens read.
+    """One optimizer step on this rank's sequences. Returns metric sums [K, 4], the sum of chain lengths, tokens read.
 
     The loss is divided by the supervised step-0 slots of the whole step (all micro-batches, all ranks), so the gradient
     does not depend on how sequences are dealt out. DeepSpeed averages over ranks and micro-batches: hence the factors.
@@ -561,14 +506,14 @@ def optimizer_step(engine, target, sequences, d2t, args):
 
 @torch.no_grad()
 def evaluate(engine, target, data, d2t, args):
-    """Metrics of the validation rows, all ranks together; acceptance_length from walking every reply as serving does."""
+    """Metrics of the validation rows over all ranks; acceptance_length from walking every reply as serving does."""
     engine.eval()
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = list(range(rank, len(data), world))
     sums, chains, walk = 0.0, 0.0, torch.zeros(2, dtype=torch.float64, device=engine.device)
     for start in range(0, math.ceil(len(data) / world), args.batch_size):  # as often on every rank: ZeRO-3 gathers
         sequences = read_sequences(data, rows[start : start + args.batch_size], engine.device)
-        items = list(target_states(target, sequences, args.batch_size))
+        items = list(target.states(sequences, args.batch_size))
         _, part, correct = engine.module(**objective_inputs(items, target, d2t, args))
         accepted = chain_lengths(correct)
         sums, chains = sums + part, chains + accepted.sum().double()
@@ -727,26 +672,27 @@ def run_settings(args, data_config):
 
 def check_flags(args, world):
     """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
-    for name in ("num_epochs", "batch_size", "max_length", "ttt_length", "draft_global_batch_size", "log_steps",
-                 "draft_micro_batch_size", "eval_interval", "save_interval", "dist_timeout", "build_dataset_num_proc"):  # fmt: skip
+    for name in (
+        "num_epochs", "batch_size", "max_length", "ttt_length", "draft_global_batch_size", "draft_micro_batch_size",
+        "log_steps", "eval_interval", "save_interval", "build_dataset_num_proc",
+    ):  # fmt: skip
         if getattr(args, name) < 1:
             fail(f"{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("eval_steps", "save_steps", "max_grad_norm", "weight_decay", "warmup_ratio"):
+    for name in ("eval_steps", "save_steps", "max_grad_norm", "weight_decay", "warmup_ratio", "dist_timeout"):
         if getattr(args, name) < 0:
             fail(f"{name} is {getattr(args, name)}; it must not be negative")
-    if args.tp_size != 1:
-        fail(f"tp_size {args.tp_size}: a tensor-parallel target is not available yet; use tp_size 1")
-    if args.resume:
-        fail("resume: continuing a run is not available yet; resume_from_checkpoint alone starts from a draft's weights")
-    if bool(args.d2t_path) != bool(args.t2d_path):
-        fail("d2t_path and t2d_path belong together: give both or neither")
-    if bool(args.data_path) == bool(args.dataset_train_split):
-        fail("give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)")
-    if args.data_path and args.dataset_validation_split:
-        fail("data_path brings its own validation split: leave dataset_validation_split out")
-    metrics = Path(args.output_dir) / "metrics.jsonl"
-    if metrics.exists():
-        fail(f"{metrics} exists: output_dir holds an earlier run; give another output_dir or remove it")
+    metrics, validation = Path(args.output_dir) / "metrics.jsonl", args.dataset_validation_split
+    for wrong, message in (
+        (args.tp_size != 1, f"tp_size {args.tp_size}: a tensor-parallel target is not available yet; use tp_size 1"),
+        (args.resume, "resume is not available yet; resume_from_checkpoint alone starts from a draft's weights"),
+        (bool(args.d2t_path) != bool(args.t2d_path), "d2t_path and t2d_path belong together: give both or neither"),
+        (bool(args.data_path) == bool(args.dataset_train_split),
+         "give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)"),
+        (args.data_path and validation, "data_path brings its own validation split: drop dataset_validation_split"),
+        (metrics.exists(), f"{metrics} exists, output_dir holds a run: give another output_dir or remove it"),
+    ):  # fmt: skip
+        if wrong:
+            fail(message)
     if args.dp_size not in (None, world):
         print(f"dp_size {args.dp_size} is replaced by {world} (world size / tp_size)")
     args.dp_size = world
@@ -754,18 +700,19 @@ def check_flags(args, world):
     if batch % micro:
         fits = [n for n in (batch // micro * micro, -(-batch // micro) * micro) if n]
         fail(
-            f"draft_global_batch_size {batch} is not a multiple of draft_micro_batch_size {args.draft_micro_batch_size} x "
-            f"{world} ranks = {micro}; the nearest that fit: {' or '.join(map(str, fits))}"
+            f"draft_global_batch_size {batch} is not a multiple of draft_micro_batch_size "
+            f"{args.draft_micro_batch_size} x {world} ranks = {micro}; the nearest that fit: "
+            f"{' or '.join(map(str, fits))}"
         )
     if args.draft_accumulation_steps not in (None, batch // micro):
-        print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {batch // micro} ({batch} / {micro})")
+        print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {batch} / {micro}")
     args.draft_accumulation_steps = batch // micro
 
 
 def draft_config_for(args, model_dir):
     """The draft's flat configuration, from the target and whatever the flags name; ends the program on a misfit."""
     text, whole = read_target_config(model_dir, args.trust_remote_code)
-    config, default_layers = derive_draft_config(text, whole), default_layer_ids(text.num_hidden_layers)
+    config, default_layers = derive_config(text, whole), default_layer_ids(text.num_hidden_layers)
     given, source = {}, None
     if args.resume_from_checkpoint:
         source = args.resume_from_checkpoint
@@ -778,26 +725,21 @@ def draft_config_for(args, model_dir):
             fail(f"draft_model_config {source} cannot be read: {error}")
         if not isinstance(given, dict):
             fail(f"draft_model_config {source} is not a JSON object")
-    if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half the target's and half the file's
-        config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
-    if "hidden_size" in given or "num_attention_heads" in given:
-        config["head_dim"] = given.get("hidden_size", config["hidden_size"]) // given.get(
-            "num_attention_heads", config["num_attention_heads"]
-        )
-    dtype = config["torch_dtype"]
-    config |= {key: value for key, value in given.items() if value is not None} | {"torch_dtype": dtype}
+    config = complete_config(config, given)
     for key in ("hidden_size", "vocab_size"):
         if config[key] != getattr(text, key):
             fail(f"{source}: {key} {config[key]} is not the target's {getattr(text, key)}")
     layers = args.target_layer_ids or auxiliary_layers(config) or default_layers
-    if not all(0 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
-        fail(f"target_layer_ids {layers}: must ascend within 0..{text.num_hidden_layers} (0 = embeddings)")
+    if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
+        fail(f"target_layer_ids {layers}: must ascend within 1..{text.num_hidden_layers}")
     if args.draft_vocab_size and not args.resume_from_checkpoint:
         config["draft_vocab_size"] = args.draft_vocab_size
     if not 0 < config["draft_vocab_size"] <= text.vocab_size:
-        fail(f"draft_vocab_size {config['draft_vocab_size']} must be within 1..{text.vocab_size}, the target's vocab_size")
+        fail(
+            f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{text.vocab_size}, the target's vocabulary"
+        )
     config = with_auxiliary_layers(config, layers, default_layers)
-    problems = [problem for problem in check_config(config)]
+    problems = check_config(config)
     if problems:
         fail(f"{source or 'the derived draft configuration'}: {'; '.join(problems)}")
     return config, layers
@@ -827,9 +769,8 @@ def prepare_run(args, world):
             trust_remote_code=args.trust_remote_code,
         )
     data, _ = open_data(folder)
-    for split, part in data.items():
-        if len(part) < world:
-            fail(f"the {split} data has {len(part)} sequences for {world} ranks: a rank would have none")
+    if len(data["train"]) < world:
+        fail(f"{len(data['train'])} training sequences for {world} ranks: a rank would have none")
     engine_config(args, torch.device("cpu"))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return args, str(model_dir), config, layers, folder
@@ -876,8 +817,13 @@ def summary(args, config, layers, draft, data, data_config, steps_per_epoch, sha
         f"steps       {steps_per_epoch} an epoch, {args.total_steps} in all, warm-up {args.scheduler_warmup_steps}, "
         f"{args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, covering {share:.2%} of the supervised",
+        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']}, which covers {share:.2%} of the supervised tokens",
     ])  # fmt: skip
+
+
+def due(count, interval):
+    """Whether something that happens every `interval` (0 = never) happens at `count` (0 = not yet)."""
+    return bool(count and interval and count % interval == 0)
 
 
 def train(args, engine, target, data, d2t, record):
@@ -885,7 +831,7 @@ def train(args, engine, target, data, d2t, record):
     rank, world = dist.get_rank(), dist.get_world_size()
     rows, output_dir = len(data["train"]), Path(args.output_dir)
     steps_per_epoch = math.ceil(rows / args.draft_global_batch_size)
-    step, logged, started = 0, 0, time.monotonic()
+    step, started = 0, time.monotonic()
     since, tokens, norms, pending = started, 0, [], None
 
     while step < args.total_steps:
@@ -923,22 +869,21 @@ def train(args, engine, target, data, d2t, record):
             left = datetime.timedelta(seconds=round((now - started) / step * (args.total_steps - step)))
             norm = "-" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
             record.line(
-                f"step {step}/{args.total_steps} {step / args.total_steps:.0%} | {metrics_line(values, args.ttt_length)} | "
-                f"lr {rate:.2e} | grad_norm {norm} | {values['tokens_per_second']:.0f} tokens/s | left {left}"
+                f"step {step}/{args.total_steps} {step / args.total_steps:.0%} | "
+                f"{metrics_line(values, args.ttt_length)} | lr {rate:.2e} | grad_norm {norm} | "
+                f"{values['tokens_per_second']:.0f} tokens/s | left {left}"
             )
-            since, tokens, norms, pending, logged = time.monotonic(), 0, [], None, step
+            since, tokens, norms, pending = time.monotonic(), 0, [], None
 
         # --- evaluate and save: by epochs, by steps, and always at the end ---
         whole = epoch + 1 if index + 1 == steps_per_epoch else 0  # epochs finished with this step, 0 within one
-        due_eval = last or (whole and whole % args.eval_interval == 0) or (args.eval_steps and step % args.eval_steps == 0)
-        due_save = last or (whole and whole % args.save_interval == 0) or (args.save_steps and step % args.save_steps == 0)
         paused = time.monotonic()
-        if due_eval and "validation" in data:
+        if "validation" in data and (last or due(whole, args.eval_interval) or due(step, args.eval_steps)):
             values = evaluate(engine, target, data["validation"], d2t, args)
             record.row("validation", step, at, values)
             record.line(f"evaluation at step {step} | {metrics_line(values, args.ttt_length)} | "
                         f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
-        if due_save:
+        if last or due(whole, args.save_interval) or due(step, args.save_steps):
             save(engine, d2t, output_dir / f"step_{step:08d}", {"step": step, "epoch": at})
             record.line(f"saved {output_dir / f'step_{step:08d}'}")
         since += time.monotonic() - paused  # tokens/s is about training
@@ -946,85 +891,104 @@ def train(args, engine, target, data, d2t, record):
     record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
 
 
+# (name, type, default, help): a tuple of strings are choices, [int] takes several values, ... means required.
+FLAGS = {
+    "target and data": [
+        (
+            "target_model_path",
+            str,
+            ...,
+            "folder or hub id: a Hugging Face snapshot, one nested model, or an MLflow model",
+        ),
+        ("dataset_train_split", str, None, "JSON Lines of conversations; prepared into output_dir/data"),
+        ("dataset_validation_split", str, None, "the same, for evaluation; none: no evaluation"),
+        ("data_path", str, None, "folder written by prepare_data.py, instead of the two above"),
+        ("chat_template", str, "llama3", "llama3, qwen, gpt-oss, deepseek-r1-distill, or auto = the tokenizer's own"),
+        ("max_length", int, 2048, "tokens; longer conversations are cut at the right"),
+        ("build_dataset_num_proc", int, 96, "processes that tokenise, at most the cores available"),
+        ("trust_remote_code", boolean, False, "run code that comes with the target"),
+    ],
+    "draft": [
+        ("draft_model_config", str, None, "JSON of the draft; none: derived from the target"),
+        (
+            "draft_vocab_size",
+            int,
+            None,
+            "tokens the draft can propose; none: the mapping's, or the target's vocabulary",
+        ),
+        ("token_freq_path", str, None, "token counts to choose them by; none: the prepared data's token_freq.pt"),
+        (
+            "d2t_path",
+            str,
+            None,
+            "mapping written by build_vocab_mapping.py, with t2d_path; none: built from the counts",
+        ),
+        ("t2d_path", str, None, "the other half of the mapping"),
+        ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
+        ("attention_backend", ("flex_attention", "sdpa"), "flex_attention", "on a CPU flex_attention becomes sdpa"),
+        ("dry_run", boolean, False, "initialise the draft, save it as step_00000000, and exit"),
+    ],
+    "objective and optimizer": [
+        ("ttt_length", int, 7, "steps K of the training-time test"),
+        ("ttt_step_loss_decay", float, 0.8, "the weight of step i is this to the power of i"),
+        ("learning_rate", float, 1e-4, "peak"),
+        ("weight_decay", float, 0.01, "of AdamW"),
+        ("max_grad_norm", float, 0.5, "global norm; 0 = no clipping"),
+        ("warmup_ratio", float, 0.015, "share of the total steps"),
+        ("scheduler_type", ("cosine", "linear", "constant"), "cosine", "learning rate after the warm-up"),
+        ("scheduler_warmup_steps", int, None, "optimizer steps; none: from warmup_ratio"),
+        ("scheduler_total_steps", int, None, "optimizer steps until the schedule ends; none: with the training"),
+        ("scheduler_num_cosine_cycles", float, 0.5, "0.5 = once down"),
+    ],
+    "length and batches": [
+        ("num_epochs", int, 2, "passes over the data"),
+        ("total_steps", int, -1, "optimizer steps; positive: instead of num_epochs, the data repeats"),
+        ("batch_size", int, 2, "sequences per rank in one forward of the target, and in evaluation"),
+        ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks"),
+        ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft"),
+        ("draft_accumulation_steps", int, None, "derived: global / (micro x ranks); another value is replaced"),
+        ("tp_size", int, 1, "ranks that share one copy of the target; more than 1 is not available yet"),
+        ("dp_size", int, None, "derived: ranks / tp_size; another value is replaced"),
+    ],
+    "run": [
+        ("output_dir", str, "./output", "where everything is written"),
+        ("log_steps", int, 50, "optimizer steps between two log lines"),
+        ("eval_interval", int, 1, "epochs; the end is always evaluated"),
+        ("save_interval", int, 1, "epochs; the end is always saved"),
+        ("eval_steps", int, 0, "optimizer steps; 0 = by epoch only"),
+        ("save_steps", int, 0, "optimizer steps; 0 = by epoch only"),
+        ("resume", boolean, False, "continue the newest checkpoint of output_dir; not available yet"),
+        ("resume_from_checkpoint", str, None, "draft whose weights and vocabulary mapping to start from"),
+        ("report_to", str, "none", "none, swanlab, tensorboard; several by comma"),
+        ("run_name", str, None, "name of the run in the trackers; none: theirs"),
+        ("log_dir", str, None, "folder of the trackers' files; none: output_dir/logs"),
+        ("seed", int, 0, "of initialisation and data order"),
+        ("dist_timeout", float, 20, "minutes a collective may take"),
+        ("deepspeed_config", str, str(REPOSITORY / "ds_configs" / "zero2.json"), "ZeRO, precision, offload"),
+        ("local_rank", int, -1, "set by the launcher; -1 = from LOCAL_RANK"),
+    ],
+}
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
-
-    group = parser.add_argument_group("target and data")
-    group.add_argument("--target_model_path", required=True,
-                       help="folder or hub id: a Hugging Face snapshot, a folder with one nested model, or an MLflow model")
-    group.add_argument("--dataset_train_split", help="JSON Lines of conversations; prepared into output_dir/data")
-    group.add_argument("--dataset_validation_split", help="the same, for evaluation (default: no evaluation)")
-    group.add_argument("--data_path", help="folder written by prepare_data.py, instead of the two above")
-    group.add_argument("--chat_template", default="llama3",
-                       help="llama3, qwen, gpt-oss, deepseek-r1-distill, or auto = the tokenizer's own (default: llama3)")
-    group.add_argument("--max_length", type=int, default=2048,
-                       help="tokens; longer conversations are cut at the right (default: 2048)")
-    group.add_argument("--build_dataset_num_proc", type=int, default=96,
-                       help="processes that tokenise, at most the cores available (default: 96)")
-    group.add_argument("--trust_remote_code", **flag, help="run code that comes with the target (default: false)")
-
-    group = parser.add_argument_group("draft")
-    group.add_argument("--draft_model_config", help="JSON of the draft (default: derived from the target)")
-    group.add_argument("--draft_vocab_size", type=int, help="tokens the draft can propose (default: the target's vocabulary)")
-    group.add_argument("--token_freq_path", help="token counts to choose them by (default: the prepared data's)")
-    group.add_argument("--d2t_path", help="mapping written by build_vocab_mapping.py; needs t2d_path (default: built)")
-    group.add_argument("--t2d_path", help="the other half of the mapping")
-    group.add_argument("--target_layer_ids", type=int, nargs="+",
-                       help="auxiliary layers, 0 = embeddings, i = after i layers (default: 2 L//2 L-3)")
-    group.add_argument("--attention_backend", default="flex_attention", choices=("flex_attention", "sdpa"),
-                       help="attention of the draft; this version computes both densely and says so (default: flex_attention)")
-    group.add_argument("--dry_run", **flag, help="initialise the draft, save it as step_00000000, and exit (default: false)")
-
-    group = parser.add_argument_group("objective and optimizer")
-    group.add_argument("--ttt_length", type=int, default=7, help="steps K of the training-time test (default: 7)")
-    group.add_argument("--ttt_step_loss_decay", type=float, default=0.8, help="weight of step i is this^i (default: 0.8)")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="peak (default: 1e-4)")
-    group.add_argument("--weight_decay", type=float, default=0.01, help="of AdamW (default: 0.01)")
-    group.add_argument("--max_grad_norm", type=float, default=0.5, help="global norm; 0 = no clipping (default: 0.5)")
-    group.add_argument("--warmup_ratio", type=float, default=0.015, help="share of the total steps (default: 0.015)")
-    group.add_argument("--scheduler_type", default="cosine", choices=("cosine", "linear", "constant"),
-                       help="after the warm-up (default: cosine)")
-    group.add_argument("--scheduler_warmup_steps", type=int, help="optimizer steps (default: from warmup_ratio)")
-    group.add_argument("--scheduler_total_steps", type=int, help="length of the schedule (default: the training's)")
-    group.add_argument("--scheduler_num_cosine_cycles", type=float, default=0.5, help="0.5 = once down (default: 0.5)")
-
-    group = parser.add_argument_group("length and batches")
-    group.add_argument("--num_epochs", type=int, default=2, help="passes over the data (default: 2)")
-    group.add_argument("--total_steps", type=int, default=-1,
-                       help="optimizer steps; positive: instead of num_epochs, the data repeats (default: -1)")
-    group.add_argument("--batch_size", type=int, default=2,
-                       help="sequences per rank in one forward of the target, and in evaluation (default: 2)")
-    group.add_argument("--draft_global_batch_size", type=int, default=8,
-                       help="sequences per optimizer step, all ranks (default: 8)")
-    group.add_argument("--draft_micro_batch_size", type=int, default=1,
-                       help="sequences per rank in one forward of the draft (default: 1)")
-    group.add_argument("--draft_accumulation_steps", type=int,
-                       help="derived: global / (micro x ranks); another value is reported and replaced")
-    group.add_argument("--tp_size", type=int, default=1, help="ranks that share one copy of the target (default: 1)")
-    group.add_argument("--dp_size", type=int, help="derived: ranks / tp_size; another value is reported and replaced")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output", help="where everything is written (default: ./output)")
-    group.add_argument("--log_steps", type=int, default=50, help="optimizer steps between two log lines (default: 50)")
-    group.add_argument("--eval_interval", type=int, default=1, help="epochs; the last is always evaluated (default: 1)")
-    group.add_argument("--save_interval", type=int, default=1, help="epochs; the last is always saved (default: 1)")
-    group.add_argument("--eval_steps", type=int, default=0, help="optimizer steps; 0 = by epoch only (default: 0)")
-    group.add_argument("--save_steps", type=int, default=0, help="optimizer steps; 0 = by epoch only (default: 0)")
-    group.add_argument("--resume", **flag, help="continue the newest checkpoint of output_dir; not available yet (default: false)")
-    group.add_argument("--resume_from_checkpoint",
-                       help="draft whose weights and vocabulary mapping to start from (default: a new draft)")
-    group.add_argument("--report_to", default="none", help="none, swanlab, tensorboard; several by comma (default: none)")
-    group.add_argument("--run_name", help="name of the run in the trackers (default: theirs)")
-    group.add_argument("--log_dir", help="folder of the trackers' files (default: output_dir/logs)")
-    group.add_argument("--seed", type=int, default=0, help="of initialisation and data order (default: 0)")
-    group.add_argument("--dist_timeout", type=float, default=20, help="minutes a collective may take (default: 20)")
-    group.add_argument("--deepspeed_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"),
-                       help="DeepSpeed's own settings: ZeRO, precision, offload (default: ds_configs/zero2.json)")
-    group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
-
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in rows:
+            if default is ...:
+                options = {"required": True, "help": f"{text} (required)"}
+            else:
+                shown = "none" if default is None else Path(default).name if name == "deepspeed_config" else default
+                options = {"default": default, "help": f"{text} (default: {shown})"}
+            if isinstance(kind, tuple):
+                options["choices"] = kind
+            elif isinstance(kind, list):
+                options |= {"type": kind[0], "nargs": "+"}
+            else:
+                options |= {"type": kind} | ({"nargs": "?", "const": True} if kind is boolean else {})
+            group.add_argument(f"--{name}", **options)
     args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, ALIASES))
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in TRACKERS]
