@@ -79,6 +79,13 @@ def teacher(hidden, head, draft_ids=None):
     return logits, argmax, logsumexp
 
 
+def read_sequences(data, rows, device):
+    """[(input_ids [S] int64, loss_mask [S] int64)] of some rows of the tokenised data set."""
+    part = data[rows] if rows else {"input_ids": [], "loss_mask": []}
+    pairs = zip(part["input_ids"], part["loss_mask"], strict=True)
+    return [(torch.tensor(ids, device=device), torch.tensor(mask, device=device)) for ids, mask in pairs]
+
+
 def positions_of(lengths, device=None):
     """Position ids [sum(lengths)] int64 that restart with every sequence."""
     return torch.cat([torch.arange(n, device=device) for n in lengths])

@@ -56,13 +56,19 @@ from prepare_data import (
     normalise_argv,
     open_data,
     prepare,
-    read_sequences,
     read_token_freq,
     resolve_target,
     step_rows,
     write_atomic,
 )
-from prepare_hidden_states import default_layer_ids, load_target, positions_of, read_target_config, teacher
+from prepare_hidden_states import (
+    default_layer_ids,
+    load_target,
+    positions_of,
+    read_sequences,
+    read_target_config,
+    teacher,
+)
 
 REPOSITORY = Path(__file__).resolve().parent
 ALIASES = {  # other trainers' names of the same thing
@@ -817,7 +823,7 @@ def summary(args, config, layers, draft, data, data_config, steps_per_epoch, sha
         f"steps       {steps_per_epoch} an epoch, {args.total_steps} in all, warm-up {args.scheduler_warmup_steps}, "
         f"{args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']}, which covers {share:.2%} of the supervised tokens",
+        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
     ])  # fmt: skip
 
 

@@ -1,0 +1,381 @@
+"""Measure a draft as serving uses it: real speculative decoding against the target, a chain of drafts at a time.
+
+In:  a target, a draft checkpoint (flat or speculators form), and prompts: JSON Lines of conversations (what stands
+     before the last assistant turn) or of {"prompt": text}, or a folder written by prepare_data.py (what stands before
+     the first supervised token of its validation rows).
+Out: acceptance length, share accepted by position, tokens/s with and without the draft; with --output a folder with
+     evaluation.json, acceptance.png and generations.jsonl: the texts as rows that prepare_data.py reads (input_ids,
+     loss_mask), with the drafts accepted in each pass.
+
+    python evaluate_eagle3.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl
+    python evaluate_eagle3.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \\
+        --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
+
+With temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
+exit code 1. With a higher temperature drafts are accepted by speculative sampling (arXiv 2211.17192), which leaves the
+target's distribution as it is.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from export_eagle3 import auxiliary_layers, read_draft
+from prepare_data import (
+    Rejected,
+    boolean,
+    fail,
+    load_tokenizer,
+    normalise_argv,
+    open_data,
+    read_lines,
+    read_messages,
+    render,
+    resolve_target,
+    write_atomic,
+)
+from prepare_hidden_states import load_target, read_target_config
+from train_eagle3 import DraftModel
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Target and draft with their key-value caches
+
+
+class CachedTarget:
+    """The target with its cache: feeds tokens, forgets rejected ones."""
+
+    def __init__(self, target):
+        self.target, self.length = target, 0
+        self.cache = DynamicCache(config=target.config)
+        if hasattr(self.cache, "activate_past_recording"):  # sliding windows forget what a rejection must bring back
+            self.cache.activate_past_recording()
+
+    @torch.inference_mode()
+    def feed(self, tokens):
+        """tokens (list of n ids) -> auxiliary hidden states [n, 3·Ht], fp32 logits [n, V] of what follows each."""
+        device = self.target.embedding.device
+        positions = torch.arange(self.length, self.length + len(tokens), device=device)[None]
+        output = self.target.decoder(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.length += len(tokens)
+        return self.target.auxiliary(), self.target.head.logits(output.last_hidden_state[0])
+
+    def forget(self, count):
+        """Drop the last `count` tokens."""
+        if count:
+            self.cache.crop(-count)
+            self.length -= count
+
+
+class CachedDraft:
+    """The draft with its cache. Slot j reads token x[j+1] and the target's hidden states at j (in a chain, its own)."""
+
+    def __init__(self, draft, d2t):
+        self.draft, self.target_ids = draft, torch.arange(len(d2t), device=d2t.device) + d2t
+        self.keys = self.values = None  # [G, slots, D]
+
+    def _attend(self, q, k, v):
+        """q, k, v of n new slots behind the cached ones; each sees the cache and the new slots up to itself."""
+        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=1)
+        self.values = v if self.values is None else torch.cat([self.values, v], dim=1)
+        new, slots = q.shape[1], self.keys.shape[1]
+        mask = torch.ones(new, slots, dtype=torch.bool, device=q.device).tril(slots - new)
+        return F.scaled_dot_product_attention(q[None], self.keys[None], self.values[None], mask, enable_gqa=True)[0]
+
+    def _step(self, tokens, feature, first):
+        device = feature.device
+        positions = torch.arange(first, first + len(tokens), device=device)
+        return self.draft.step(torch.tensor(tokens, device=device), feature, positions, self._attend)
+
+    @torch.inference_mode()
+    def propose(self, tokens, auxiliary, count, choose):
+        """A chain of `count` drafted tokens after the last of `tokens`.
+
+        tokens: ids that entered the text since the last call (n of them), auxiliary [n, 3·Ht]: the target's hidden
+        states one position before each. Their slots stay in the cache, the chain's own are dropped again.
+        choose(logits [Vd]) -> index into the draft vocabulary. Returns target ids [count] and logits [count, Vd].
+        """
+        slots = 0 if self.keys is None else self.keys.shape[1]
+        feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
+        feature, logits = self._step(tokens, feature, slots)
+        kept = slots + len(tokens)
+        drafted, rows = [], []
+        for step in range(count):
+            rows.append(logits[-1].float())
+            drafted.append(int(self.target_ids[choose(rows[-1])]))
+            if step + 1 < count:
+                feature, logits = self._step(drafted[-1:], feature[-1:], kept + step)
+        self.keys, self.values = self.keys[:, :kept], self.values[:, :kept]
+        return drafted, torch.stack(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def greedy(logits):
+    return int(logits.argmax())
+
+
+def verify_greedy(drafted, _, target_logits):
+    """How many leading drafts are the target's argmax, and the target's token behind them."""
+    own = target_logits.argmax(dim=-1).tolist()
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == own[accepted]:
+        accepted += 1
+    return accepted, own[accepted]
+
+
+def sampling(temperature, generator, target_ids, vocabulary):
+    """(choose, verify) of lossless speculative sampling.
+
+    A draft x is kept with probability min(1, p(x) / q(x)), the first rejected one replaced by a sample of
+    max(p - q, 0), normalised: so every token is distributed as the target's own.
+    """
+
+    def draw(probabilities):
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    def choose(logits):
+        return draw((logits / temperature).softmax(dim=-1))
+
+    def verify(drafted, draft_logits, target_logits):
+        p = (target_logits / temperature).softmax(dim=-1)  # [n + 1, V]
+        if not drafted:
+            return 0, draw(p[-1])
+        q = torch.zeros(len(drafted), vocabulary, device=p.device)
+        q[:, target_ids] = (draft_logits / temperature).softmax(dim=-1)
+        for i, token in enumerate(drafted):
+            chance = torch.rand((), generator=generator, device=p.device)
+            if chance * q[i, token] >= p[i, token]:
+                rest = (p[i] - q[i]).clamp(min=0)
+                return i, draw(rest if rest.sum() > 0 else p[i])
+        return len(drafted), draw(p[-1])
+
+    return choose, verify
+
+
+def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose=greedy, verify=verify_greedy):
+    """Generate with chains of `count` drafts. Returns the new token ids and the accepted drafts of every pass.
+
+    The reply's first token is the target's own; a pass is one further forward of the target. As in acceptance_walk of
+    train_eagle3.py, drafts behind the end of the reply (its end-of-turn token, or max_new_tokens) are not counted.
+    """
+    cached_target, cached_draft = CachedTarget(target), CachedDraft(draft, d2t)
+    auxiliary, logits = cached_target.feed(prompt)
+    reply, passes = [verify([], None, logits[-1:])[1]], []
+    tokens = [*prompt[1:], reply[0]]  # of the draft's slots 0 .. len(prompt) - 1
+    while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
+        drafted, rows = cached_draft.propose(tokens, auxiliary, count, choose)
+        auxiliary, logits = cached_target.feed([reply[-1], *drafted])
+        accepted, own = verify(drafted, rows, logits)
+        cached_target.forget(count - accepted)
+        tokens, auxiliary = [*drafted[:accepted], own], auxiliary[: accepted + 1]
+        room = max_new_tokens - len(reply)
+        new = tokens[:room]
+        end = next((i + 1 for i, token in enumerate(new) if token in eos_ids), len(new))
+        reply += new[:end]
+        passes.append(min(accepted, end))
+    return reply, passes
+
+
+def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
+    """The target alone, token by token with its cache. Returns the new token ids."""
+    cached = CachedTarget(target)
+    reply = [choose(cached.feed(prompt)[1][-1])]
+    while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
+        reply.append(choose(cached.feed(reply[-1:])[1][-1]))
+    return reply
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def read_prompts(path, tokenizer, limit=None):
+    """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program."""
+    if Path(path).is_dir():
+        data = open_data(path)[0]
+        rows = data["validation" if "validation" in data else "train"]
+        rows = rows.select(range(min(limit or len(rows), len(rows))))
+        return [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+    if not Path(path).is_file():
+        fail(f"prompts {path} does not exist")
+    prompts = []
+    for number, line in read_lines(path):
+        if len(prompts) == limit:
+            break
+        try:
+            row = json.loads(line)
+            if "prompt" in row:
+                prompts.append(tokenizer(row["prompt"])["input_ids"])
+            else:
+                messages = read_messages(row)[:-1]
+                text = render(tokenizer, messages, source=tokenizer.chat_template or "", add_generation_prompt=True)
+                prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except (ValueError, TypeError, Rejected) as error:
+            fail(f"line {number} of {path} is not a prompt: {error}")
+    if not prompts or not all(prompts):
+        fail(f"{path} has no prompts, or an empty one")
+    return prompts
+
+
+def load_draft(folder, target, device):
+    """(DraftModel, d2t) of a checkpoint, in the target's dtype; ends the program if it is another target's."""
+    config, tensors = read_draft(folder)
+    for key, value in (("hidden_size", target.config.hidden_size), ("vocab_size", target.config.vocab_size)):
+        if config[key] != value:
+            fail(f"{folder}: {key} {config[key]} is not the target's {value}")
+    d2t = tensors.pop("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
+    tensors.pop("t2d", None)
+    embedding = tensors.pop("embed_tokens.weight", target.embedding).to(device, target.embedding.dtype)
+    draft = DraftModel(config, embedding)
+    draft.load_state_dict(tensors)
+    return draft.to(device, target.embedding.dtype).eval(), d2t.to(device)
+
+
+def eos_token_ids(target, tokenizer):
+    """Ids that end a reply: the target's generation configuration's, its configuration's, and the tokenizer's."""
+    sources = (getattr(target.model, "generation_config", None), target.config, tokenizer)
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    return {i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+
+
+def measure(target, draft, d2t, prompts, args, eos_ids):
+    """Generate every prompt with the draft and without; returns one row a prompt."""
+    device, rows = target.embedding.device, []
+    generator = torch.Generator(device).manual_seed(args.seed)
+    choose, verify = greedy, verify_greedy
+    if args.temperature > 0:
+        target_ids = torch.arange(len(d2t), device=device) + d2t
+        choose, verify = sampling(args.temperature, generator, target_ids, target.config.vocab_size)
+    for number, prompt in enumerate(prompts):
+        if number == 0:  # the first forward of a process pays for allocations and kernels: not measured
+            generate(target, prompt, 4, eos_ids, choose)
+            speculate(target, draft, d2t, prompt, args.num_draft_tokens, 4, eos_ids, choose, verify)
+        start = time.perf_counter()
+        alone = generate(target, prompt, args.max_new_tokens, eos_ids, choose)
+        middle = time.perf_counter()
+        reply, passes = speculate(
+            target, draft, d2t, prompt, args.num_draft_tokens, args.max_new_tokens, eos_ids, choose, verify
+        )
+        rows.append({
+            "input_ids": prompt + reply, "loss_mask": [0] * len(prompt) + [1] * len(reply), "passes": passes,
+            "seconds": time.perf_counter() - middle, "tokens_alone": len(alone), "seconds_alone": middle - start,
+        })  # fmt: skip
+        if args.temperature == 0 and reply != alone:
+            at = next((i for i, pair in enumerate(zip(reply, alone, strict=False)) if pair[0] != pair[1]), len(alone))
+            print(f"error: prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
+                  f"{reply[at : at + 5]} instead of {alone[at : at + 5]}", file=sys.stderr)  # fmt: skip
+            raise SystemExit(1)
+    return rows
+
+
+def summarise(rows, args):
+    """The figures of an evaluation as a dict; accepted_by_position[i] is the share of passes that accepted draft i."""
+    passes = [n for row in rows for n in row["passes"]]
+    new_tokens = sum(sum(row["loss_mask"]) for row in rows)
+    with_draft = new_tokens / sum(row["seconds"] for row in rows)
+    alone = sum(row["tokens_alone"] for row in rows) / sum(row["seconds_alone"] for row in rows)
+    return {
+        "acceptance_length": 1 + sum(passes) / max(len(passes), 1),
+        "accepted_by_position": [
+            sum(n > i for n in passes) / max(len(passes), 1) for i in range(args.num_draft_tokens)
+        ],
+        "passes": len(passes),
+        "prompts": len(rows),
+        "new_tokens": new_tokens,
+        "tokens_per_second_with_draft": with_draft,
+        "tokens_per_second_without": alone,
+        "speedup": with_draft / alone,
+        "settings": vars(args),
+    }
+
+
+def plot(figures, path):
+    """acceptance.png: the share of passes that accepted the draft at each position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shares = figures["accepted_by_position"]
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.bar(range(1, len(shares) + 1), shares, color="#3b6ea5")
+    axes.set(xlabel="position of the draft in the chain", ylabel="share of passes that accept it", ylim=(0, 1))
+    axes.set_title(f"acceptance length {figures['acceptance_length']:.2f} over {figures['passes']} passes")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--target_model_path", required=True, help="folder or hub id of the target")
+    parser.add_argument("--draft_model_path", required=True, help="draft checkpoint, flat or speculators form")
+    parser.add_argument(
+        "--prompts", required=True, help='JSON Lines of conversations or {"prompt": text}, or a prepared folder'
+    )
+    parser.add_argument("--num_prompts", type=int, help="use only the first so many (default: all)")
+    parser.add_argument("--num_draft_tokens", type=int, default=7, help="drafts a pass (default: 7)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens a reply (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling with a temperature (default: 0)")
+    parser.add_argument("--output", help="folder for the figures, texts and plot (default: only printed)")
+    parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False,
+                        help="run code that comes with the target (default: false)")  # fmt: skip
+    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+
+
+def main(args):
+    for name in ("num_draft_tokens", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            fail(f"{name} is {getattr(args, name)}; it must be at least 1")
+    if args.temperature < 0:
+        fail(f"temperature {args.temperature} must not be negative")
+    model_dir, tokenizer_dir = resolve_target(args.target_model_path)
+    tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
+    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts)
+    read_target_config(model_dir, args.trust_remote_code)
+    config, _ = read_draft(args.draft_model_path)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target(
+        model_dir, device, layer_ids=auxiliary_layers(config), trust_remote_code=args.trust_remote_code
+    )
+    draft, d2t = load_draft(args.draft_model_path, target, device)
+    rows = measure(target, draft, d2t, prompts, args, eos_token_ids(target, tokenizer))
+    figures = summarise(rows, args)
+
+    shares = " ".join(f"{share:.3f}" for share in figures["accepted_by_position"])
+    print(
+        f"acceptance_length {figures['acceptance_length']:.3f} over {figures['passes']} passes of {len(rows)} prompts"
+    )
+    print(f"accepted by position {shares}")
+    print(f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
+          f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast")  # fmt: skip
+    if args.temperature == 0:
+        print("every text equals the target's own greedy text")
+    if args.output:
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+        for row in rows:
+            row["reply"] = tokenizer.decode(row["input_ids"][-sum(row["loss_mask"]) :])
+        write_atomic(folder / "generations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        plot(figures, folder / "acceptance.png")
+
+
+if __name__ == "__main__":
+    main(parse_args())
