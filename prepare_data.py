@@ -1,16 +1,12 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  --dataset, a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file whose rows are conversations
-     ({"conversations" or "messages": [{"role", "content"} or {"from", "value"}, ...]}, optionally with "tools"), texts
-     rendered beforehand ({"text"}) or tokens ({"input_ids", "loss_mask"}); and the target's tokenizer and chat template.
-Out: --output_path/
-       train/, validation/   Arrow, read with open_data: input_ids int32, loss_mask uint8 (1 = to be produced by the
-                             assistant, its end-of-turn token included), length int32
-       data_config.json      the fingerprint and what it is made of, counts
-       token_freq.pt         {token id: count} over the supervised tokens of train
-       rejected.jsonl        rows that were skipped: line, file, cause, detail
-
-A second run with the same input, tokenizer and options finds the same fingerprint and does nothing.
+In:  --dataset: a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file. A row is a conversation ({"conversations"
+     or "messages": [{"role", "content"} or {"from", "value"}, ...]}, also "tools"), a text rendered beforehand
+     ({"text"}) or tokens ({"input_ids", "loss_mask"}). --target_model_path: its tokenizer and chat template are read.
+Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = to be produced by the
+     assistant, its end-of-turn token included; length int32), data_config.json (fingerprint, what it is made of,
+     counts), token_freq.pt ({token id: count} of train's supervised tokens), rejected.jsonl (line, file, cause,
+     detail). With the same input, tokenizer and options as before nothing is built again.
 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
@@ -23,9 +19,9 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import hashlib
-import importlib
-import inspect
+import itertools
 import json
 import os
 import re
@@ -39,32 +35,22 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-FORMAT_VERSION = (
-    1  # of the prepared folder; part of the fingerprint, so raise it whenever the same input gives other rows
-)
+FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken")
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 
-NAMES_OF_ROLES = {
-    "system": ("system", "developer"),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "claude", "model", "bot", "function_call"),
-    "tool": ("tool", "function", "observation", "ipython"),
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
-ROLES = {name: role for role, names in NAMES_OF_ROLES.items() for name in names}
-MAY_FOLLOW = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
+AFTER = {"": "system user", "system": "user", "user": "assistant", "assistant": "user tool", "tool": "tool assistant"}
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Template(NamedTuple):
-    """Where assistant turns lie in rendered text: behind one of headers, up to and including one of ends.
+    """Assistant turns lie behind one of headers, up to and including one of ends.
 
     With joins, a header directly behind an end was produced by the assistant too: one turn in several channels.
     """
@@ -92,14 +78,12 @@ def fail(message) -> NoReturn:
 
 def normalise_argv(argv, aliases=None):
     """Kebab-case flags to snake_case, then other trainers' names (aliases: {alias: name}); values stay untouched."""
-    aliases, words = aliases or {}, []
-    for position, word in enumerate(argv):
-        if word == "--":
-            return words + list(argv[position:])
+    words = []
+    for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            word = "--" + aliases.get(name, name) + equals + value
+            word = "--" + (aliases or {}).get(name, name) + equals + value
         words.append(word)
     return words
 
@@ -136,81 +120,61 @@ def resolve_target(path_or_hub_id, weights=True):
     weights=False downloads only the small files of a hub id. Ends with one line if there is no such model.
     """
     name, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return _resolve_folder(folder.resolve())
-    if folder.exists() or not HUB_ID.fullmatch(name):
-        fail(f"target model {name}: neither a folder nor a hub id such as org/name")
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+            fail(f"target model {name}: neither a folder nor a hub id such as org/name")
+        folder = _download(name, f"target model {name}", SMALL_FILES + ["*.safetensors"] * weights)
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = _download(name, f"target model {name}", [*SMALL_FILES, "*.bin"])
+    folder = folder.resolve()
+    if (folder / "refs" / "main").is_file():  # an entry of the hub's cache
+        folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+    found = [folder] if (folder / "config.json").is_file() else []
+    level = [folder]
+    for _ in range(3):
+        if found:
+            break
+        level = sorted(path for parent in level if parent.is_dir() for path in parent.iterdir() if path.is_dir())
+        found = [path for path in level if _has_model_type(path / "config.json")]
+        # MLflow may have data/config beside data/model, with or without a second config.json among the weights.
+        found = [path for path in found if path.name != "config" or path.parent / "model" not in found]
+    if len(found) != 1:
+        names = ": " + ", ".join(str(path.relative_to(folder)) for path in found) if found else ""
+        fail(f"target model {name}: no config.json in it, and {len(found)} models below it instead of one{names}")
+    model = found[0]
+    if model.name == "config" and (model.parent / "model").is_dir():
+        model, found = model.parent / "model", [_link_together(model, model.parent / "model")]
+    for tokenizer in (model, model.parent / "tokenizer", model.parent / "components" / "tokenizer"):
+        if any((tokenizer / file).is_file() for file in TOKENIZER_FILES):
+            return found[0], tokenizer
+    fail(f"{model}: no tokenizer in it (looked for {', '.join(TOKENIZER_FILES)}) nor in a folder tokenizer beside it")
+
+
+def _download(repo, what, patterns, repo_type="model"):
     import huggingface_hub
 
-    patterns = SMALL_FILES + (("*.safetensors",) if weights else ())
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
-    except Exception as error:  # the hub client raises errors of several libraries; each means that there is no model
-        fail(f"target model {name}: no such folder, and the hub does not deliver it ({type(error).__name__}: {error})")
-    return _resolve_folder(Path(folder))
+        return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, allow_patterns=patterns))
+    except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
+        fail(f"{what}: not a local folder, and the hub does not deliver it ({type(error).__name__}: {error})")
 
 
-def _is_model(folder):
-    if (folder / "MLmodel").is_file():
-        return True
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
+def _has_model_type(path):
+    with contextlib.suppress(OSError, ValueError):
+        return "model_type" in json.loads(path.read_text())
+    return False
 
 
-def _resolve_folder(folder):
-    if (folder / "MLmodel").is_file():
-        model = next((folder / sub for sub in ("data/model", "model") if (folder / sub).is_dir()), None)
-        if model is None:
-            fail(f"MLflow model {folder}: neither data/model nor model in it")
-        return _with_config(model, folder / "data" / "config"), _tokenizer_folder(model)
-    if (folder / "config.json").is_file():
-        return folder, _tokenizer_folder(folder)
-    if (folder / "snapshots").is_dir():  # an entry of the hub's cache: refs/main names the commit
-        reference = folder / "refs" / "main"
-        commits = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-        if reference.is_file() and (folder / "snapshots" / reference.read_text().strip()).is_dir():
-            commits = [folder / "snapshots" / reference.read_text().strip()]
-        if len(commits) != 1:
-            fail(f"{folder}: {len(commits)} snapshots and no refs/main that chooses one")
-        return _resolve_folder(commits[0])
-    found, level = [], [folder]
-    for _ in range(3):
-        level = sorted(path for parent in level for path in parent.iterdir() if path.is_dir())
-        found += [path for path in level if _is_model(path)]
-        level = [path for path in level if path not in found]
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
-        fail(f"{folder}: no config.json in it and {len(found)} models below it, exactly one is needed {names}".strip())
-    return _resolve_folder(found[0])
-
-
-def _tokenizer_folder(model):
-    """The model's own folder, or the separate one in which MLflow keeps the tokenizer."""
-    for folder in (model, model.parent / "tokenizer", model.parent / "components" / "tokenizer"):
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return folder
-    fail(f"{model}: no tokenizer in it (looked for {', '.join(TOKENIZER_FILES)}) nor in a tokenizer folder beside it")
-
-
-def _with_config(model, config):
-    """The model's folder, or a folder of links in the hub's cache if MLflow keeps config.json apart from the weights.
-
-    transformers wants both in one folder, and the input may be mounted read-only.
-    """
-    if (model / "config.json").is_file() or not (config / "config.json").is_file():
-        return model
+def _link_together(*folders):
+    """One folder of links in the hub's cache: transformers wants one folder, and the input may be mounted read-only."""
     from huggingface_hub.constants import HF_HOME
 
-    files = {path.name: path for folder in (config, model) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()}
     merged = Path(HF_HOME) / "mlflow_models" / hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
     merged.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
-        if not (merged / name).is_symlink():
-            link = merged / f".{name}.{os.getpid()}"
-            link.symlink_to(path)
-            link.replace(merged / name)
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            (merged / name).symlink_to(path)
     return merged
 
 
@@ -256,7 +220,7 @@ def read_token_freq(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         fail(f"token counts {path}: not a file of plain tensors or numbers ({str(error).splitlines()[0][:200]})")
     if isinstance(counts, torch.Tensor) and counts.dim() == 1:
-        counts = {i: count for i, count in enumerate(counts.tolist()) if count}
+        counts = {token: count for token, count in enumerate(counts.tolist()) if count}
     if not isinstance(counts, dict) or not counts:
         fail(f"token counts {path}: neither a dict {{token id: count}} with entries nor a 1-D tensor")
     counts = {int(token): int(count) for token, count in counts.items()}
@@ -274,98 +238,80 @@ def epoch_order(num_rows, seed, epoch):
 
 
 def step_rows(order, step, global_batch_size, rank, world_size):
-    """Rows that one rank trains on in one optimizer step; the last batch of an epoch may be short, nothing is dropped."""
+    """Rows of one rank in one optimizer step. The last step of an epoch may be short: nothing is dropped."""
     batch = order[step * global_batch_size : (step + 1) * global_batch_size]
     return [int(row) for row in batch[rank::world_size]]
 
 
 # ---------------------------------------------------------------------------- one row: from JSON to messages
 class Rejected(Exception):
-    """A row that cannot be used: its cause, which is counted, and a short detail."""
-
-    def __init__(self, cause, detail=""):
-        super().__init__(cause, str(detail)[:200])
+    """A row that cannot be used. Arguments: the cause, by which it is counted, and a short detail."""
 
 
-def read_messages(row):
-    """Messages of a row as role, content and, where given, reasoning, tool_calls and the like; roles checked.
-
-    What follows the last assistant turn is dropped: nothing in it would be supervised.
-    """
-    turns = row.get("conversations") or row.get("messages")
+def read_conversation(row):
+    """(messages, tools) of a row. What follows the last assistant turn is dropped: nothing of it is supervised."""
+    turns, tools = row.get("conversations") or row.get("messages"), row.get("tools") or None
     if not turns:
         raise Rejected("empty", "no messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Rejected("malformed message", "the messages are not a list of objects")
-    messages = [_read_message(turn) for turn in turns]
+    messages = [read_message(turn) for turn in turns]
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise Rejected("no assistant turn", " ".join(roles))
-    for before, role in zip([None, *roles], roles, strict=False):
-        if role not in MAY_FOLLOW[before]:
-            raise Rejected("roles out of order", " ".join(roles))
-    while messages[-1]["role"] != "assistant":
-        messages.pop()
-    return messages
+    if any(role not in AFTER[before].split() for before, role in zip(["", *roles], roles, strict=False)):
+        raise Rejected("roles out of order", " ".join(roles))
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise Rejected("malformed tools", error) from None
+    if not isinstance(tools, list | None):
+        raise Rejected("malformed tools", type(tools).__name__)
+    return messages[: len(roles) - roles[::-1].index("assistant")], tools
 
 
-def _read_message(turn):
-    name = turn.get("role") or turn.get("from")
-    role = ROLES.get(str(name).lower())
+def read_message(turn):
+    """A message with role and content; an assistant's also with reasoning (None if it has none) and tool_calls."""
+    role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
     if role is None:
-        raise Rejected("unknown role", repr(name))
-    content = turn.get("content")
-    content = turn.get("value") if content is None else content
+        raise Rejected("unknown role", repr(turn.get("role") or turn.get("from")))
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if role == "tool" and not isinstance(content, str):
-        content = "" if content is None else json.dumps(content, ensure_ascii=False)
-    message = {"role": role, "content": content}
-    for key in ("tool_calls", "tool_call_id", "name"):
-        if turn.get(key):  # not merely present: columns of a table are null where a row has none
-            message[key] = turn[key]
+        content = json.dumps(content, ensure_ascii=False)
+    message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name") if turn.get(key)} | {"role": role}
     if role == "assistant":
-        calls = message.get("tool_calls", [])
         reasoning = [turn[key] for key in REASONING_FIELDS if isinstance(turn.get(key), str) and turn[key].strip()]
         message["reasoning"] = reasoning[0] if reasoning else None
-        if not isinstance(calls, list) or not all(isinstance(_function(call), dict) for call in calls):
-            raise Rejected("malformed message", "tool_calls is not a list of functions")
-        for function in map(_function, calls):
-            if isinstance(function.get("arguments"), str):  # the wire format; most templates want the object
-                with contextlib.suppress(ValueError):
-                    function["arguments"] = json.loads(function["arguments"])
-        if not (isinstance(content, str) and content.strip()):
+        calls = message.get("tool_calls", [])
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise Rejected("malformed message", "tool_calls is not a list of objects")
+        _convert_arguments(message, str, json.loads)  # text is the wire format; most templates want the object
+        if not isinstance(content, str | None) or not (content or "").strip():
             if not calls and not reasoning:
                 raise Rejected("empty", "an assistant turn without content")
-            message["content"] = content = None if calls else ""  # DeepSeek's template tells a call by its null content
+            content = None if calls else ""  # DeepSeek's template knows a call by its null content
     if not isinstance(content, str) and "tool_calls" not in message:
-        raise Rejected("malformed message", f"content of a {role} turn is {type(content).__name__}")
-    return message
+        raise Rejected("malformed message", f"the content of a {role} turn is {type(content).__name__}")
+    return message | {"content": content}
 
 
-def _function(call):
-    return call.get("function", call) if isinstance(call, dict) else None
-
-
-def read_tools(row):
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise Rejected("malformed tools", error) from None
-    if tools and not isinstance(tools, list):
-        raise Rejected("malformed tools", type(tools).__name__)
-    return tools or None
+def _convert_arguments(message, kind, convert):
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), kind):
+            with contextlib.suppress(ValueError):
+                function["arguments"] = convert(function["arguments"])
 
 
 def check_markers(value, template):
     """No text of a row may contain a marker: a prompt could declare itself supervised, a reply end too early."""
     if isinstance(value, str):
-        marker = next((mark for mark in template.headers + template.ends if mark.strip() in value), None)
-        if marker:
-            raise Rejected("marker inside content", repr(marker))
-    elif isinstance(value, (list, dict)):
+        for marker in template.headers + template.ends:
+            if marker.strip() in value:
+                raise Rejected("marker inside content", repr(marker))
+    elif isinstance(value, list | dict):
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             check_markers(part, template)
 
@@ -375,36 +321,31 @@ class Chat(NamedTuple):
     """All that turns a row into tokens; sent to the worker processes."""
 
     tokenizer: object
-    encoder: object  # tokenizers.Tokenizer without post-processing: its offsets cover blanks as well
-    vocab_size: int
+    encoder: object  # tokenizers.Tokenizer without post-processing, which would trim blanks off the offsets
     template: Template
-    opening: str = ""  # what the generation prompt has behind the header (<think>): not produced by the assistant
-    source: str = ""  # the chat template itself; empty if the tokenizer has none
-    max_length: int = 2048
-    only_last: bool = False
-    worker: bool = False  # runs in a process of its own
+    opening: str  # what the generation prompt has behind the header (<think>): not produced by the assistant
+    max_length: int
+    only_last: bool
 
 
-def render(tokenizer, messages, tools=None, source="", **options):
-    """Text of the conversation by the tokenizer's own template."""
+def render(tokenizer, messages, tools=None, **options):
+    """Text of the conversation by the tokenizer's own template; reasoning goes where that template looks for it."""
     messages = copy.deepcopy(messages)
     for message in messages:
         reasoning = message.pop("reasoning", None)
-        if reasoning:
-            message.update({field: reasoning for field in REASONING_FIELDS if field in source})
+        known = [field for field in REASONING_FIELDS if field in str(tokenizer.chat_template)]
+        message.update(dict.fromkeys(known, reasoning) if reasoning else {})
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-    except TypeError:  # DeepSeek's template concatenates the arguments, so it wants them as text
+    except TypeError:  # DeepSeek's template concatenates the arguments of a call, so it wants them as text
         for message in messages:
-            for function in map(_function, message.get("tool_calls", ())):
-                function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+            _convert_arguments(message, dict, functools.partial(json.dumps, ensure_ascii=False))
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
 
 def find_spans(text, template, opening=""):
-    """[(start, end)] in characters of each assistant turn: what the assistant is to produce, its end marker included."""
-    header = re.compile("|".join(map(re.escape, template.headers)))
-    end = re.compile("|".join(map(re.escape, template.ends)))
+    """[(start, end)] in characters of each assistant turn: what the assistant produces, its end marker included."""
+    header, end = (re.compile("|".join(map(re.escape, markers))) for markers in template[:2])
     spans, position = [], 0
     while found := header.search(text, position):
         start = found.end() + (len(opening) if text.startswith(opening, found.end()) else 0)
@@ -418,40 +359,38 @@ def find_spans(text, template, opening=""):
 
 
 def render_reply(messages, tools, chat):
-    """Text of a conversation that ends with the final reply as the target produces it, reasoning included.
+    """(text, spans) of a conversation that ends with the reply as the target produces it, reasoning included.
 
-    Templates of reasoning models drop what stands before </think> from every turn, which is right for the history but
-    loses the reasoning of the final reply. Then the text is the generation prompt, and behind it what the target answers.
+    Templates of reasoning models drop what stands before </think> from every turn: right for the history, but it loses
+    the reasoning of the last reply. Then the text is the generation prompt, and behind it what the target answers.
     """
-    text = render(chat.tokenizer, messages, tools, chat.source)
-    last = messages[-1]
-    content, reasoning = last["content"] or "", last["reasoning"]
+    text, last = render(chat.tokenizer, messages, tools), messages[-1]
+    spans = find_spans(text, chat.template, chat.opening)
+    content, reasoning = last["content"] or "", last["reasoning"] or ""
     if not reasoning and "</think>" in content:
         reasoning, content = content.removeprefix("<think>").split("</think>", 1)
-    spans = find_spans(text, chat.template)
-    if not (reasoning and reasoning.strip() and "</think>" in chat.source and spans):
-        return text
-    if "</think>" in text[slice(*spans[-1])] or "tool_calls" in last:
-        return text
-    prompt = render(chat.tokenizer, messages[:-1], tools, chat.source, add_generation_prompt=True)
-    prompt = re.sub(r"<think>\s*\Z", "<think>\n", prompt)
-    opening = "" if prompt.endswith("<think>\n") else "<think>\n"
-    return f"{prompt}{opening}{reasoning.strip()}\n</think>\n\n{content.strip()}{chat.template.ends[0]}"
+    kept = "tool_calls" in last or not spans or "</think>" in text[spans[-1][0] :]
+    if not reasoning.strip() or kept or "</think>" not in str(chat.tokenizer.chat_template):
+        return text, spans
+    prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True).removesuffix("\n")
+    prompt += "\n" if prompt.endswith("<think>") else "<think>\n"
+    text = f"{prompt}{reasoning.strip()}\n</think>\n\n{content.strip()}{chat.template.ends[0]}"
+    return text, find_spans(text, chat.template, chat.opening)
 
 
 def chat_spans(row, chat):
-    """(text, supervised spans in characters) of a row with messages."""
-    messages, tools = read_messages(row), read_tools(row)
+    """(text, spans) of a row with messages."""
+    messages, tools = read_conversation(row)
     check_markers([messages, tools], chat.template)
+    outputs = [message for message in messages if message["role"] == "tool"]
     try:
-        text = render_reply(messages, tools, chat)
-        spans = find_spans(text, chat.template, chat.opening)
-        if any(message["role"] == "tool" for message in messages):
-            # A template unknown here may close a tool call by a marker of its own; the span would run on.
-            masked = [{**message, "content": "x"} if message["role"] == "tool" else message for message in messages]
-            other = render_reply(masked, tools, chat)
-            other_spans = find_spans(other, chat.template, chat.opening)
-            if [text[a:b] for a, b in spans] != [other[a:b] for a, b in other_spans]:
+        text, spans = render_reply(messages, tools, chat)
+        supervised = [text[start:end] for start, end in spans]
+        if outputs:  # an unknown template may close a call by a marker of its own, so that the span would run on
+            for message in outputs:
+                message["content"] = "x"
+            other, other_spans = render_reply(messages, tools, chat)
+            if supervised != [other[start:end] for start, end in other_spans]:
                 raise Rejected("turns not marked", "a tool's output would be supervised")
     except Rejected:
         raise
@@ -464,61 +403,52 @@ def chat_spans(row, chat):
 
 
 def encode(text, spans, encoder):
-    """(ids, mask) of the whole text in one encoding: a token is supervised iff all its characters lie in one span."""
+    """(ids int32 [T], mask uint8 [T]) from one encoding: supervised is a token whose characters all lie in one span."""
     encoding = encoder.encode(text, add_special_tokens=False)
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    mask = np.zeros(len(offsets), dtype=np.uint8)
+    starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(starts), dtype=np.uint8)
     for start, end in spans:
-        # A token of no characters stands behind what it was trimmed from, so at the span's start it is still prompt.
+        # A token of no characters stands behind what was trimmed off it, so at the span's start it is still prompt.
         mask |= (starts >= start) & (ends <= end) & ((ends > starts) | (ends > start))
     return np.array(encoding.ids, dtype=np.int32), mask
 
 
 def read_tokens(row, chat):
     """(ids, mask) of a row that is tokenised already."""
-    ids, mask = row["input_ids"], row.get("loss_mask")
+    ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise Rejected("bad tokens", "input_ids and loss_mask must be lists of one length")
-    if not ids:
-        raise Rejected("empty", "no tokens")
-    if not all(type(value) is int for value in ids + mask):
-        raise Rejected("bad tokens", "input_ids and loss_mask must be integers")
-    if min(ids) < 0 or max(ids) >= chat.vocab_size:
-        raise Rejected(
-            "bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has 0 to {chat.vocab_size - 1}"
-        )
-    if not set(mask) <= {0, 1}:
-        raise Rejected("bad tokens", "loss_mask has values other than 0 and 1")
+    if not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
+        raise Rejected("bad tokens", "input_ids must be integers, loss_mask 0 or 1")
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        raise Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
     mask = np.array(mask, dtype=np.uint8)
     if chat.only_last and mask.any():  # the last run of ones is the last turn
-        last = np.flatnonzero(mask)[-1]
-        mask[: last + 1 - np.argmin(np.append(mask[last::-1], 0))] = 0
+        mask[: np.flatnonzero(np.diff(mask, prepend=0) == 1)[-1]] = 0
     return np.array(ids, dtype=np.int32), mask
 
 
 def tokenise(raw, chat):
-    """(ids, mask, tokens cut off) of one row given as the bytes of its line; raises Rejected."""
+    """(ids, mask, number of tokens cut off) of one row, given as the bytes of its line. Raises Rejected."""
     try:
-        row = json.loads(raw.decode())
+        row = json.loads(raw.decode() or "{}")
     except (ValueError, RecursionError) as error:
-        raise Rejected("not JSON" if raw.strip() else "empty", error if raw.strip() else "blank line") from None
+        raise Rejected("not JSON", error) from None
     if not isinstance(row, dict):
         raise Rejected("not an object", type(row).__name__)
-    if not row:
-        raise Rejected("empty", "no fields")
     if row.get("input_ids") is not None:
         ids, mask = read_tokens(row, chat)
     else:
+        text, spans = row.get("text"), []
         if "conversations" in row or "messages" in row:
             text, spans = chat_spans(row, chat)
-        elif isinstance(row.get("text"), str):
-            text, spans = row["text"], find_spans(row["text"], chat.template, chat.opening)
-        else:
-            raise Rejected("unknown form", f"fields {', '.join(map(str, row))}")
-        if not text.strip():
-            raise Rejected("empty", "no text")
-        ids, mask = encode(text, spans[-1:] if chat.only_last else spans, chat.encoder)
+        elif isinstance(text, str):
+            spans = find_spans(text, chat.template, chat.opening)
+        elif row:
+            raise Rejected("unknown form", f"fields {', '.join(row)}")
+        ids, mask = encode(text or "", spans[-1:] if chat.only_last else spans, chat.encoder)
+    if not len(ids):
+        raise Rejected("empty", "no text")
     cut = max(0, len(ids) - chat.max_length)
     ids, mask = ids[: chat.max_length], mask[: chat.max_length]
     if not mask.any():
@@ -526,20 +456,19 @@ def tokenise(raw, chat):
     return ids, mask, cut
 
 
-def tokenise_batch(batch, chat):
-    """datasets' map: columns raw and line to the columns of the data set, and cause and detail of what is rejected."""
-    if chat.worker:  # the rows are spread over processes already, and threads do not survive the fork
+def tokenise_batch(batch, chat, worker):
+    """For datasets' map: rows with input_ids, loss_mask, length, tokens cut off; cause and detail if rejected."""
+    if worker:  # the rows are spread over processes already, and threads do not survive the fork
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    columns = {name: [] for name in ("input_ids", "loss_mask", "length", "cut", "cause", "detail")}
+    rows = []
     for raw in batch["raw"]:
         try:
             ids, mask, cut = tokenise(raw, chat)
-            values = (ids, mask, len(ids), cut, "", "")
+            rows.append((ids, mask, len(ids), cut, "", ""))
         except Rejected as rejected:
-            values = ([], [], 0, 0, *rejected.args)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    return columns
+            rows.append(([], [], 0, 0, rejected.args[0], str(rejected.args[1])[:200]))
+    names = ("input_ids", "loss_mask", "length", "cut", "cause", "detail")
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
 # ---------------------------------------------------------------------------- does the template fit the tokenizer?
@@ -552,236 +481,182 @@ PROBE = [
 def fits(text, template):
     """Does the rendered probe show both of its replies, each closed by an end marker?"""
     parts = [text[start:end] for start, end in find_spans(text, template)]
-    return len(parts) == 2 and all(
-        answer in part and part.endswith(template.ends) for answer, part in zip(("Aone", "Atwo"), parts, strict=True)
+    return (
+        len(parts) == 2
+        and all(part.endswith(template.ends) for part in parts)
+        and "Aone" in parts[0]
+        and "Atwo" in parts[1]
     )
 
 
 def derive_template(tokenizer, text):
-    """The markers of the tokenizer's own template from the rendered probe, for a family that TEMPLATES does not name.
+    """The markers in the rendered probe, for a family that TEMPLATES does not name; None if they do not describe it.
 
-    Header: what add_generation_prompt appends, as far as it stands before both replies; if it appends nothing, what all
-    prompts end with. End: the first special token behind a reply. None if that does not describe the probe.
+    Header: what add_generation_prompt appends, as far as it stands before both replies; if it appends nothing, what
+    both prompts end with. Ends: the first special token behind each reply.
     """
     prompt, generation = (render(tokenizer, PROBE[:1], add_generation_prompt=flag) for flag in (False, True))
-    appended = generation[len(prompt) :] if generation.startswith(prompt) else ""
+    appended = generation.removeprefix(prompt) if generation.startswith(prompt) else ""
     found = re.search("Qone(.*?)Aone(.*?)Qtwo(.*?)Atwo(.*)", text, re.DOTALL)
-    if found is None:
-        return None
-    first, end_one, second, end_two = found.groups()
+    first, end_one, second, end_two = found.groups() if found else [""] * 4
     shared = [appended[:n] for n in range(1, len(appended) + 1) if appended[:n] in first and appended[:n] in second]
-    common = os.path.commonprefix([first[::-1], second[::-1]])[::-1]
-    header = shared[-1] if shared else common
-    specials = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    special = re.compile(r"\s*(" + "|".join(map(re.escape, specials)) + ")")
-    ends = [match[1] for match in map(special.match, (end_two, end_one)) if match] if specials else []
+    header = shared[-1] if shared else os.path.commonprefix([first[::-1], second[::-1]])[::-1]
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+    ends = [match[1] for match in map(special.match, (end_two, end_one)) if match and match[1]]
     template = Template((header,), tuple(dict.fromkeys(ends)))
     return template if header.strip() and ends and fits(text, template) else None
 
 
 def choose_template(tokenizer, name):
-    """(Template, opening) of --chat_template for this tokenizer; ends with one line if its markers do not occur."""
+    """(Template, opening) of chat_template for this tokenizer. Ends with one line if its markers do not occur."""
     try:
         text = render(tokenizer, PROBE)
+        prompt = render(tokenizer, PROBE[:1], add_generation_prompt=True)
     except Exception as error:  # the template is foreign code
         fail(f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}")
     fitting = [known for known, template in TEMPLATES.items() if fits(text, template)]
     if name == "auto":  # a known family also brings the markers that the probe does not show
         template = TEMPLATES[fitting[0]] if fitting else derive_template(tokenizer, text)
+        problem, remedy = "finds no markers in", "give rows with input_ids and loss_mask"
     else:
         template = TEMPLATES[name] if name in fitting else None
+        problem = (
+            f"needs {' or '.join(map(repr, TEMPLATES[name].headers))} ... {TEMPLATES[name].ends[0]!r}, not found in"
+        )
+        remedy = f"use --chat_template {' or '.join([*fitting, 'auto'])}"
     if template is None:
-        sought = "" if name == "auto" else f"; looked for {TEMPLATES[name].headers} ... {TEMPLATES[name].ends}"
-        remedy = f"--chat_template {' or '.join(fitting)}" if fitting else "--chat_template auto"
-        remedy = "rows with input_ids and loss_mask" if name == "auto" else remedy
-        fail(f"chat_template {name} does not fit the tokenizer, which renders {text[:200]!r}{sought}; use {remedy}")
-    prompt = render(tokenizer, PROBE[:1], add_generation_prompt=True)
+        fail(f"chat_template {name} {problem} what the tokenizer renders: {text[:200]!r}; {remedy}")
     behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
     return template, min(behind, key=len, default="")
 
 
-def make_chat(tokenizer, name, max_length, only_last, first_row):
-    """The Chat of a tokenizer; first_row(fields) names the first row that has one of the fields, or None."""
+def make_chat(tokenizer, name, max_length, only_last, sources):
+    """The Chat of a tokenizer, which needs a chat template unless all rows are rendered or tokenised beforehand."""
     from tokenizers import Tokenizer
 
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
-    source = json.dumps(tokenizer.chat_template or "", ensure_ascii=False)
-    size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
     if tokenizer.chat_template:
-        template, opening = choose_template(tokenizer, name)
-        return Chat(tokenizer, encoder, size, template, opening, source, max_length, only_last)
-    needing = first_row(("conversations", "messages") + (("text",) if name == "auto" else ()))
-    if needing:
-        fail(
-            f"the target's tokenizer has no chat template, which {needing} needs: add chat_template.jinja to its folder"
-        )
-    template = TEMPLATES.get(
-        name, Template(("<assistant>",), ("</assistant>",))
-    )  # auto: tokenised rows need no markers
-    return Chat(tokenizer, encoder, size, template, "", source, max_length, only_last)
+        return Chat(tokenizer, encoder, *choose_template(tokenizer, name), max_length, only_last)
+    for source, files in sources.values():
+        for number, line in [(1, b'{"messages"')] if source in PRESETS else read_lines(files[0]):
+            if re.search(
+                rb'"(messages|conversations)"' if name != "auto" else rb'"(messages|conversations|text)"', line
+            ):
+                fail(f"row {number} of {source} needs the target's chat template, but its tokenizer has none")
+    template = TEMPLATES.get(name, TEMPLATES["llama3"])  # with auto all rows are tokenised, and none is searched
+    return Chat(tokenizer, encoder, template, "", max_length, only_last)
 
 
 # ---------------------------------------------------------------------------- presets
-# Modules that act when they are imported or open windows, and test suites, whose docstrings explain nothing.
-NOT_READ = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "__main__", "idle_test", "lib2to3"}
-IN_C = (
-    "builtins",
-    "math",
-    "cmath",
-    "itertools",
-    "time",
-    "array",
-    "zlib",
-    "binascii",
-    "unicodedata",
-    "collections",
-    "io",
-)
+# Suites of tests, and programs that act on import or open windows: their docstrings explain nothing.
+NOT_DOCUMENTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "__main__", "idle_test", "lib2to3"}
 QUESTIONS = {
-    "module": ("What is the Python module {name} for?", "Describe the module {name}.", "When do I need {name}?"),
-    "class": ("What is {name}?", "Explain the class {name}.", "What is the class {name} for?"),
-    "function": ("What does {name} do?", "Explain the function {name}.", "How do I use {name}?"),
-    "method": ("What does {name} do?", "Explain the method {name}.", "How do I use {name}?"),
-    "next method": ("And its method {name}?", "What about {name}?", "What does its {name} do?"),
+    "module": ("What is the Python module {} for?", "Describe the module {}.", "When do I need the module {}?"),
+    "class": ("What is {}?", "Explain the class {}.", "What is the class {} for?"),
+    "function": ("What does {} do?", "Explain the function {}.", "How do I use {}?"),
+    "method": ("And its method {}?", "What about its method {}?", "What does its {} do?"),
 }
 
 
-def _documented_in_source(path, module):
-    """[kind, name, signature, docstring, methods] of a module, its classes and functions, read without running it."""
-    tree = ast.parse(path.read_bytes())
-    yield "module", module, "", ast.get_docstring(tree), []
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in tree.body:
-        if isinstance(node, functions):
-            yield "function", f"{module}.{node.name}", f"({ast.unparse(node.args)})", ast.get_docstring(node), []
-        elif isinstance(node, ast.ClassDef):
-            methods = [
-                (sub.name, f"({ast.unparse(sub.args)})", ast.get_docstring(sub))
-                for sub in node.body
-                if isinstance(sub, functions)
-            ]
-            yield "class", f"{module}.{node.name}", "", ast.get_docstring(node), methods
+@functools.cache
+def pydoc_lines():
+    """Rows on the running Python's standard library: a question by name, the docstring as the answer.
 
+    The sources are parsed, nothing is imported. A class and its first three methods make one conversation.
+    """
+    library, seen, lines = Path(sysconfig.get_path("stdlib")), set(), []
 
-def _documented_in_c(module):
-    """The same of a module written in C, which has no source to read; those in IN_C do nothing when imported."""
-
-    def signature(value):
-        with contextlib.suppress(ValueError, TypeError):
-            return str(inspect.signature(value))
-        return "(...)"
-
-    for name, value in sorted(vars(importlib.import_module(module)).items()):
-        qualified = name if module == "builtins" else f"{module}.{name}"
-        if inspect.isclass(value):
-            methods = [(key, signature(m), inspect.getdoc(m)) for key, m in sorted(vars(value).items()) if callable(m)]
-            yield "class", qualified, "", inspect.getdoc(value), methods
-        elif inspect.isbuiltin(value):
-            yield "function", qualified, signature(value), inspect.getdoc(value), []
-
-
-def pydoc_rows():
-    """Conversations on the running Python's standard library: a question by name, the documentation as the answer."""
-    library, sources = Path(sysconfig.get_path("stdlib")), []
-    for name in sorted(sys.stdlib_module_names - NOT_READ):
-        for path in [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]:
-            parts = path.relative_to(library).with_suffix("").parts
-            if path.is_file() and not NOT_READ & set(parts):
-                module = ".".join(parts).removesuffix(".__init__")
-                if not re.search(r"(^|\.)_", module):
-                    sources.append(_documented_in_source(path, module))
-    sources += [_documented_in_c(module) for module in IN_C]
-    rows, seen = [], set()
-
-    def turns(kind, name, signature, doc):
-        """Question and answer, or nothing for what is private, hardly documented, or documented by the same words."""
-        short, doc = name.rpartition(".")[2], inspect.cleandoc(doc or "")
-        if short.startswith("_") or len(doc) < 20 or doc in seen:
+    def turns(kind, name, node, asked=None):
+        short, doc = name.rpartition(".")[2], ast.get_docstring(node) or ""
+        if short.startswith("_") or len(doc) < 20 or doc in seen:  # private, hardly documented, or said already
             return []
         seen.add(doc)
-        choices = QUESTIONS[kind]
-        question = choices[zlib.crc32(name.encode()) % len(choices)].format(name=short if "next" in kind else name)
-        answer = doc if kind == "module" else f"{'class ' if kind == 'class' else ''}{short}{signature}\n\n{doc}"
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        question = QUESTIONS[kind][zlib.crc32(name.encode()) % 3].format(asked or name)
+        signature = f"{short}({ast.unparse(node.args)})\n\n" if hasattr(node, "args") else f"{kind} {name}\n\n"
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": signature + doc}]
 
-    for kind, name, signature, doc, methods in (entry for source in sources for entry in source):
-        messages = turns(kind, name, signature, doc)
-        rows.append((name, messages))
-        for method, *rest in methods:
-            if messages and len(messages) < 8:  # the class and its first three methods are one conversation
-                messages += turns("next method", f"{name}.{method}", *rest)
-            else:
-                rows.append((f"{name}.{method}", turns("method", f"{name}.{method}", *rest)))
-    return [{"id": f"pydoc {name}", "conversations": messages} for name, messages in rows if messages]
+    def add(name, messages):
+        if messages:
+            lines.append(json.dumps({"id": f"pydoc {name}", "conversations": messages}).encode())
+
+    for module in sorted(sys.stdlib_module_names - NOT_DOCUMENTED):
+        for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
+            parts = path.relative_to(library).with_suffix("").parts
+            name = ".".join(parts).removesuffix(".__init__")
+            if not path.is_file() or NOT_DOCUMENTED & set(parts) or re.search(r"(^|\.)_", name):
+                continue
+            tree = ast.parse(path.read_bytes())
+            add(name, turns("module", name, tree))
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    add(f"{name}.{node.name}", turns("function", f"{name}.{node.name}", node))
+                elif isinstance(node, ast.ClassDef):
+                    qualified = f"{name}.{node.name}"
+                    messages = turns("class", qualified, node)
+                    for method in node.body:
+                        if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
+                            full = f"{qualified}.{method.name}"
+                            if messages and len(messages) < 8:
+                                messages += turns("method", full, method, asked=method.name)
+                            else:
+                                add(full, turns("function", full, method))
+                    add(qualified, messages)
+    return lines
 
 
-def _from_sharegpt(row):
-    """Long chats were cut into pieces there, so that many begin with the assistant's turn: leave out what is cut off."""
-    turns = list(row["conversations"] or [])
-    while turns and ROLES.get(str(turns[0]["from"]).lower()) == "assistant":
-        turns.pop(0)
-    return {"conversations": turns}
+def from_sharegpt(row):
+    """Long chats were cut into pieces there, so that many begin with an assistant turn: leave that out."""
+    turns = row["conversations"] or []
+    return {"conversations": list(itertools.dropwhile(lambda turn: ROLES.get(turn["from"]) == "assistant", turns))}
 
 
-class Preset(NamedTuple):
-    repo: str  # on the hub
-    files: dict  # split -> pattern of its files in the repo
-    convert: object  # row of the hub's schema -> row of one of our forms
-    tolerated: float = 0.0  # share of rejected rows that is this data's own and no mistake of the user
-
-
+# name: repo on the hub, its file pattern for each split, conversion of its rows, tolerated share of rejected rows.
 PRESETS = {
-    # Collected from users: besides cut beginnings it has empty turns, chats of one side only, turns in a wrong order.
-    # The share is an assumption, chosen to catch a wrong template or schema and nothing else.
-    "sharegpt": Preset(
-        "Aeala/ShareGPT_Vicuna_unfiltered",
-        {"train": "ShareGPT_V4.3_unfiltered_cleaned_split.json"},
-        _from_sharegpt,
-        tolerated=0.1,
-    ),
-    "ultrachat": Preset(
-        "HuggingFaceH4/ultrachat_200k",
-        {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"},
-        lambda row: {"messages": row["messages"]},
-    ),
-    "pydoc": Preset("", {"train": ""}, pydoc_rows),
+    # Collected from users: it has empty turns, one-sided chats and turns out of order even where it was not cut. The
+    # share is an assumption, chosen so that only a wrong template or schema stops.
+    "sharegpt": {
+        "repo": "Aeala/ShareGPT_Vicuna_unfiltered",
+        "files": {"train": "ShareGPT_V4.3_unfiltered_cleaned_split.json"},
+        "convert": from_sharegpt,
+        "tolerated": 0.1,
+    },
+    "ultrachat": {
+        "repo": "HuggingFaceH4/ultrachat_200k",
+        "files": {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"},
+        "convert": lambda row: {"messages": row["messages"]},
+    },
+    "pydoc": {"files": {"train": ""}},
 }
 
 
-# ---------------------------------------------------------------------------- sources of rows
-class Source(NamedTuple):
-    label: str
-    load: (
-        object  # () -> (sha256 of the content, folder for temporary files -> iterator of (line number, bytes of a row))
-    )
-    path: Path | None = None  # of a JSON Lines file
-    tolerated: float = 0.0
-
-
-def find_source(name, dataset_path, split):
-    """The rows behind --dataset or --validation_dataset. Missing and empty files end here, before anything is loaded."""
+# ---------------------------------------------------------------------------- where rows come from
+def find_files(name, dataset_path, split):
+    """Files behind the name of a preset or file; missing and empty ones end here, before anything is loaded."""
     if name not in PRESETS:
         path = Path(name).expanduser()
-        if dataset_path:
-            fail(f"dataset_path is for the presets {', '.join(PRESETS)}; {name} is a file of its own")
         if not path.is_file():
-            what = "is a folder; give the JSON Lines file in it" if path.is_dir() else "does not exist"
-            fail(f"dataset {name} {what} (presets: {', '.join(PRESETS)})")
+            fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
         if next(read_lines(path), None) is None:
             fail(f"dataset {name} is empty: no row in it")
-        return Source(str(path), lambda: (hash_file(path), lambda folder: read_lines(path)), path)
+        return [path]
     preset = PRESETS[name]
-    if split not in preset.files:
-        having = [key for key, row in PRESETS.items() if split in row.files]
-        fail(f"preset {name} has no {split} split: use --validation_ratio, a file, or {' or '.join(having)}")
-    if not preset.repo:
-        return Source(name, _load_pydoc)
-    if dataset_path and not Path(dataset_path).expanduser().is_dir():
-        fail(f"dataset_path {dataset_path} is not a folder: it is a local copy of the hub's {preset.repo}")
-    return Source(name, lambda: _load_preset(preset, dataset_path, split), tolerated=preset.tolerated)
+    if split not in preset["files"]:
+        fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
+    if "repo" not in preset:
+        return []
+    pattern = preset["files"][split]
+    folder = Path(dataset_path or "").expanduser()
+    if not dataset_path:
+        what = f"preset {name}: give a local copy of {preset['repo']} as --dataset_path"
+        folder = _download(preset["repo"], what, [pattern], repo_type="dataset")
+    files = sorted(folder.glob(pattern))
+    if not files:
+        fail(f"preset {name}: {folder} has no {pattern}, which {preset['repo']} has on the hub")
+    return files
 
 
 def read_lines(path):
@@ -789,119 +664,73 @@ def read_lines(path):
     blank = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            blank.append((number, line))
+            if line:
                 yield from blank
                 blank = []
-                yield number, line.strip()
-            else:
-                blank.append((number, b""))
 
 
-def _load_pydoc():
-    lines = [json.dumps(row).encode() for row in pydoc_rows()]
-    return hashlib.sha256(b"\n".join(lines)).hexdigest(), lambda folder: enumerate(lines, 1)
-
-
-def _load_preset(preset, dataset_path, split):
-    import huggingface_hub
-    from datasets import load_dataset
-
-    pattern = preset.files[split]
-    if dataset_path:
-        folder = Path(dataset_path).expanduser()
+def read_rows(name, files, cache):
+    """(row number from 1, bytes of the row as JSON)."""
+    if name not in PRESETS:
+        yield from read_lines(files[0])
+    elif not files:
+        yield from enumerate(pydoc_lines(), 1)
     else:
-        try:
-            folder = Path(huggingface_hub.snapshot_download(preset.repo, repo_type="dataset", allow_patterns=[pattern]))
-        except Exception as error:  # as in resolve_target
-            reason = f"{type(error).__name__}: {error}"
-            fail(f"the hub does not deliver {preset.repo} ({reason}); give a local copy with --dataset_path")
-    files = [str(path) for path in sorted(folder.glob(pattern))]
-    if not files:
-        fail(f"{folder} has no {pattern}, which {preset.repo} has on the hub")
+        from datasets import load_dataset
 
-    def rows(cache):
-        table = load_dataset(Path(files[0]).suffix[1:], data_files=files, split="train", cache_dir=str(cache / "hub"))
-        return ((number, json.dumps(preset.convert(row)).encode()) for number, row in enumerate(table, 1))
-
-    return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest(), rows
-
-
-def first_row_with(sources, fields):
-    """Names the first row that has one of the fields, None if there is none; a preset's rows are conversations."""
-    for source in sources:
-        if source.path is None:
-            return f"preset {source.label}"
-        for number, line in read_lines(source.path):
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and "input_ids" not in row and any(field in row for field in fields):
-                    return f"line {number} of {source.label}"
-    return None
+        kind, names = files[0].suffix[1:], [str(path) for path in files]
+        table = load_dataset(kind, data_files=names, split="train", cache_dir=str(cache))
+        for number, row in enumerate(table, 1):
+            yield number, json.dumps(PRESETS[name]["convert"](row)).encode()
 
 
 # ---------------------------------------------------------------------------- building the prepared folder
-def map_rows(source, rows, chat, options, cache):
-    """(Dataset of the rows kept, list of the rejected ones, tokens cut off in each kept row) of one source."""
+def build_split(source, files, chat, options, num_samples, cache):
+    """(Dataset of the rows kept, tokens cut off each, list of the rejected rows) of one source."""
     from datasets import Dataset, Features, List, Value
 
-    def generate():
-        for line, raw in rows(cache):
-            yield {"line": line, "raw": raw}
-
-    features = Features({"line": Value("int64"), "raw": Value("large_binary")})
-    data = Dataset.from_generator(generate, features=features, cache_dir=str(cache / "raw"), fingerprint="raw")
-    if options["num_samples"] and options["num_samples"] < len(data):
-        chosen = np.random.RandomState(options["seed"] % 2**32).permutation(len(data))[: options["num_samples"]]
-        data = data.select(np.sort(chosen))
+    columns = {"line": Value("int64"), "raw": Value("large_binary")}
+    rows = lambda: ({"line": line, "raw": raw} for line, raw in read_rows(source, files, cache / "hub"))  # noqa: E731
+    data = Dataset.from_generator(rows, Features(columns), str(cache / "raw"), fingerprint="raw")
+    if num_samples and num_samples < len(data):
+        data = data.select(np.sort(np.random.RandomState(options["seed"]).permutation(len(data))[:num_samples]))
     workers = min(options["num_proc"], len(data))
-    columns = {"input_ids": List(Value("int32")), "loss_mask": List(Value("uint8")), "length": Value("int32")}
-    columns |= {"line": Value("int64"), "cut": Value("int64"), "cause": Value("string"), "detail": Value("string")}
+    columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
+    columns |= {"length": Value("int32"), "cut": Value("int64"), "cause": Value("string"), "detail": Value("string")}
     data = data.map(
-        tokenise_batch,
+        functools.partial(tokenise_batch, chat=chat, worker=workers > 1),
         batched=True,
         batch_size=100,
         remove_columns=["raw"],
         features=Features(columns),
-        fn_kwargs={"chat": chat._replace(worker=workers > 1)},
         num_proc=workers if workers > 1 else None,
         new_fingerprint="tokens",  # else datasets would hash the tokenizer; this data set has a fingerprint of its own
         cache_file_name=str(cache / "tokens.arrow"),
         load_from_cache_file=False,
-        desc=source.label,
+        desc=source,
     )
-    causes, kept = np.array(data["cause"][:], dtype=object), data["length"][:]
-    bad = data.select(np.flatnonzero(causes != "")).select_columns(["line", "cause", "detail"])
+    lengths = np.array(data["length"][:])
+    rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
     rejected = [
-        {"line": row["line"], "file": source.label, "cause": row["cause"], "detail": row["detail"]} for row in bad
+        {"line": row["line"], "file": source, "cause": row["cause"], "detail": row["detail"]} for row in rejected
     ]
-    good = data.select(np.flatnonzero(np.array(kept) > 0))
-    return good.select_columns(["input_ids", "loss_mask", "length"]), rejected, np.array(good["cut"][:], dtype=np.int64)
-
-
-def check_rejected(source, kept, rejected, limit, output):
-    """Stop if too many rows, or all of them, were rejected; the list is kept beside the folder that is not written."""
-    total, limit = kept + len(rejected), max(limit, source.tolerated)
-    if kept and len(rejected) <= limit * total:
-        return
-    write_rejected(output.with_name(output.name + ".rejected.jsonl"), rejected)
-    first = {row["cause"]: row["line"] for row in reversed(rejected)}
-    counts = Counter(row["cause"] for row in rejected).most_common()
-    causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
-    share = f"{len(rejected)} of {total} rows rejected ({len(rejected) / total:.1%}, max_rejected_ratio {limit:g})"
-    where = f"; each row is named in {output}.rejected.jsonl"
-    fail(f"{source.label}: {share if kept else f'none of its {total} rows can be used'}: {causes}{where}")
-
-
-def write_rejected(path, rejected):
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
+    data, total = data.select(np.flatnonzero(lengths)), len(data)
+    limit = max(options["max_rejected_ratio"], PRESETS.get(source, {}).get("tolerated", 0))
+    if not len(data) or len(rejected) > limit * total:
+        first = {row["cause"]: row["line"] for row in reversed(rejected)}
+        counts = Counter(row["cause"] for row in rejected).most_common()
+        causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
+        share = f"{len(rejected)} of {total} rows rejected ({len(rejected) / total:.1%}, max_rejected_ratio {limit:g})"
+        fail(f"{source}: {share if len(data) else f'none of {total} rows can be used'}: {causes}")
+    return data.select_columns(["input_ids", "loss_mask", "length"]), np.array(data["cut"][:]), rejected
 
 
 def count_tokens(data):
-    """{token id: count} of the supervised tokens, and the number of all tokens."""
+    """({token id: count} of the supervised tokens, number of all tokens) of a Dataset."""
     counts, tokens = np.zeros(0, dtype=np.int64), 0
-    table = data.with_format("arrow")
-    for batch in table.iter(batch_size=1000):
+    for batch in data.with_format("arrow").iter(batch_size=1000):
         ids, mask = (batch.column(name).combine_chunks().flatten().to_numpy() for name in ("input_ids", "loss_mask"))
         found = np.bincount(ids[mask == 1], minlength=len(counts))
         found[: len(counts)] += counts
@@ -909,188 +738,142 @@ def count_tokens(data):
     return {int(token): int(counts[token]) for token in np.flatnonzero(counts)}, tokens
 
 
-def build(sources, chat, options, config, temporary, output):
-    """Write the prepared folder into temporary; config gets the counts."""
+def build(sources, chat, options, config, folder):
+    """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
     import torch
     from datasets import DatasetDict
 
     splits, cuts, rejected = {}, {}, {}
-    for split, (source, rows) in sources.items():
-        sampled = options if split == "train" else {**options, "num_samples": None}
-        cache = temporary / "cache" / split
+    for split, (source, files) in sources.items():
+        cache, samples = folder / "cache" / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
-        splits[split], rejected[split], cuts[split] = map_rows(source, rows, chat, sampled, cache)
-        check_rejected(source, len(splits[split]), rejected[split], options["max_rejected_ratio"], output)
+        splits[split], cuts[split], rejected[split] = build_split(source, files, chat, options, samples, cache)
     if options["validation_ratio"]:
-        rows = len(splits["train"])
+        data, cut, rows = splits["train"], cuts["train"], len(splits["train"])
         size = max(1, round(rows * options["validation_ratio"]))
         if size >= rows:
-            fail(f"validation_ratio {options['validation_ratio']} leaves no row of {rows} to train on")
-        order = np.random.RandomState(options["seed"] % 2**32).permutation(rows)
-        parts = {"validation": np.sort(order[:size]), "train": np.sort(order[size:])}
-        whole, cut = splits["train"], cuts["train"]
-        splits = {split: whole.select(part) for split, part in parts.items()}
-        cuts = {split: cut[part] for split, part in parts.items()}
-    DatasetDict(splits).save_to_disk(str(temporary))
-    for split, data in DatasetDict.load_from_disk(str(temporary)).items():
+            fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
+        order = np.random.RandomState(options["seed"]).permutation(rows)
+        for split, part in (("train", np.sort(order[size:])), ("validation", np.sort(order[:size]))):
+            splits[split], cuts[split] = data.select(part), cut[part]
+    DatasetDict(splits).save_to_disk(str(folder))
+    for split, data in DatasetDict.load_from_disk(str(folder)).items():
         counts, tokens = count_tokens(data)
+        if split == "train":
+            torch.save(counts, folder / "token_freq.pt")
         config["splits"][split] = {
             "rows": len(data),
             "tokens": tokens,
             "supervised_tokens": sum(counts.values()),
             "longest": max(data["length"][:]),
             "truncated": int((cuts[split] > 0).sum()),
-            "rejected": dict(Counter(row["cause"] for row in rejected.get(split, []))),
+            "rejected": Counter(row["cause"] for row in rejected.get(split, ())),
         }
-        if split == "train":
-            torch.save(counts, temporary / "token_freq.pt")
-    write_rejected(temporary / "rejected.jsonl", [row for rows in rejected.values() for row in rows])
-    shutil.rmtree(temporary / "cache")
-    # Last, so that it vouches for everything above.
-    write_atomic(temporary / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def replace_folder(temporary, output):
-    """Put the finished folder in the place of an older one."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(temporary, output)
-    shutil.rmtree(old, ignore_errors=True)
-    output.with_name(output.name + ".rejected.jsonl").unlink(missing_ok=True)
-
-
-def prepare(
-    dataset,
-    output_path,
-    target_model_path,
-    *,
-    validation_dataset=None,
-    dataset_path=None,
-    chat_template="llama3",
-    max_length=2048,
-    num_samples=None,
-    train_only_last_turn=False,
-    validation_ratio=0.0,
-    num_proc=None,
-    max_rejected_ratio=0.01,
-    seed=0,
-    trust_remote_code=False,
-):
-    """Write the prepared folder, or keep it if its fingerprint is the one wanted. Returns its data_config as a dict.
-
-    dataset: name of a preset or path of a JSON Lines file. One process calls this; the others wait and use open_data.
-    """
-    options = dict(num_samples=num_samples, validation_ratio=validation_ratio, max_rejected_ratio=max_rejected_ratio)
-    check_options(chat_template, max_length, options, validation_dataset)
-    found = {"train": find_source(str(dataset), dataset_path, "train")}
-    if validation_dataset:
-        own_path = dataset_path if str(validation_dataset) in PRESETS else None
-        found["validation"] = find_source(str(validation_dataset), own_path, "validation")
-    output = Path(output_path).expanduser().absolute()
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "data_config.json").is_file()):
-        fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
-    tokenizer = load_tokenizer(resolve_target(target_model_path, weights=False)[1], trust_remote_code)
-    only_last = bool(train_only_last_turn)
-    chat = make_chat(
-        tokenizer, chat_template, max_length, only_last, lambda fields: first_row_with(found.values(), fields)
-    )
-    loaded = {split: source.load() for split, source in found.items()}
-    ingredients = {
-        "format_version": FORMAT_VERSION,
-        "inputs": {split: digest for split, (digest, _) in loaded.items()},
-        "dataset": {split: source.label if source.path is None else "file" for split, source in found.items()},
-        "tokenizer": hash_tokenizer(chat),
-        "chat_template": chat_template,
-        "markers": chat.template._asdict(),
-        "max_length": max_length,
-        "train_only_last_turn": only_last,
-        "seed": seed,
-        **options,
-    }
-    ingredients = json.loads(json.dumps(ingredients))
-    fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-    if (output / "data_config.json").is_file():
-        config = json.loads((output / "data_config.json").read_text())
-        if config.get("fingerprint") == fingerprint:
-            open_data(output)
-            print(f"{output}: the same input, tokenizer and options as before (fingerprint {fingerprint[:12]}): reused")
-            return config
-        print(f"{output}: built from another input, tokenizer or option: building it again")
-    config = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients}
-    config |= {"target_model_path": str(target_model_path), "vocab_size": chat.vocab_size, "splits": {}}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    options |= {"seed": seed, "num_proc": max(1, min(num_proc or cores, cores))}
-    temporary = output.with_name(f".{output.name}.building")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        with progress_bars(sys.stderr.isatty()):
-            build(
-                {split: (found[split], loaded[split][1]) for split in found}, chat, options, config, temporary, output
-            )
-        replace_folder(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    summarise(output, config, tokenizer)
-    return config
-
-
-def check_options(chat_template, max_length, options, validation_dataset):
-    ratio, samples = options["validation_ratio"], options["num_samples"]
-    if chat_template not in TEMPLATES and chat_template != "auto":
-        fail(f"chat_template {chat_template}: known are {', '.join(TEMPLATES)} and auto")
-    if max_length < 2:
-        fail(f"max_length {max_length}: at least 2 tokens, since each predicts the next")
-    if not 0 <= ratio < 1 or not 0 <= options["max_rejected_ratio"] <= 1:
-        fail(
-            f"validation_ratio {ratio} must be in [0, 1), max_rejected_ratio {options['max_rejected_ratio']} in [0, 1]"
-        )
-    if ratio and validation_dataset:
-        fail(f"validation_ratio {ratio} and validation_dataset {validation_dataset}: give one of them")
-    if samples is not None and samples < 1:
-        fail(f"num_samples {samples}: at least 1, or leave it out for all rows")
-
-
-def hash_tokenizer(chat):
-    backend = chat.tokenizer.backend_tokenizer.to_str()
-    special = {key: str(value) for key, value in chat.tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps([backend, chat.source, special], sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def progress_bars(wanted):
-    """datasets' progress bars on a terminal only: in a log file they are noise around the one line that matters."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    disabled = are_progress_bars_disabled()
-    if not wanted:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not disabled:
-            enable_progress_bars()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in rejected.values() for row in rows]
+    write_atomic(folder / "rejected.jsonl", "".join(lines))
+    shutil.rmtree(folder / "cache")
+    write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def summarise(output, config, tokenizer):
     """Print the counts, and the beginning of one row with its supervised part between the marks ⟦ and ⟧."""
     for split, part in config["splits"].items():
         share = part["supervised_tokens"] / part["tokens"]
-        print(
-            f"{split}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['supervised_tokens']:,} supervised "
-            f"({share:.1%}), longest row {part['longest']:,}, {part['truncated']:,} truncated to max_length"
-        )
-        if part["rejected"]:
-            print(f"{split}: rejected " + ", ".join(f"{count} {cause}" for cause, count in part["rejected"].items()))
+        print(f"{split}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['supervised_tokens']:,} supervised")
+        print(f"    ({share:.1%}), longest row {part['longest']:,}, {part['truncated']:,} truncated to max_length")
+        print("    rejected: " + (", ".join(f"{n} {cause}" for cause, n in part["rejected"].items()) or "none"))
     row = open_data(output)[0]["train"][0]
     ids, mask = np.array(row["input_ids"]), np.array(row["loss_mask"])
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
-    parts = [(tokenizer.decode(ids[a:b]), mask[a]) for a, b in zip(borders, borders[1:], strict=False)]
-    text = "".join(f"⟦{part}⟧" if supervised else part for part, supervised in parts)
-    print(f"first row, supervised between ⟦ and ⟧:\n{text[:1500]}{' ...' if len(text) > 1500 else ''}")
-    print(f"written to {output}")
+    parts = [("⟦{}⟧" if mask[a] else "{}").format(tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(borders)]
+    print(f"the first row, supervised between ⟦ and ⟧:\n{''.join(parts)[:1500]}\nwritten to {output}")
+
+
+def check_options(chat_template, max_length, num_samples, validation_ratio, max_rejected_ratio, validation_dataset):
+    if chat_template not in TEMPLATES and chat_template != "auto":
+        fail(f"chat_template {chat_template}: known are {', '.join(TEMPLATES)} and auto")
+    if max_length < 2:
+        fail(f"max_length {max_length}: at least 2 tokens, since each predicts the next")
+    if not 0 <= validation_ratio < 1 or not 0 <= max_rejected_ratio <= 1:
+        fail(
+            f"validation_ratio {validation_ratio} must be in [0, 1), max_rejected_ratio {max_rejected_ratio} in [0, 1]"
+        )
+    if validation_ratio and validation_dataset:
+        fail(f"validation_ratio {validation_ratio} and validation_dataset {validation_dataset}: give one of them")
+    if num_samples is not None and num_samples < 1:
+        fail(f"num_samples {num_samples}: at least 1, or leave it out for all rows")
+
+
+def prepare(dataset, output_path, target_model_path, *, validation_dataset=None, dataset_path=None,
+            chat_template="llama3", max_length=2048, num_samples=None, train_only_last_turn=False, validation_ratio=0.0,
+            num_proc=None, max_rejected_ratio=0.01, seed=0, trust_remote_code=False):  # fmt: skip
+    """Write the prepared folder, or keep it if its fingerprint is the one wanted. Returns its data_config as a dict.
+
+    dataset: name of a preset or path of a JSON Lines file. One process calls this, the others wait and use open_data.
+    """
+    import datasets
+
+    check_options(chat_template, max_length, num_samples, validation_ratio, max_rejected_ratio, validation_dataset)
+    names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
+    if dataset_path and not any("repo" in PRESETS.get(name, {}) for name in names.values()):
+        fail(f"dataset_path is a local copy of a preset's hub repository, but dataset is {dataset}")
+    sources = {split: (name, find_files(name, dataset_path, split)) for split, name in names.items()}
+    output = Path(output_path).expanduser().absolute()
+    stored = output / "data_config.json"
+    if output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir())):
+        fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
+    tokenizer = load_tokenizer(resolve_target(target_model_path, weights=False)[1], trust_remote_code)
+    chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn), sources)
+    options = {"max_length": max_length, "train_only_last_turn": bool(train_only_last_turn), "seed": seed % 2**32}
+    options |= {
+        "num_samples": num_samples,
+        "validation_ratio": validation_ratio,
+        "max_rejected_ratio": max_rejected_ratio,
+    }
+    backend = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    ingredients = {
+        "format_version": FORMAT_VERSION,
+        "presets": {split: name for split, name in names.items() if name in PRESETS},
+        "inputs": {split: hash_source(files) for split, (_, files) in sources.items()},
+        "tokenizer": hash_text(json.dumps(backend, default=str, sort_keys=True)),
+        "chat_template": [chat_template, *chat.template],
+        **options,
+    }
+    fingerprint = hash_text(json.dumps(ingredients, sort_keys=True))
+    if stored.is_file():
+        if json.loads(stored.read_text()).get("fingerprint") == fingerprint:
+            print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
+            return open_data(output)[1]
+        print(f"{output}: made of another input, tokenizer or option, so it is built again")
+    config = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients}
+    config |= {"dataset": names, "target_model_path": str(target_model_path), "splits": {}}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options["num_proc"] = max(1, min(num_proc or cores, cores))
+    if not sys.stderr.isatty():  # in a log file a bar is noise
+        datasets.disable_progress_bars()
+    # Built beside the output and renamed, so that a killed build never looks complete.
+    new, old = (output.with_name(f".{output.name}.{state}") for state in ("building", "replaced"))
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        build(sources, chat, options, config, new)
+        if output.exists():
+            os.rename(output, old)
+        os.rename(new, output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    summarise(output, config, tokenizer)
+    return config
+
+
+def hash_source(files):
+    return hash_text(" ".join(map(hash_file, files))) if files else hash_text(b"\n".join(pydoc_lines()).decode())
+
+
+def hash_text(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------- command line
@@ -1098,25 +881,21 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
     group = parser.add_argument_group("input")
     group.add_argument("--dataset", required=True, help=f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file")
     group.add_argument("--dataset_path", help="local copy of the preset's hub repository, instead of a download")
     group.add_argument("--validation_dataset", help="JSON Lines file, or ultrachat for its test split; default: none")
-    group.add_argument(
-        "--target_model_path", required=True, help="model folder or hub id; only its tokenizer is loaded"
-    )
-    group.add_argument(
-        "--trust_remote_code", type=boolean, nargs="?", const=True, default=False, help="of the tokenizer"
-    )
+    group.add_argument("--target_model_path", required=True, help="folder or hub id; only the tokenizer is loaded")
+    group.add_argument("--trust_remote_code", **switch, help="let the tokenizer run code of its own")
     group = parser.add_argument_group("what becomes of it")
     group.add_argument("--output_path", required=True, help="folder to write")
     group.add_argument(
-        "--chat_template", default="llama3", help=f"{', '.join(TEMPLATES)}, or auto: the tokenizer's own"
+        "--chat_template", default="llama3", help=f"{', '.join(TEMPLATES)}, or auto: as the tokenizer has it"
     )
     group.add_argument("--max_length", type=int, default=2048, help="tokens; longer rows are truncated at the right")
     group.add_argument("--num_samples", type=int, help="rows of the training input, taken at random; default: all")
-    group.add_argument("--train_only_last_turn", type=boolean, nargs="?", const=True, default=False,
-                       help="supervise only the last assistant turn of each row")  # fmt: skip
+    group.add_argument("--train_only_last_turn", **switch, help="supervise only the last assistant turn of each row")
     group.add_argument("--validation_ratio", type=float, default=0.0, help="share of the rows kept back for validation")
     group.add_argument("--max_rejected_ratio", type=float, default=0.01, help="stop if more of the rows are unusable")
     group.add_argument("--seed", type=int, default=0, help="of num_samples and validation_ratio")
