@@ -18,7 +18,6 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
 import argparse
 import ast
 import contextlib
-import copy
 import functools
 import hashlib
 import itertools
@@ -209,16 +208,14 @@ def open_data(folder):
 
 def read_token_freq(path):
     """{token id: count} from a file written by torch.save: a dict, or a 1-D tensor indexed by token id."""
-    import pickle
-
     import torch
 
     if not Path(path).is_file():
         fail(f"token counts {path}: no such file")
     try:
         counts = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        fail(f"token counts {path}: not a file of plain tensors or numbers ({str(error).splitlines()[0][:200]})")
+    except Exception as error:  # a file of another kind fails anywhere in the unpickler
+        fail(f"token counts {path}: not a file of plain tensors or numbers ({type(error).__name__})")
     if isinstance(counts, torch.Tensor) and counts.dim() == 1:
         counts = {token: count for token, count in enumerate(counts.tolist()) if count}
     if not isinstance(counts, dict) or not counts:
@@ -287,22 +284,18 @@ def read_message(turn):
         calls = message.get("tool_calls", [])
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise Rejected("malformed message", "tool_calls is not a list of objects")
-        _convert_arguments(message, str, json.loads)  # text is the wire format; most templates want the object
+        for call in calls:  # their arguments are text on the wire, but templates want the object
+            function = call.get("function", call)
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                with contextlib.suppress(ValueError):
+                    function["arguments"] = json.loads(function["arguments"])
         if not isinstance(content, str | None) or not (content or "").strip():
             if not calls and not reasoning:
                 raise Rejected("empty", "an assistant turn without content")
-            content = None if calls else ""  # DeepSeek's template knows a call by its null content
+            content = None if calls else ""  # some templates drop the calls of a message that has content
     if not isinstance(content, str) and "tool_calls" not in message:
         raise Rejected("malformed message", f"the content of a {role} turn is {type(content).__name__}")
     return message | {"content": content}
-
-
-def _convert_arguments(message, kind, convert):
-    for call in message.get("tool_calls", ()):
-        function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("arguments"), kind):
-            with contextlib.suppress(ValueError):
-                function["arguments"] = convert(function["arguments"])
 
 
 def check_markers(value, template):
@@ -329,18 +322,9 @@ class Chat(NamedTuple):
 
 
 def render(tokenizer, messages, tools=None, **options):
-    """Text of the conversation by the tokenizer's own template; reasoning goes where that template looks for it."""
-    messages = copy.deepcopy(messages)
-    for message in messages:
-        reasoning = message.pop("reasoning", None)
-        known = [field for field in REASONING_FIELDS if field in str(tokenizer.chat_template)]
-        message.update(dict.fromkeys(known, reasoning) if reasoning else {})
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-    except TypeError:  # DeepSeek's template concatenates the arguments of a call, so it wants them as text
-        for message in messages:
-            _convert_arguments(message, dict, functools.partial(json.dumps, ensure_ascii=False))
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+    """Text of the conversation by the tokenizer's own template; reasoning under every name that templates look for."""
+    messages = [message | dict.fromkeys(REASONING_FIELDS, message.get("reasoning")) for message in messages]
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
 
 def find_spans(text, template, opening=""):
@@ -466,7 +450,8 @@ def tokenise_batch(batch, chat, worker):
             ids, mask, cut = tokenise(raw, chat)
             rows.append((ids, mask, len(ids), cut, "", ""))
         except Rejected as rejected:
-            rows.append(([], [], 0, 0, rejected.args[0], str(rejected.args[1])[:200]))
+            none = np.zeros(0, dtype=np.uint8)
+            rows.append((none.astype(np.int32), none, 0, 0, rejected.args[0], str(rejected.args[1])[:200]))
     names = ("input_ids", "loss_mask", "length", "cut", "cause", "detail")
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
@@ -492,15 +477,15 @@ def fits(text, template):
 def derive_template(tokenizer, text):
     """The markers in the rendered probe, for a family that TEMPLATES does not name; None if they do not describe it.
 
-    Header: what add_generation_prompt appends, as far as it stands before both replies; if it appends nothing, what
-    both prompts end with. Ends: the first special token behind each reply.
+    Header: what the generation prompt has behind the question, as far as it stands before both replies, without what
+    closes the question if that can be told apart. Ends: the first special token behind each reply.
     """
     prompt, generation = (render(tokenizer, PROBE[:1], add_generation_prompt=flag) for flag in (False, True))
-    appended = generation.removeprefix(prompt) if generation.startswith(prompt) else ""
     found = re.search("Qone(.*?)Aone(.*?)Qtwo(.*?)Atwo(.*)", text, re.DOTALL)
     first, end_one, second, end_two = found.groups() if found else [""] * 4
-    shared = [appended[:n] for n in range(1, len(appended) + 1) if appended[:n] in first and appended[:n] in second]
-    header = shared[-1] if shared else os.path.commonprefix([first[::-1], second[::-1]])[::-1]
+    header = os.path.commonprefix([generation.rpartition("Qone")[2], first, second])
+    if len(generation) > len(prompt):
+        header = header.removeprefix(prompt.rpartition("Qone")[2])
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
     ends = [match[1] for match in map(special.match, (end_two, end_one)) if match and match[1]]
@@ -741,8 +726,10 @@ def count_tokens(data):
 def build(sources, chat, options, config, folder):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
     import torch
-    from datasets import DatasetDict
+    from datasets import DatasetDict, disable_progress_bars
 
+    if not sys.stderr.isatty():  # in a log file a bar is noise
+        disable_progress_bars()
     splits, cuts, rejected = {}, {}, {}
     for split, (source, files) in sources.items():
         cache, samples = folder / "cache" / split, options["num_samples"] if split == "train" else None
@@ -775,18 +762,20 @@ def build(sources, chat, options, config, folder):
     write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def summarise(output, config, tokenizer):
-    """Print the counts, and the beginning of one row with its supervised part between the marks ⟦ and ⟧."""
+def summarise(output, tokenizer):
+    """Print the counts, and the beginning of one row with its supervised part between ⟦ and ⟧. Returns data_config."""
+    splits, config = open_data(output)
     for split, part in config["splits"].items():
         share = part["supervised_tokens"] / part["tokens"]
         print(f"{split}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['supervised_tokens']:,} supervised")
         print(f"    ({share:.1%}), longest row {part['longest']:,}, {part['truncated']:,} truncated to max_length")
         print("    rejected: " + (", ".join(f"{n} {cause}" for cause, n in part["rejected"].items()) or "none"))
-    row = open_data(output)[0]["train"][0]
+    row = splits["train"][0]
     ids, mask = np.array(row["input_ids"]), np.array(row["loss_mask"])
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
     parts = [("⟦{}⟧" if mask[a] else "{}").format(tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(borders)]
     print(f"the first row, supervised between ⟦ and ⟧:\n{''.join(parts)[:1500]}\nwritten to {output}")
+    return config
 
 
 def check_options(chat_template, max_length, num_samples, validation_ratio, max_rejected_ratio, validation_dataset):
@@ -811,8 +800,6 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
 
     dataset: name of a preset or path of a JSON Lines file. One process calls this, the others wait and use open_data.
     """
-    import datasets
-
     check_options(chat_template, max_length, num_samples, validation_ratio, max_rejected_ratio, validation_dataset)
     names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
     if dataset_path and not any("repo" in PRESETS.get(name, {}) for name in names.values()):
@@ -849,8 +836,6 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     config |= {"dataset": names, "target_model_path": str(target_model_path), "splits": {}}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     options["num_proc"] = max(1, min(num_proc or cores, cores))
-    if not sys.stderr.isatty():  # in a log file a bar is noise
-        datasets.disable_progress_bars()
     # Built beside the output and renamed, so that a killed build never looks complete.
     new, old = (output.with_name(f".{output.name}.{state}") for state in ("building", "replaced"))
     for folder in (new, old):
@@ -864,8 +849,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-    summarise(output, config, tokenizer)
-    return config
+    return summarise(output, tokenizer)
 
 
 def hash_source(files):

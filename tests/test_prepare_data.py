@@ -1,0 +1,657 @@
+"""From conversations to supervised tokens: forms of rows, templates, masks, rejected rows, the prepared folder."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from chat_templates import FAMILIES
+
+import prepare_data
+from prepare_data import make_chat, open_data, prepare, resolve_target, tokenise
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
+SECOND = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "that is all"}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": "x"}'}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def family_tokenizer(family, texts=tiny.TEXTS):
+    special, template = FAMILIES[family]
+    return tiny.train_tokenizer(texts, 400, special, template, bos_token=special[0], eos_token=special[1])
+
+
+def chat_for(family, name=None, max_length=2048, only_last=False):
+    return make_chat(family_tokenizer(family), name or family, max_length, only_last, {})
+
+
+def line(row):
+    return row if isinstance(row, bytes) else json.dumps(row).encode()
+
+
+def runs(row, chat):
+    """The text of each maximal run of supervised tokens."""
+    ids, mask, _ = tokenise(line(row), chat)
+    assert len(ids) == len(mask) <= chat.max_length
+    return runs_of(ids, mask, chat.tokenizer)
+
+
+def runs_of(ids, mask, tokenizer):
+    pieces, before = [], 0
+    for token, supervised in zip(ids, mask, strict=True):
+        if supervised:
+            pieces = [*pieces[:-1], [*pieces[-1], token]] if before else [*pieces, [token]]
+        before = supervised
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+def cause(row, chat):
+    with pytest.raises(prepare_data.Rejected) as rejected:
+        tokenise(line(row), chat)
+    return rejected.value.args[0]
+
+
+def chat_row(*messages, **fields):
+    return {"conversations": list(messages), **fields}
+
+
+def fails(capsys, function, *arguments, **options):
+    """The one line that a call ends with."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments, **options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    return write_family(folder, "llama3")
+
+
+def write_family(folder, family):
+    family_tokenizer(family).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+# ---------------------------------------------------------------------------- what is supervised, family by family
+THOUGHT = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
+TAGGED = {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n\nfour"}
+CALLING = [
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "out"},
+    REPLY,
+]
+END = "<｜end▁of▁sentence｜>"
+FINAL, ANALYSIS = "<|channel|>final<|message|>", "<|channel|>analysis<|message|>"
+EXPECTED = [
+    ("llama3", [USER, REPLY, *SECOND], ["hello there<|eot_id|>", "that is all<|eot_id|>"]),
+    ("llama3", CALLING, ['<|python_tag|>add.call(a="x")<|eom_id|>', "hello there<|eot_id|>"]),
+    ("qwen", [USER, REPLY, *SECOND], ["hello there<|im_end|>", "<think>\n\n</think>\n\nthat is all<|im_end|>"]),
+    ("qwen", [USER, THOUGHT], ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]),
+    ("qwen", [USER, TAGGED], ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]),
+    ("qwen", [USER, THOUGHT, *SECOND], ["four<|im_end|>", "<think>\n\n</think>\n\nthat is all<|im_end|>"]),
+    (
+        "qwen",
+        CALLING,
+        [
+            '<tool_call>\n{"name": "add", "arguments": {"a": "x"}}\n</tool_call><|im_end|>',
+            "<think>\n\n</think>\n\nhello there<|im_end|>",
+        ],
+    ),
+    ("gpt-oss", [USER, REPLY, *SECOND], [f"{FINAL}hello there<|end|>", f"{FINAL}that is all<|return|>"]),
+    ("gpt-oss", [USER, THOUGHT], [f"{ANALYSIS}two and two<|end|><|start|>assistant{FINAL}four<|return|>"]),
+    ("gpt-oss", [USER, THOUGHT, *SECOND], [f"{FINAL}four<|end|>", f"{FINAL}that is all<|return|>"]),
+    (
+        "gpt-oss",
+        CALLING,
+        [' to=functions.add<|channel|>commentary json<|message|>{"a": "x"}<|call|>', f"{FINAL}hello there<|return|>"],
+    ),
+    (
+        "gpt-oss",
+        [USER, {**CALLING[1], "thinking": "use it"}],
+        [
+            f"{ANALYSIS}use it<|end|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>"
+            '{"a": "x"}<|call|>'
+        ],
+    ),
+    ("deepseek-r1-distill", [USER, REPLY, *SECOND], ["hello there" + END, "that is all" + END]),
+    ("deepseek-r1-distill", [USER, THOUGHT], ["two and two\n</think>\n\nfour" + END]),
+    ("deepseek-r1-distill", [USER, TAGGED], ["two and two\n</think>\n\nfour" + END]),
+    ("deepseek-r1-distill", [USER, THOUGHT, *SECOND], ["four" + END, "that is all" + END]),
+    ("deepseek-r1-distill", [USER, REPLY, USER, THOUGHT], ["hello there" + END, "two and two\n</think>\n\nfour" + END]),
+    ("deepseek-first", [USER, THOUGHT], ["<think>\ntwo and two\n</think>\n\nfour" + END]),
+    ("instruct", [USER, REPLY, *SECOND], [" hello there</s>", " that is all</s>"]),
+    ("round", [USER, REPLY, *SECOND], ["hello there\n<|stop|>", "that is all\n<|stop|>"]),
+    ("round", [USER, TAGGED], ["two and two\n</think>\n\nfour<|stop|>"]),
+]
+
+
+@pytest.mark.parametrize(("family", "messages", "expected"), EXPECTED)
+def test_supervised_text_by_hand(family, messages, expected):
+    row = chat_row(*messages, tools=TOOLS)
+    names = {"instruct": ["auto"], "round": ["auto"], "deepseek-first": ["deepseek-r1-distill", "auto"]}
+    for name in names.get(family, [family, "auto"]):
+        assert runs(row, chat_for(family, name)) == expected
+
+
+def test_the_prompt_that_opens_a_thought_is_not_supervised_but_stands_before_it():
+    chat = chat_for("deepseek-r1-distill")
+    ids, mask, _ = tokenise(line(chat_row(USER, THOUGHT)), chat)
+    assert chat.tokenizer.decode(ids[mask == 0]).endswith("<｜Assistant｜><think>\n")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseek-first"])
+def test_text_is_encoded_once_and_as_the_tokenizer_encodes_it(family):
+    chat = chat_for(family, "auto")
+    text = chat.tokenizer.apply_chat_template([USER, REPLY], tokenize=False)
+    ids, _, _ = tokenise(line(chat_row(USER, REPLY)), chat)
+    assert ids.tolist() == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_encode_differently():
+    tokenizer = family_tokenizer("qwen", ["assistant\n \n five", "a\n \n b\n \n c"] * 50)
+    chat = make_chat(tokenizer, "qwen", 2048, False, {})
+    reply = {"role": "assistant", "content": " \n five"}
+    ids, mask, _ = tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
+    text = tokenizer.apply_chat_template([USER, reply, USER, REPLY], tokenize=False)
+    prefix = tokenizer(text[: text.index(" \n five")], add_special_tokens=False)["input_ids"]
+    assert prefix != ids[: len(prefix)].tolist()  # so that spans from encoded prefixes would be wrong
+    assert runs_of(ids, mask, tokenizer)[0] == " five<|im_end|>"
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_characters_of_several_bytes_and_tokens(trim_offsets):
+    from tokenizers import processors
+
+    answer = "naïve 日本語 👩‍👩‍👧 end  \n\n 😀"
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    chat = make_chat(tokenizer, "qwen", 2048, False, {})
+    row = chat_row({"role": "user", "content": "é😀"}, {"role": "assistant", "content": answer}, USER, REPLY)
+    assert runs(row, chat)[0] == answer + "<|im_end|>"
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_another_prompt_leaves_the_supervised_tokens_unchanged(family):
+    name = family if family in prepare_data.TEMPLATES else "auto"
+    chat, supervised = chat_for(family, name), []
+    for prompt in ("hi", "Something 😀 else\n\nassistant\n", "<think> user <|system|>"):
+        ids, mask, _ = tokenise(line(chat_row({"role": "user", "content": prompt}, REPLY, *SECOND)), chat)
+        supervised.append(ids[mask == 1].tolist())
+    assert supervised[0] == supervised[1] == supervised[2]
+
+
+# ---------------------------------------------------------------------------- forms of rows
+def test_every_form_of_a_conversation_gives_the_same_tokens():
+    chat = chat_for("qwen")
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, USER, REPLY, *SECOND]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[message["role"]], "value": message["content"]} for message in messages]
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    forms = [
+        {"conversations": messages},
+        {"messages": messages},
+        {"id": 1, "conversations": shared},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *messages[1:]], "tools": []},
+        {"messages": [*messages[:-1], {"from": "ChatGPT", "value": "that is all"}], "tools": ""},
+        {"messages": parts},
+        {"messages": [*messages, {"role": "user", "content": "never answered"}]},
+        {"text": chat.tokenizer.apply_chat_template(messages, tokenize=False)},
+    ]
+    ids, mask, _ = tokenise(line(forms[0]), chat)
+    forms.append({"input_ids": ids.tolist(), "loss_mask": mask.tolist()})
+    for form in forms:
+        other_ids, other_mask, _ = tokenise(line(form), chat)
+        assert other_ids.tolist() == ids.tolist() and other_mask.tolist() == mask.tolist(), form
+
+
+def test_reasoning_fields_and_tools_as_text():
+    for field in ("reasoning_content", "thinking", "reasoning"):
+        reply = {"role": "assistant", "content": "four", field: "two and two"}
+        assert runs(chat_row(USER, reply), chat_for("qwen")) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
+        assert runs(chat_row(USER, reply), chat_for("gpt-oss"))[0].startswith(f"{ANALYSIS}two and two<|end|>")
+    chat = chat_for("qwen")
+    as_list, as_text = (tokenise(line(chat_row(USER, REPLY, tools=t)), chat)[0] for t in (TOOLS, json.dumps(TOOLS)))
+    assert as_list.tolist() == as_text.tolist() and "adds" in chat.tokenizer.decode(as_list)
+
+
+def test_only_the_last_turn():
+    messages = [USER, REPLY, *SECOND]
+    assert runs(chat_row(*messages), chat_for("llama3", only_last=True)) == ["that is all<|eot_id|>"]
+    chat = chat_for("llama3", only_last=True)
+    row = {"input_ids": [9, 9, 9, 9, 9, 9], "loss_mask": [1, 1, 0, 1, 1, 0]}
+    assert tokenise(line(row), chat)[1].tolist() == [0, 0, 0, 1, 1, 0]
+
+
+def test_truncation_is_at_the_right_and_needs_a_supervised_token():
+    ids, mask, cut = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3"))
+    first = int(np.flatnonzero(mask)[0])
+    short, short_mask, cut = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3", max_length=first + 2))
+    assert short.tolist() == ids[: first + 2].tolist() and short_mask.sum() == 2 and cut == len(ids) - first - 2
+    assert cause(chat_row(USER, REPLY), chat_for("llama3", max_length=first)) == "no supervised token"
+
+
+# ---------------------------------------------------------------------------- rows that cannot be used
+BAD = [
+    ("not JSON", b'{"conversations": ['),
+    ("not JSON", b'{"text": "\xff"}'),
+    ("not an object", b"[1, 2]"),
+    ("empty", b""),
+    ("empty", b"{}"),
+    ("empty", {"conversations": []}),
+    ("empty", {"text": ""}),
+    ("empty", {"input_ids": [], "loss_mask": []}),
+    ("empty", chat_row(USER, {"role": "assistant", "content": " "})),
+    ("unknown form", {"prompt": "a", "completion": "b"}),
+    ("malformed message", {"conversations": "hi"}),
+    ("malformed message", chat_row({"role": "user", "content": 3}, REPLY)),
+    ("malformed message", chat_row(USER, {"role": "assistant", "content": "", "tool_calls": ["add"]})),
+    ("malformed tools", chat_row(USER, REPLY, tools="[")),
+    ("malformed tools", chat_row(USER, REPLY, tools={"a": 1})),
+    ("unknown role", chat_row({"role": "narrator", "content": "once"}, REPLY)),
+    ("no assistant turn", chat_row(USER)),
+    ("roles out of order", chat_row(REPLY, USER, REPLY)),
+    ("roles out of order", chat_row(USER, USER, REPLY)),
+    ("roles out of order", chat_row(USER, REPLY, REPLY)),
+    ("roles out of order", chat_row(USER, {"role": "system", "content": "late"}, REPLY)),
+    ("marker inside content", chat_row({"role": "user", "content": "a<|eot_id|>b"}, REPLY)),
+    (
+        "marker inside content",
+        chat_row({"role": "user", "content": "<|start_header_id|>assistant<|end_header_id|>"}, REPLY),
+    ),
+    ("marker inside content", chat_row({"role": "system", "content": "<|eom_id|>"}, USER, REPLY)),
+    ("marker inside content", chat_row(USER, REPLY, tools=[{"name": "<|eot_id|>"}])),
+    ("template error", chat_row(USER, {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]})),
+    ("no supervised token", {"text": "nothing is marked here"}),
+    ("no supervised token", {"input_ids": [9, 9], "loss_mask": [0, 0]}),
+    ("bad tokens", {"input_ids": [9, 9], "loss_mask": [1]}),
+    ("bad tokens", {"input_ids": [9, 9], "loss_mask": [1, 2]}),
+    ("bad tokens", {"input_ids": [9, 400], "loss_mask": [1, 1]}),
+    ("bad tokens", {"input_ids": [9, -1], "loss_mask": [1, 1]}),
+    ("bad tokens", {"input_ids": [9, 1.5], "loss_mask": [1, 1]}),
+    ("bad tokens", {"input_ids": [9]}),
+]
+
+
+@pytest.mark.parametrize(("expected", "row"), BAD)
+def test_cause_of_a_rejected_row(expected, row):
+    assert cause(row, chat_for("llama3")) == expected
+
+
+def test_a_call_that_the_template_cannot_render_is_rejected_and_not_dropped():
+    """DeepSeek's template knows a call by its null content, which transformers removes from a message."""
+    assert cause(chat_row(*CALLING), chat_for("deepseek-r1-distill")) == "template error"
+
+
+def test_a_marker_cannot_hide_in_the_escapes_of_arguments():
+    hidden = {"type": "function", "function": {"name": "f", "arguments": '{"a": "\\u003c|eom_id|>"}'}}
+    row = chat_row(USER, {"role": "assistant", "content": None, "tool_calls": [hidden]})
+    assert cause(row, chat_for("llama3")) == "marker inside content"
+
+
+def test_a_template_that_marks_no_end_of_a_call_supervises_no_output_of_a_tool():
+    """Under auto nothing is known of calls: a template may close them by a token that the probe does not show."""
+    special, template = ["<|turn|>", "<|stop|>", "<|yield|>"], FAMILIES["round"][1]
+    template = template.replace("'\n<|stop|>\n'", "'<|yield|>' if message.tool_calls else '\n<|stop|>\n'")
+    template = template.replace("message.content.split", "(message.content or '').split")
+    tokenizer = tiny.train_tokenizer(tiny.TEXTS, 400, special, template, bos_token="<|turn|>", eos_token="<|stop|>")
+    chat = make_chat(tokenizer, "auto", 2048, False, {})
+    assert cause(chat_row(*CALLING), chat) == "turns not marked"
+    assert runs(chat_row(USER, REPLY), chat) == ["hello there\n<|stop|>"]
+
+
+def test_rejected_rows_are_named_with_line_and_cause(tmp_path, target):
+    lines = [line(chat_row(USER, REPLY))]
+    for _, row in BAD:
+        lines += [line(row), line(chat_row(USER, REPLY))]
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n\n\n")  # blank lines at the end are no rows
+    config = prepare(path, tmp_path / "out", target, max_rejected_ratio=0.6, num_proc=2)
+    rejected = [json.loads(text) for text in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["cause"]) for row in rejected] == [(2 * i + 2, bad[0]) for i, bad in enumerate(BAD)]
+    assert {row["file"] for row in rejected} == {str(path)} and set(rejected[0]) == {"line", "file", "cause", "detail"}
+    assert config["splits"]["train"]["rows"] == len(BAD) + 1
+    assert config["splits"]["train"]["rejected"]["roles out of order"] == 4
+
+
+# ---------------------------------------------------------------------------- errors that end the program
+def test_unusable_files_end_with_one_line(tmp_path, target, capsys):
+    def stop(content, **options):
+        path = tmp_path / "rows.jsonl"
+        if content is not None:
+            path.write_bytes(content)
+        return fails(capsys, prepare, path, tmp_path / "out", target, **options)
+
+    assert "no such file" in stop(None)
+    assert "is empty" in stop(b"")
+    assert "is empty" in stop(b"\n \n")
+    assert "none of 2 rows can be used: 1 not JSON (first: line 1), 1 no assistant" in stop(
+        b"x\n" + line(chat_row(USER)), max_rejected_ratio=1.0
+    )
+    good = line(chat_row(USER, REPLY)) + b"\n"
+    error = stop(good * 18 + b"x\n" + good + b"x\n")
+    assert "2 of 21 rows rejected (9.5%, max_rejected_ratio 0.01): 2 not JSON (first: line 19)" in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_options_that_make_no_sense(tmp_path, target, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
+
+    def stop(output="out", **options):
+        return fails(capsys, prepare, path, tmp_path / output, target, **options)
+
+    assert "vicuna: known are llama3" in stop(chat_template="vicuna")
+    assert "max_length 1" in stop(max_length=1)
+    assert "num_samples 0" in stop(num_samples=0)
+    assert "validation_ratio 1" in stop(validation_ratio=1)
+    assert "leaves none of 4 rows" in stop(validation_ratio=0.9)
+    assert "give one of them" in stop(validation_ratio=0.5, validation_dataset=path)
+    assert "dataset_path" in stop(dataset_path=tmp_path)
+    assert "no validation split" in stop(validation_dataset="pydoc")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years of work")
+    assert "not a prepared data set" in stop(output="precious")
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_template_that_does_not_fit(tmp_path, target, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
+    error = fails(capsys, prepare, path, tmp_path / "out", target, chat_template="qwen")
+    assert r"'<|im_start|>assistant\n'" in error and r"<|begin_of_text|><|start_header_id|>user" in error
+    assert "--chat_template llama3 or auto" in error
+
+
+def test_tokenizer_without_a_chat_template(tmp_path, capsys):
+    tokenizer = family_tokenizer("llama3")
+    text = tokenizer.apply_chat_template([USER, REPLY], tokenize=False)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
+    tokens = {"input_ids": [9, 9], "loss_mask": [0, 1]}
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, chat_row(USER, REPLY)])
+    assert f"row 2 of {path} needs" in fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare")
+    assert "row 1 of pydoc needs" in fails(capsys, prepare, "pydoc", tmp_path / "out", tmp_path / "bare")
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, {"text": text}])
+    assert prepare(path, tmp_path / "out", tmp_path / "bare")["splits"]["train"]["supervised_tokens"] > 5
+    error = fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto")
+    assert f"row 2 of {path} needs" in error
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens])
+    assert prepare(path, tmp_path / "out", tmp_path / "bare", chat_template="auto")["splits"]["train"]["rows"] == 1
+
+
+# ---------------------------------------------------------------------------- presets
+def test_sharegpt_from_a_local_copy(tmp_path, target):
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello there"}
+    rows = [{"id": f"a_{i}", "conversations": [human, gpt]} for i in range(18)]
+    rows += [{"id": "cut", "conversations": [gpt, human, gpt]}, {"id": "odd", "conversations": [human, human, gpt]}]
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "ShareGPT_V4.3_unfiltered_cleaned_split.json").write_text(json.dumps(rows))
+    config = prepare("sharegpt", tmp_path / "out", target, dataset_path=folder)
+    assert config["splits"]["train"]["rows"] == 19
+    data = open_data(tmp_path / "out")[0]["train"]
+    assert data[18] == data[0]  # the cut conversation, without the turn that was cut off
+    rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert rejected["line"] == 20 and rejected["cause"] == "roles out of order" and rejected["file"] == "sharegpt"
+
+
+def test_ultrachat_from_a_local_copy(tmp_path, target, capsys):
+    def part(name, count):
+        rows = [{"prompt": "hi", "prompt_id": str(i), "messages": [USER, REPLY, *SECOND]} for i in range(count)]
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "copy" / "data" / name))
+
+    part("train_sft-00000-of-00002-a3ecf92756993583.parquet", 3)
+    part("train_sft-00001-of-00002-0a1804bcb6ae68c6.parquet", 2)
+    part("train_gen-00000-of-00001-a6c9fb894be3e50b.parquet", 7)
+    options = {"dataset_path": tmp_path / "copy"}
+    assert "no data/test_sft-" in fails(
+        capsys, prepare, "ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options
+    )
+    part("test_sft-00000-of-00001-f7dfac4afe5b93f4.parquet", 1)
+    prepare("ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options)
+    data, _ = open_data(tmp_path / "out")
+    assert len(data["train"]) == 5 and len(data["validation"]) == 1
+
+
+def test_a_preset_without_hub_and_copy_ends_with_one_line(tmp_path, target, capsys):
+    assert "--dataset_path" in fails(capsys, prepare, "ultrachat", tmp_path / "out", target)
+    assert "no ShareGPT" in fails(capsys, prepare, "sharegpt", tmp_path / "out", target, dataset_path=tmp_path)
+
+
+def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
+    lines = prepare_data.pydoc_lines()
+    rows = [json.loads(row) for row in lines]
+    assert len(rows) > 2000 and sum(len(row["conversations"]) > 2 for row in rows) > 100
+    chat = chat_for("llama3")
+    assert all(tokenise(row, chat)[1].any() for row in lines[::100])
+    answers = " ".join(message["content"] for row in rows for message in row["conversations"])
+    assert "collections.OrderedDict" in answers and "Serialize ``obj`` to a JSON" in answers
+    code = "import hashlib, prepare_data; print(hashlib.sha256(b''.join(prepare_data.pydoc_lines())).hexdigest())"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY, env=environment, capture_output=True)
+    assert result.stdout.decode().strip() == hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+# ---------------------------------------------------------------------------- the prepared folder
+def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(301, turns=2))
+    options = {"validation_ratio": 0.1, "num_samples": 250}
+    first = prepare(path, tmp_path / "one", target, num_proc=1, **options)
+    second = prepare(path, tmp_path / "two", target, num_proc=2, **options)
+    assert first == second
+    one, two = (open_data(tmp_path / name)[0] for name in ("one", "two"))
+    assert len(one["train"]) == 225 and len(one["validation"]) == 25
+    for split in one:
+        assert one[split].to_dict() == two[split].to_dict()
+    assert {name: str(feature) for name, feature in one["train"].features.items()} == {
+        "input_ids": "List(Value('int32'))",
+        "loss_mask": "List(Value('uint8'))",
+        "length": "Value('int32')",
+    }
+
+
+def test_counts_are_of_the_supervised_tokens_of_train(tmp_path, target):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(40, turns=2))
+    config = prepare(path, tmp_path / "out", target, validation_ratio=0.25, max_length=199)
+    expected, tokens, truncated = {}, 0, 0
+    for row in open_data(tmp_path / "out")[0]["train"]:
+        assert row["length"] == len(row["input_ids"]) == len(row["loss_mask"]) <= 199
+        tokens, truncated = tokens + row["length"], truncated + (row["length"] == 199)
+        for token, supervised in zip(row["input_ids"], row["loss_mask"], strict=True):
+            expected[token] = expected.get(token, 0) + supervised
+    expected = {token: count for token, count in expected.items() if count}
+    assert prepare_data.read_token_freq(tmp_path / "out" / "token_freq.pt") == expected
+    train = config["splits"]["train"]
+    assert (train["tokens"], train["supervised_tokens"]) == (tokens, sum(expected.values()))
+    assert train["longest"] == 199 and 0 < truncated == train["truncated"] < 30
+
+
+def test_fingerprint_follows_every_ingredient(tmp_path, target, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(12, turns=2))
+    other = write_family(tmp_path / "other", "llama3")
+    tokenizer = prepare_data.load_tokenizer(other)
+    tokenizer.chat_template += "{#- says the same in another way -#}"
+    tokenizer.save_pretrained(other)
+    seen = []
+
+    def build(**options):
+        options = {"dataset": path, "target_model_path": target, **options}
+        config = prepare(output_path=tmp_path / "out", **options)
+        assert open_data(tmp_path / "out")[1] == config
+        seen.append(config["fingerprint"])
+        return "reused" in capsys.readouterr().out
+
+    assert not build() and build()
+    for options in (
+        {"max_length": 100},
+        {"chat_template": "auto"},
+        {"train_only_last_turn": True},
+        {"num_samples": 6},
+        {"validation_ratio": 0.5},
+        {"validation_dataset": path},
+        {"target_model_path": other},
+        {"seed": 3},
+    ):
+        assert not build(**options), options
+        assert build(**options), options
+    path.write_bytes(path.read_bytes().replace(b"Question 0", b"question 0", 1))
+    assert not build() and build()
+    assert build(num_proc=1) and len(set(seen)) == 10
+
+
+def test_a_killed_build_never_looks_complete(tmp_path, target, monkeypatch, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
+    prepare(path, tmp_path / "out", target)
+    before = open_data(tmp_path / "out")[1]
+    monkeypatch.setattr(torch, "save", lambda *args: os._exit(9))  # in the middle of the next build
+    if (child := os.fork()) == 0:
+        prepare(path, tmp_path / "out", target, max_length=64)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert open_data(tmp_path / "out")[1] == before
+    monkeypatch.undo()
+    prepare(path, tmp_path / "out", target, max_length=64)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["data_config.json", "dataset_dict.json", "token_freq.pt", "train"])
+def test_open_data_names_what_is_missing(name, tmp_path, target, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    prepare(path, tmp_path / "out", target)
+    (tmp_path / "out" / name).rename(tmp_path / "elsewhere")
+    assert f"{name} is missing" in fails(capsys, open_data, tmp_path / "out")
+
+
+def test_open_data_refuses_another_version(tmp_path, target, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    config = prepare(path, tmp_path / "out", target)
+    (tmp_path / "out" / "data_config.json").write_text(json.dumps({**config, "format_version": 0}))
+    assert "format version 0" in fails(capsys, open_data, tmp_path / "out")
+
+
+def test_read_token_freq(tmp_path, capsys):
+    torch.save(torch.tensor([0, 3, 0, 5]), tmp_path / "tensor.pt")
+    assert prepare_data.read_token_freq(tmp_path / "tensor.pt") == {1: 3, 3: 5}
+    torch.save({1: torch.tensor(3)}, tmp_path / "dict.pt")
+    assert prepare_data.read_token_freq(tmp_path / "dict.pt") == {1: 3}
+    torch.save({1: Path("x")}, tmp_path / "code.pt")
+    torch.save({1: -2}, tmp_path / "negative.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "junk.pt").write_text("junk")
+    for name, message in (("code", "not a file of plain"), ("negative", "negative"), ("list", "neither a dict"),
+                          ("junk", "not a file of plain"), ("absent", "no such file")):  # fmt: skip
+        assert message in fails(capsys, prepare_data.read_token_freq, tmp_path / f"{name}.pt")
+
+
+def test_an_epoch_is_dealt_out_to_the_ranks_without_loss():
+    order = prepare_data.epoch_order(21, 5, 0)
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(21))
+    assert order.tolist() == prepare_data.epoch_order(21, 5, 0).tolist()
+    assert order.tolist() != prepare_data.epoch_order(21, 5, 1).tolist() != prepare_data.epoch_order(21, 6, 1).tolist()
+    for world in (1, 2, 3):
+        for step, batch in enumerate((order[:8], order[8:16], order[16:])):
+            shares = [prepare_data.step_rows(order, step, 8, rank, world) for rank in range(world)]
+            assert [shares[k % world][k // world] for k in range(len(batch))] == batch.tolist()
+            assert sum(map(len, shares)) == len(batch)
+
+
+# ---------------------------------------------------------------------------- target folders
+def layout(folder, model, tokenizer, config=None):
+    for path in (model, tokenizer, config or model):
+        (folder / path).mkdir(parents=True, exist_ok=True)
+    (folder / model / "model.safetensors").touch()
+    (folder / (config or model) / "config.json").write_text('{"model_type": "llama"}')
+    (folder / tokenizer / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "files"),
+    [
+        (".", ".", {}),
+        ("a/b/nested", "a/b/nested", {"a/config.json": '{"no": "model"}'}),
+        ("data/model", "data/tokenizer", {"MLmodel": ""}),
+        ("data/model", "data/tokenizer", {"MLmodel": "", "data/config/config.json": '{"model_type": "llama"}'}),
+        ("model", "components/tokenizer", {"MLmodel": "", "model/checkpoint/config.json": '{"model_type": "llama"}'}),
+        ("mlflow_model/data/model", "mlflow_model/data/tokenizer", {"mlflow_model/MLmodel": ""}),
+        ("snapshots/abc", "snapshots/abc", {"refs/main": "abc", "snapshots/def/config.json": '{"model_type": "x"}'}),
+        ("models--o--n/snapshots/abc", "models--o--n/snapshots/abc", {"models--o--n/refs/main": "abc"}),
+    ],
+)
+def test_resolve_target(tmp_path, model, tokenizer, files):
+    layout(tmp_path, model, tokenizer)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert resolve_target(tmp_path) == ((tmp_path / model).resolve(), (tmp_path / tokenizer).resolve())
+
+
+def test_resolve_target_with_the_config_apart_from_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    layout(tmp_path / "ml", "data/model", "data/tokenizer", config="data/config")
+    for _ in range(2):
+        model, tokenizer = resolve_target(tmp_path / "ml")
+        assert tokenizer == tmp_path / "ml" / "data" / "tokenizer"
+        assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
+        assert (model / "model.safetensors").resolve() == tmp_path / "ml" / "data" / "model" / "model.safetensors"
+
+
+def test_resolve_target_without_a_model(tmp_path, capsys):
+    assert f"{tmp_path / 'none'}: neither a folder" in fails(capsys, resolve_target, tmp_path / "none")
+    assert "no-one/nothing" in fails(capsys, resolve_target, "no-one/nothing", weights=False)
+    (tmp_path / "file").touch()
+    assert "neither a folder" in fails(capsys, resolve_target, tmp_path / "file")
+    assert "0 models below" in fails(capsys, resolve_target, tmp_path)
+    layout(tmp_path, "a", "a")
+    layout(tmp_path, "b", "b")
+    assert "2 models below it instead of one: a, b" in fails(capsys, resolve_target, tmp_path)
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    assert "no tokenizer" in fails(capsys, resolve_target, tmp_path / "a")
+
+
+# ---------------------------------------------------------------------------- command line
+def test_flags(capsys):
+    argv = prepare_data.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
+    assert argv == ["--a_b=c-d", "--x_y", "-1", "--new", "e-f"]
+    required = ["--dataset", "a", "--target-model-path", "b", "--output_path", "c"]
+    assert prepare_data.parse_args(required).train_only_last_turn is False
+    for words, value in ((["--train-only-last-turn"], True), (["--train_only_last_turn", "False"], False)):
+        assert prepare_data.parse_args(required + words).train_only_last_turn is value
+    with pytest.raises(SystemExit):
+        prepare_data.parse_args([*required, "--train_only_last_turn", "maybe"])
+
+
+def test_write_atomic_replaces_the_whole_file(tmp_path):
+    prepare_data.write_atomic(tmp_path / "a", "long text")
+    prepare_data.write_atomic(tmp_path / "a", b"b")
+    assert (tmp_path / "a").read_bytes() == b"b" and len(list(tmp_path.iterdir())) == 1
+    assert prepare_data.hash_file(tmp_path / "a").startswith("3e23e816")
+
+
+def test_command_line(tmp_path, target):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(20, turns=2))
+    command = [sys.executable, "prepare_data.py", "--dataset", path, "--target-model-path", target]
+    command += ["--output_path", tmp_path / "out", "--validation_ratio=0.2"]
+    result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "train: 16 rows" in result.stdout and "validation: 4 rows" in result.stdout
+    assert "⟦" in result.stdout and "<|eot_id|>⟧" in result.stdout and "rejected: none" in result.stdout
+    command[3] = tmp_path / "absent.jsonl"
+    result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
