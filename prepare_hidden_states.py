@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prepare_data import boolean, fail, load_tokenizer, normalise_argv, resolve_target
@@ -100,10 +101,13 @@ class Target:
     head: Head
     embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
     layer_ids: list  # in transformers' hidden_states indexing: 0 = embeddings, i = after i layers
+    packs: bool = True  # whether the family ends attention at the borders of concatenated sequences
     captured: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.decoder = self.model.get_decoder()
+        if not hasattr(self.decoder, "layers"):
+            fail(f"the layers of model_type {self.config.model_type} are not where hooks look: it is not supported")
         for index in self.layer_ids:
             # hidden_states[0] is what enters the first layer; hidden_states[i] what the i-th leaves behind.
             if index == 0:
@@ -124,14 +128,20 @@ class Target:
         """One forward over concatenated sequences, without the head.
 
         input_ids [T] int64 with T = sum(lengths). Positions restart and attention ends at every sequence's border: with
-        neither mask nor cache, transformers reads the borders off the position ids.
+        neither mask nor cache, most families read the borders off the position ids. For those that do not, the
+        sequences are padded at the right, which no causal model can see from the left.
         Returns auxiliary hidden states [T, 3·Ht] and the last hidden state [T, Ht], in the target's dtype.
         """
+        keep, positions = 0, positions_of(lengths, input_ids.device)[None]
+        input_ids = input_ids[None]
+        if not self.packs:
+            input_ids = pad_sequence(input_ids[0].split(lengths), batch_first=True)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
         with torch.inference_mode():
-            position_ids = positions_of(lengths, input_ids.device)[None]
-            output = self.decoder(input_ids=input_ids[None], position_ids=position_ids, use_cache=False)
+            output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
-        return self.auxiliary(), output.last_hidden_state[0].clone()
+        return self.auxiliary(keep), output.last_hidden_state[keep].clone()
 
     def states(self, sequences, batch_size):
         """Yield (input_ids [S], loss_mask [S], auxiliary [S, 3·Ht], last [S, Ht]) for each (input_ids, loss_mask).
@@ -145,9 +155,9 @@ class Target:
             for (ids, mask), *states in zip(group, auxiliary.split(lengths), last.split(lengths), strict=True):
                 yield ids, mask, *states
 
-    def auxiliary(self):
-        """The auxiliary hidden states [T, 3·Ht] that the last forward of the model left behind (batch of one)."""
-        return torch.cat([self.captured.pop(index)[0] for index in self.layer_ids], dim=-1)
+    def auxiliary(self, keep=0):
+        """The auxiliary hidden states [T, 3·Ht] that the last forward left behind; keep: which of [batch, tokens]."""
+        return torch.cat([self.captured.pop(index)[keep] for index in self.layer_ids], dim=-1)
 
 
 def read_target_config(model_dir, trust_remote_code=False):
@@ -176,40 +186,65 @@ def load_target(model_dir, device="cpu", dtype="auto", layer_ids=None, trust_rem
     Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
     are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
     """
-    text, whole = read_target_config(model_dir, trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, trust_remote_code=trust_remote_code)
+    text, _ = read_target_config(model_dir, trust_remote_code)
+    layers, layer_ids = text.num_hidden_layers, list(layer_ids or default_layer_ids(text.num_hidden_layers))
+    if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
+        fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
+    if info["missing_keys"]:  # transformers would go on with random values
+        fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     model.to(device).eval().requires_grad_(False)
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight.detach()
-    layer_ids = list(layer_ids or default_layer_ids(text.num_hidden_layers))
     head = Head(output.weight.detach(), None if output.bias is None else output.bias.detach())
     target = Target(model, text, head, embedding, layer_ids)
     _fit_head(target)
+    target.packs = _ends_at_borders(target)
     return target
+
+
+def _probe(target, count):
+    """`count` token ids to try the target on."""
+    return torch.arange(1, count + 1, device=target.embedding.device) % len(target.embedding)
 
 
 def _fit_head(target):
     """Find scale and soft cap of the target's logits by one forward of the whole model; fail if nothing fits."""
-    config, head = target.config, target.head
-    ids = torch.arange(1, 9, device=head.weight.device) % head.weight.shape[0]
+    config, head, ids = target.config, target.head, _probe(target, 8)
     with torch.inference_mode():
         own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
     _, last = target.hidden_states(ids, [len(ids)])
     scales = [1.0]
     for value in (getattr(config, key, None) for key in LOGIT_SCALE_KEYS):
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
-            scales = [value, 1 / value, *scales]
+            scales += [float(value), 1 / value]
     cap = getattr(config, "final_logit_softcapping", None)
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
-    for softcap in [cap, None] if cap else [None]:
+    gaps = {}
+    for softcap in dict.fromkeys((cap or None, None)):
         for scale in scales:
-            head.scale, head.softcap = float(scale), softcap
-            gap = (head.logits(last) - own).abs().max()
-            if gap <= tolerance * max(1.0, own.abs().max()):
-                return
-    fail(
-        f"the target's logits are not its head applied to its last hidden state (model_type {config.model_type}, tried "
-        f"scales {scales}, soft cap {cap}, largest difference {gap:.3g}): this family is not supported"
-    )
+            head.scale, head.softcap = scale, softcap
+            gaps[scale, softcap] = float((head.logits(last) - own).abs().max())
+    head.scale, head.softcap = best = min(gaps, key=gaps.get)  # the best, as small logits fit several
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
+    if not gaps[best] <= tolerance * own.abs().max():
+        fail(
+            f"the target's logits are not its head applied to its last hidden state (model_type {config.model_type}, "
+            f"tried scales {scales}, soft cap {cap}, smallest difference {gaps[best]:.3g} of logits up to "
+            f"{own.abs().max():.3g}): this family is not supported"
+        )
+
+
+def _ends_at_borders(target):
+    """Whether a sequence gets the same states behind another one as alone; some families ignore the position ids."""
+    ids, count = _probe(target, 24), 16
+    behind, alone = target.hidden_states(ids, [count, 8])[1][count:], target.hidden_states(ids[count:], [8])[1]
+    gaps = (behind - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    # The median, because rounding may send single tokens to other experts. What leaks in shows in every token.
+    return bool(gaps.median() < (1e-4 if alone.dtype == torch.float32 else 2e-2))
 
 
 def read_target_tensor(model_dir, names):
@@ -244,10 +279,13 @@ def parse_args(argv=None):
 
 def main(args):
     model_dir, tokenizer_dir = resolve_target(args.target_model_path)
+    tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
+    ids = tokenizer(args.text)["input_ids"]
+    if not ids:
+        fail("text has no tokens")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target(model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code)
-    tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
-    ids = torch.tensor(tokenizer(args.text)["input_ids"], device=device)
+    ids = torch.tensor(ids, device=device)
     auxiliary, last = target.hidden_states(ids, [len(ids)])
     _, argmax, logsumexp = teacher(last, target.head)
     best = torch.stack([target.head.logits(h[None])[0].max() for h in last])

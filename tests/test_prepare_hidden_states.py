@@ -1,0 +1,380 @@
+"""The target: states of concatenated sequences, its head, the teacher, and every layout of its folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import tiny
+import torch
+import transformers
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+import prepare_hidden_states
+from prepare_data import resolve_target
+from prepare_hidden_states import Head, load_target, positions_of, read_sequences, read_target_tensor, teacher
+
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+LAYERS, VOCABULARY = 8, 97
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
+# name: (configuration class, its own options, expected (logit scale, soft cap), are sequences packed?)
+FAMILIES = {
+    "llama": ("LlamaConfig", {"head_dim": 8}, (1.0, None), True),
+    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}, (1.0, None), True),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}, (1.0, None), True),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
+                                    "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}, (1.0, 5.0), True),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}, (1.0, None), True),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                                      "attention_multiplier": 0.3}, (0.125, None), True),
+    "cohere": ("CohereConfig", {"logit_scale": 0.0625}, (0.0625, None), True),
+    "phi": ("PhiConfig", {}, (1.0, None), True),  # a bias on the head
+    "qwen3 experts": ("Qwen3MoeConfig", dict(**EXPERTS, num_experts=4, moe_intermediate_size=16), (1.0, None), True),
+    # These do not read the borders off the position ids.
+    "gpt-oss": ("GptOssConfig", dict(**EXPERTS, num_local_experts=4, sliding_window=6), (1.0, None), False),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (1.0, None), False),
+}  # fmt: skip
+LENGTHS = [1, 3, 40, 1, 9]
+
+
+def write_model(folder, config, seed=0, **options):
+    """A random model in `folder` whose norms and biases are random too, so that leaving one out shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    return tiny.write_target(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(folder, plain model of transformers, expected (scale, soft cap), packs) of each family."""
+    name, options, scaling, packs = FAMILIES[request.param]
+    config = getattr(transformers, name)(**{**SIZES, **options})
+    folder = write_model(tmp_path_factory.mktemp("family"), config)
+    return folder, AutoModelForCausalLM.from_pretrained(folder).eval(), scaling, packs
+
+
+def close(a, b):
+    """Equal to rounding, in relation to the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max()) < 2e-5
+
+
+def refused(capsys, function, *args, **options):
+    """The one line on stderr with which function ends the program with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **options)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights is an error."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+# ---------------------------------------------------------------------------- hidden states
+def test_states_of_concatenated_sequences_equal_transformers_one_by_one(family):
+    folder, model, scaling, packs = family
+    sequences = torch.randint(3, VOCABULARY, (sum(LENGTHS),)).split(LENGTHS)
+    default, custom = load_target(folder), load_target(folder, layer_ids=[0, 1, LAYERS])
+    assert (default.layer_ids, default.packs) == ([2, LAYERS // 2, LAYERS - 3], packs)
+    assert (default.head.scale, default.head.softcap) == scaling
+    with torch.no_grad():
+        outputs = [model(input_ids=ids[None], output_hidden_states=True, use_cache=False) for ids in sequences]
+    for target in (default, custom):
+        auxiliary, last = target.hidden_states(torch.cat(sequences), LENGTHS)
+        decoder = target.decoder
+        norm = next(
+            getattr(decoder, name) for name in ("norm", "final_layernorm", "final_layer_norm") if hasattr(decoder, name)
+        )
+        for output, a, h in zip(outputs, auxiliary.split(LENGTHS), last.split(LENGTHS), strict=True):
+            parts = a.split(h.shape[1], dim=-1)
+            for index, part in zip(target.layer_ids, parts, strict=True):
+                if index == LAYERS:  # transformers' last entry is the one after the norm
+                    part = norm(part)
+                assert close(part, output.hidden_states[index][0]), index
+            assert close(h, output.hidden_states[-1][0])
+            assert close(target.head.logits(h), output.logits[0])
+        alone = [target.hidden_states(ids, [len(ids)]) for ids in sequences]
+        assert close(auxiliary, torch.cat([a for a, _ in alone]))
+        assert close(last, torch.cat([h for _, h in alone]))
+
+
+def test_states_see_nothing_of_the_other_sequences(family):
+    target = load_target(family[0])
+    ids = torch.randint(3, VOCABULARY, (30,))
+    before = target.hidden_states(ids, [11, 19])
+    ids[:11] = ids[:11].flip(0)
+    after = target.hidden_states(ids, [11, 19])
+    assert all(close(b[11:], a[11:]) for a, b in zip(before, after, strict=True))
+    assert not close(before[1][:11], after[1][:11])
+    # The comparison can fail: as one sequence, the same change shows behind it.
+    whole = [target.hidden_states(x, [30])[1][11:] for x in (ids, torch.cat([ids[:11].flip(0), ids[11:]]))]
+    assert not close(*whole)
+
+
+def test_states_yields_the_sequences_in_order(llama_folder):
+    target = load_target(llama_folder)
+    sequences = [(torch.randint(400, (n,)), torch.ones(n, dtype=torch.int64)) for n in (5, 1, 30, 8, 2)]
+    found = list(target.states(sequences, 2))
+    assert len(found) == 5
+    for (ids, mask), (got_ids, got_mask, auxiliary, last) in zip(sequences, found, strict=True):
+        expected = target.hidden_states(ids, [len(ids)])
+        assert torch.equal(ids, got_ids) and torch.equal(mask, got_mask)
+        assert close(auxiliary, expected[0]) and close(last, expected[1])
+
+
+def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
+    target = load_target(llama_folder)
+    target.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was run on every token"))
+    auxiliary, last = target.hidden_states(torch.arange(12), [7, 5])
+    assert not auxiliary.is_inference() and not last.is_inference() and not auxiliary.requires_grad
+    linear = torch.nn.Linear(auxiliary.shape[1], last.shape[1])
+    (linear(auxiliary) * last).sum().backward()
+    assert torch.allclose(linear.weight.grad, last.T @ auxiliary, rtol=1e-4, atol=1e-3)
+    assert not any(p.requires_grad for p in target.model.parameters()) and not target.captured
+
+
+def test_positions_restart():
+    assert positions_of([3, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_read_sequences():
+    data = Dataset.from_dict({"input_ids": [[5, 6], [7], [8, 9, 10]], "loss_mask": [[0, 1], [1], [0, 0, 1]]})
+    pairs = read_sequences(data, [2, 0], "cpu")
+    assert [(ids.tolist(), mask.tolist()) for ids, mask in pairs] == [([8, 9, 10], [0, 0, 1]), ([5, 6], [0, 1])]
+    assert all(part.dtype == torch.int64 for pair in pairs for part in pair)
+    assert read_sequences(data, [], "cpu") == []
+
+
+# ---------------------------------------------------------------------------- loading
+def arrange(layout, source, root):
+    """The model of `source` in one of the layouts of a target's folder; returns what the user would give."""
+    weights, tokenizer = ["model.safetensors"], ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    config = ["config.json", "generation_config.json"]
+    places = {
+        "nested": {"some/where": [*config, *weights, *tokenizer]},
+        "mlflow data": {"data/model": [*config, *weights], "data/tokenizer": tokenizer},
+        "mlflow data, config apart": {"data/model": weights, "data/tokenizer": tokenizer, "data/config": config},
+        "mlflow components": {"model": [*config, *weights], "components/tokenizer": tokenizer},
+    }[layout]
+    root.mkdir()
+    if "mlflow" in layout:
+        (root / "MLmodel").write_text("flavors: {}\n")
+    for folder, names in places.items():
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            if (source / name).exists():
+                shutil.copy(source / name, root / folder / name)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["nested", "mlflow data", "mlflow data, config apart", "mlflow components"])
+def test_folder_layouts_give_the_same_target(layout, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    model_dir, tokenizer_dir = resolve_target(arrange(layout, llama_folder, tmp_path / "given"))
+    expected, ids = load_target(llama_folder), torch.arange(20)
+    for got, wanted in zip(
+        load_target(model_dir).hidden_states(ids, [20]), expected.hidden_states(ids, [20]), strict=True
+    ):
+        assert torch.equal(got, wanted)
+    assert (tokenizer_dir / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_file_sharded_and_tied_weights(tied, tmp_path):
+    config = tiny.llama_config(layers=7, tie_word_embeddings=tied, initializer_range=0.2)
+    targets = []
+    for name, size in (("single", "5GB"), ("sharded", "100KB")):
+        folder = write_model(tmp_path / name, config, max_shard_size=size)
+        assert len(list(folder.glob("*.safetensors"))) == 1 if name == "single" else 3
+        targets.append(load_target(folder))
+        embedding = read_target_tensor(folder, ["absent", "model.embed_tokens.weight"])
+        assert torch.equal(embedding, targets[-1].embedding)
+    single, sharded = (target.hidden_states(torch.arange(9), [9]) for target in targets)
+    assert all(torch.equal(a, b) for a, b in zip(single, sharded, strict=True))
+    assert torch.equal(targets[0].head.weight, targets[1].head.weight)
+    assert torch.equal(targets[0].head.weight, targets[0].embedding) == tied
+
+
+def test_read_target_tensor_names_what_is_missing(llama_folder, tmp_path, capsys):
+    assert "model.nothing, other" in refused(capsys, read_target_tensor, llama_folder, ["model.nothing", "other"])
+    assert "neither model.safetensors nor" in refused(capsys, read_target_tensor, tmp_path, ["model.norm.weight"])
+
+
+def test_weights_that_are_not_whole_are_refused(llama_folder, tmp_path, capsys):
+    folder = shutil.copytree(llama_folder, tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lack model.norm.weight" in refused(capsys, load_target, folder)
+    save_file(
+        tensors | {"model.norm.weight": norm[:3].clone()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    refused(capsys, load_target, folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    assert str(folder) in refused(capsys, load_target, folder)
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded" in refused(capsys, load_target, folder)
+
+
+def test_bad_targets_are_refused_before_the_weights_load(llama_folder, tmp_path, capsys, no_weights):
+    config = json.loads((llama_folder / "config.json").read_text())
+    for name, change, words in (
+        ("six", {"num_hidden_layers": 6}, "has 6 layers"),
+        ("unknown", {"model_type": "never_heard_of"}, "config.json cannot be read"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+        assert words in refused(capsys, load_target, tmp_path / name)
+    for layers in ([2, 4, 9], [-1, 2, 4], [2, 2, 5]):
+        assert str(layers) in refused(capsys, load_target, llama_folder, layer_ids=layers)
+
+
+def test_a_family_with_other_logits_or_other_layers_is_refused(llama_folder, tmp_path, capsys, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def changed(self, *args, **options):
+        output = forward(self, *args, **options)
+        output.logits = output.logits + 0.01 * output.logits.pow(2)
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", changed)
+    assert "this family is not supported" in refused(capsys, load_target, llama_folder)
+    write_model(tmp_path, transformers.GPT2Config(n_embd=32, n_layer=8, n_head=4, vocab_size=97))
+    assert "gpt2" in refused(capsys, load_target, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "scale"), [("LlamaConfig", 1.0), ("GraniteConfig", 0.125)])
+def test_the_scale_that_fits_best_is_taken(kind, scale, dtype, tmp_path):
+    """Llama does not use the scale in its config; logits this small fit every scale within an absolute tolerance."""
+    options = {**SIZES, "initializer_range": 0.002, "logits_scaling": 8.0, "dtype": dtype}
+    target = load_target(write_model(tmp_path, getattr(transformers, kind)(**options)), dtype=dtype)
+    assert (target.head.scale, target.head.softcap, target.head.weight.dtype) == (scale, None, dtype)
+
+
+# ---------------------------------------------------------------------------- teacher
+def full_logits(head, hidden):
+    """float64 [N, V], from the definition."""
+    logits = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+    logits = logits * head.scale
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+
+
+@pytest.mark.parametrize("chunks", [(16384, 4096), (64, 7), (1, 1000), (250, 1)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.125, "bias": True}])
+def test_teacher_equals_the_full_logits(options, chunks, monkeypatch):
+    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", chunks[0])
+    monkeypatch.setattr(prepare_hidden_states, "TOKEN_CHUNK", chunks[1])
+    torch.manual_seed(0)
+    bias = 3 * torch.randn(501) if options.get("bias") else None
+    head, hidden = Head(torch.randn(501, 16), **{**options, "bias": bias}), torch.randn(23, 16)
+    full = full_logits(head, hidden)
+    for draft_ids in (torch.randperm(501)[:60].sort().values, None):
+        logits, argmax, logsumexp = teacher(hidden, head, draft_ids)
+        assert logits.dtype == logsumexp.dtype == torch.float32 and argmax.dtype == torch.int64
+        assert torch.allclose(logits.double(), full if draft_ids is None else full[:, draft_ids], atol=1e-5)
+        assert torch.equal(argmax, full.argmax(-1))
+        assert torch.allclose(logsumexp.double(), full.logsumexp(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_teacher_takes_the_lowest_of_equal_ids(softcap, monkeypatch):
+    """Equal rows of the head in one chunk and in several; a soft cap also makes all large logits equal."""
+    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", 10)
+    torch.manual_seed(0)
+    weight = torch.randint(-3, 4, (100, 8)).float()  # whole numbers: no rounding
+    best = torch.full((8,), 4.0)
+    for ids in ([37, 38], [12, 95], [99], [0, 9, 10]):
+        head = Head(weight.clone(), softcap=softcap)
+        head.weight[ids] = best
+        hidden = torch.ones(5, 8)
+        assert teacher(hidden, head, torch.arange(3))[1].tolist() == [int(head.logits(hidden)[0].argmax())] * 5
+        assert softcap or teacher(hidden, head)[1].tolist() == [min(ids)] * 5
+    saturated = Head(torch.full((100, 8), 50.0), softcap=0.5)
+    saturated.weight[:42] = -50.0
+    assert teacher(torch.ones(2, 8), saturated)[1].tolist() == [42, 42]
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation gives back."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.elements = max(self.elements, part.numel())
+        return result
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_teacher_makes_no_tensor_of_tokens_by_vocabulary(softcap, monkeypatch):
+    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", 128)
+    monkeypatch.setattr(prepare_hidden_states, "TOKEN_CHUNK", 16)
+    count, vocabulary, size, columns = 64, 4096, 8, 32
+    head, hidden = Head(torch.randn(vocabulary, size), softcap=softcap), torch.randn(count, size)
+    with Largest() as largest:
+        teacher(hidden, head, torch.arange(columns))
+    assert largest.elements == max(count * columns, 16 * 128) < count * vocabulary / 100
+    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", vocabulary)
+    with Largest() as largest:  # the measurement sees what it should
+        teacher(hidden, head, torch.arange(columns))
+    assert largest.elements == 16 * vocabulary
+
+
+# ---------------------------------------------------------------------------- command line
+def test_command_line(llama_folder):
+    command = [sys.executable, tiny.REPOSITORY / "prepare_hidden_states.py", "--target_model_path", llama_folder]
+    done = subprocess.run([*command, "--text", "Hello dog"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, *rows = [line for line in done.stdout.splitlines() if line.startswith("layers") or " -> " in line]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), tiny.tokenizer()
+    ids = tokenizer("Hello dog")["input_ids"]
+    assert (
+        first
+        == f"layers [2, 4, 5] of 8, logit scale 1.0, soft cap None, auxiliary ({len(ids)}, 192), last ({len(ids)}, 64)"
+    )
+    with torch.no_grad():
+        probability, best = model(torch.tensor([ids])).logits[0].softmax(-1).max(-1)
+    wanted = [
+        f"{tokenizer.decode([i])!r} -> {tokenizer.decode([b])!r} {p:.3f}"
+        for i, b, p in zip(ids, best, probability, strict=True)
+    ]
+    assert ["".join(row.split()) for row in rows] == ["".join(row.split()) for row in wanted]
+
+
+def test_command_line_bad_input(llama_folder, capsys, no_weights):
+    def main(**options):
+        given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None}
+        prepare_hidden_states.main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
+
+    assert "text" in refused(capsys, main, text="")
+    assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])
+    assert "/nowhere" in refused(capsys, main, target_model_path="/nowhere")
