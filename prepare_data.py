@@ -356,8 +356,8 @@ def render_reply(messages, tools, chat):
     kept = "tool_calls" in last or not spans or "</think>" in text[spans[-1][0] :]
     if not reasoning.strip() or kept or "</think>" not in str(chat.tokenizer.chat_template):
         return text, spans
-    prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True).removesuffix("\n")
-    prompt += "\n" if prompt.endswith("<think>") else "<think>\n"
+    prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    prompt = re.sub(r"(<think>\n?)?\Z", "<think>\n", prompt, count=1)
     text = f"{prompt}{reasoning.strip()}\n</think>\n\n{content.strip()}{chat.template.ends[0]}"
     return text, find_spans(text, chat.template, chat.opening)
 
@@ -416,6 +416,7 @@ def tokenise(raw, chat):
     """(ids, mask, number of tokens cut off) of one row, given as the bytes of its line. Raises Rejected."""
     try:
         row = json.loads(raw.decode() or "{}")
+        json.dumps(row, ensure_ascii=False).encode() if b"\\u" in raw else None  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise Rejected("not JSON", error) from None
     if not isinstance(row, dict):

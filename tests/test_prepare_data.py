@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from chat_templates import FAMILIES
+from tokenizers import processors
 
 import prepare_data
 from prepare_data import make_chat, open_data, prepare, resolve_target, tokenise
@@ -156,6 +157,15 @@ def test_the_prompt_that_opens_a_thought_is_not_supervised_but_stands_before_it(
     assert chat.tokenizer.decode(ids[mask == 0]).endswith("<｜Assistant｜><think>\n")
 
 
+def test_reasoning_that_the_template_drops_is_put_back_behind_the_generation_prompt():
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = tokenizer.chat_template.replace("(loop.last or reasoning)", "false")
+    chat = make_chat(tokenizer, "qwen", 2048, False, {})
+    ids, mask, _ = tokenise(line(chat_row(USER, TAGGED)), chat)
+    assert runs_of(ids, mask, tokenizer) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\ntwo and two\n</think>\n\nfour<|im_end|>")
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseek-first"])
 def test_text_is_encoded_once_and_as_the_tokenizer_encodes_it(family):
     chat = chat_for(family, "auto")
@@ -164,8 +174,10 @@ def test_text_is_encoded_once_and_as_the_tokenizer_encodes_it(family):
     assert ids.tolist() == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_encode_differently():
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_encode_differently(trim_offsets):
     tokenizer = family_tokenizer("qwen", ["assistant\n \n five", "a\n \n b\n \n c"] * 50)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     chat = make_chat(tokenizer, "qwen", 2048, False, {})
     reply = {"role": "assistant", "content": " \n five"}
     ids, mask, _ = tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
@@ -177,14 +189,21 @@ def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_en
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_characters_of_several_bytes_and_tokens(trim_offsets):
-    from tokenizers import processors
-
     answer = "naïve 日本語 👩‍👩‍👧 end  \n\n 😀"
     tokenizer = family_tokenizer("qwen")
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     chat = make_chat(tokenizer, "qwen", 2048, False, {})
     row = chat_row({"role": "user", "content": "é😀"}, {"role": "assistant", "content": answer}, USER, REPLY)
     assert runs(row, chat)[0] == answer + "<|im_end|>"
+
+
+def test_a_token_of_no_characters_at_the_start_of_a_reply_belongs_to_the_prompt():
+    encoder = family_tokenizer("qwen").backend_tokenizer
+    encoder.post_processor = processors.ByteLevel(trim_offsets=True)  # as some tokenizers report a blank
+    offsets = encoder.encode("a  hi").offsets
+    assert offsets[1] == (2, 2) and offsets[2][0] == 3
+    assert prepare_data.encode("a  hi", [(2, 5)], encoder)[1].tolist() == [0, 0] + [1] * (len(offsets) - 2)
+    assert prepare_data.encode("a  hi", [(1, 5)], encoder)[1].tolist() == [0, 1] + [1] * (len(offsets) - 2)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -252,6 +271,7 @@ def test_truncation_is_at_the_right_and_needs_a_supervised_token():
 BAD = [
     ("not JSON", b'{"conversations": ['),
     ("not JSON", b'{"text": "\xff"}'),
+    ("not JSON", b'{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}'),
     ("not an object", b"[1, 2]"),
     ("empty", b""),
     ("empty", b"{}"),
@@ -293,6 +313,15 @@ BAD = [
 @pytest.mark.parametrize(("expected", "row"), BAD)
 def test_cause_of_a_rejected_row(expected, row):
     assert cause(row, chat_for("llama3")) == expected
+
+
+def test_a_turn_that_the_template_leaves_out_is_noticed():
+    tokenizer = family_tokenizer("llama3")
+    skipping = "{%- set messages = messages | rejectattr('name', 'defined') | list %}"
+    tokenizer.chat_template = skipping + tokenizer.chat_template
+    chat = make_chat(tokenizer, "llama3", 2048, False, {})
+    assert runs(chat_row(USER, REPLY, *SECOND), chat) == ["hello there<|eot_id|>", "that is all<|eot_id|>"]
+    assert cause(chat_row(USER, {**REPLY, "name": "aside"}, *SECOND), chat) == "turns not marked"
 
 
 def test_a_call_that_the_template_cannot_render_is_rejected_and_not_dropped():
