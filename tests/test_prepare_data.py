@@ -206,6 +206,13 @@ def test_a_token_of_no_characters_at_the_start_of_a_reply_belongs_to_the_prompt(
     assert prepare_data.encode("a  hi", [(1, 5)], encoder)[1].tolist() == [0, 1] + [1] * (len(offsets) - 2)
 
 
+def test_offsets_cover_blanks_even_if_the_tokenizer_trims_them():
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert tokenizer.backend_tokenizer.encode("a  hi").offsets[1] == (2, 2)
+    assert make_chat(tokenizer, "qwen", 2048, False, {}).encoder.encode("a  hi").offsets[1] == (1, 2)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_another_prompt_leaves_the_supervised_tokens_unchanged(family):
     name = family if family in prepare_data.TEMPLATES else "auto"
