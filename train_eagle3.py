@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import deepspeed
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.utils.logging import disable_progress_bar
 
 from build_vocab_mapping import build_mapping, coverage, load_mapping
 from export_eagle3 import (
@@ -364,6 +366,8 @@ def start_distributed(args):
             os.environ.update({name: str(value) for name, value in alone.items()})
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
+    # DeepSpeed builds its C++ helper with the ninja that it finds: the environment's own, activated or not.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     timeout = datetime.timedelta(minutes=args.dist_timeout)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -548,7 +552,7 @@ def reduced_metrics(sums, chains, args, extra):
 def open_swanlab(args, settings):
     import swanlab
 
-    run = swanlab.init(project="eagle3", experiment_name=args.run_name, logdir=args.log_dir, config=settings)
+    run = swanlab.init(project="eagle3", name=args.run_name, log_dir=args.log_dir, config=settings)
     return lambda values, step: run.log(values, step=step), run.finish
 
 
@@ -577,7 +581,12 @@ class Record:
         if not self.first:
             return
         self.file = (Path(args.output_dir) / "metrics.jsonl").open("w")
-        self.trackers = [TRACKERS[name](args, settings) for name in args.report_to]
+        self.trackers = []
+        for name in args.report_to:
+            try:
+                self.trackers.append(TRACKERS[name](args, settings))
+            except Exception as error:  # foreign code and accounts: they must not cost the training
+                print(f"{name} does not start, training goes on without it: {error}", file=sys.stderr)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=args.total_steps, unit="step", disable=not terminal, dynamic_ncols=True)
 
@@ -1006,6 +1015,9 @@ def parse_args(argv=None):
 
 def main(args):
     device = start_distributed(args)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
+    if dist.get_rank() != 0 or not sys.stderr.isatty():
+        disable_progress_bar()
     args, model_dir, config, layers, data_folder = on_first_rank(lambda: prepare_run(args, dist.get_world_size()))
     data, data_config = open_data(data_folder)
     d2t, config = vocabulary_mapping(args, config, data_folder)
@@ -1026,7 +1038,10 @@ def main(args):
         t2d[torch.arange(len(d2t)) + d2t] = True
         share = coverage(read_token_freq(Path(data_folder) / "token_freq.pt"), t2d.numpy())
         print(summary(args, config, layers, draft, data, data_config, steps_per_epoch, share))
-        print(f"attention   {args.attention_backend}: computed densely in this version", flush=True)
+        fallback = args.attention_backend == "flex_attention" and device.type == "cpu"
+        print(
+            f"attention   {'sdpa, as a CPU has no flex_attention' if fallback else args.attention_backend}", flush=True
+        )
         write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
 
     engine, d2t = build_engine(args, draft, device), d2t.to(device)
@@ -1036,8 +1051,8 @@ def main(args):
         record = Record(args, settings)
         train(args, engine, target, data, d2t, record)
         record.close()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(parse_args())
+    dist.destroy_process_group()

@@ -67,8 +67,8 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
     """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
     auxiliary [S, 3Ht], logits [S, V].
 
-    Returns loss (summed over slots, steps weighted, not normalised), sums [K][cross-entropy, correct, accept, count], and per
-    document the number n_j of leading correct steps of every slot.
+    Returns loss (summed over slots, steps weighted, not normalised), sums [K][cross-entropy, correct, accept, count],
+    and per document the number n_j of leading correct steps of every slot.
     """
     eps, dim = config["rms_norm_eps"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]

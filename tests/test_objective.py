@@ -26,7 +26,7 @@ def draft_config(rope="default"):
 
 
 def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=0):
-    """A draft with random weights and documents with several replies each; positions pass max_position_embeddings / 2."""
+    """A draft with random weights; documents with two replies each and positions beyond max_position_embeddings / 2."""
     torch.manual_seed(seed)
     embedding = torch.randn(VOCABULARY, 24, dtype=torch.float64)
     draft = DraftModel(draft_config(rope), embedding.to(dtype))
@@ -164,7 +164,8 @@ def test_acceptance_walk_by_hand():
     #       prompt | reply of 7 tokens at 2..8 | prompt | reply of one token, nothing to draft
     mask = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1]
     accepted = [9, 2, 9, 9, 0, 2, 9, 9, 9, 9, 9]
-    # slot 1 accepts x[3], x[4], the target adds x[5]; slot 4 accepts none, x[6] is the target's; slot 5 accepts x[7], x[8].
+    # slot 1 accepts x[3] and x[4], the target adds x[5]; slot 4 accepts none, x[6] is the target's;
+    # slot 5 accepts x[7] and x[8].
     assert acceptance_walk(accepted, mask) == [2, 0, 2]
     assert acceptance_walk([1, 0, 0], [1, 1, 1]) == [1]  # supervised from the first token on: slot 0 is the first
     assert acceptance_walk([], []) == []

@@ -47,10 +47,10 @@ def write_jsonl(path, rows):
 def llama_config(vocab_size=400, layers=8, **options):
     from transformers import LlamaConfig
 
-    sizes = dict(
-        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=4, tie_word_embeddings=False,
-    )  # fmt: skip
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 4, "tie_word_embeddings": False,
+    }  # fmt: skip
     return LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, **{**sizes, **options})
 
 

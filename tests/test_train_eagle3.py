@@ -1,0 +1,362 @@
+"""train_eagle3.py through its command line: runs and their files, bad input, the same numbers on one rank and two."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+import train_eagle3
+from export_eagle3 import check_draft
+
+STEPS = 3  # of the training-time test, in all runs here
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny target, JSON Lines of conversations of very different lengths, and the prepared data."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.write_target(folder / "target")
+    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
+    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(5, 2))
+    run(folder, folder / "first", "--total_steps", "1", "--dataset_train_split", folder / "train.jsonl",
+        "--dataset_validation_split", folder / "validation.jsonl", data=False)  # fmt: skip
+    shutil.copytree(folder / "first" / "data", folder / "data")
+    return folder
+
+
+def arguments(work, output, *flags, data=True):
+    argv = ["--target_model_path", work / "target", "--output_dir", output, "--ttt_length", STEPS, "--log_steps", 1]
+    argv += ["--data_path", work / "data"] if data else []
+    return [str(part) for part in (*argv, *flags)]
+
+
+def run(work, output, *flags, data=True):
+    """Train in this process; returns the rows of metrics.jsonl."""
+    train_eagle3.main(train_eagle3.parse_args(arguments(work, output, *flags, data=data)))
+    path = Path(output) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def furthest(a, b):
+    """Largest relative difference between two drafts, tensor by tensor."""
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp(min=1e-30)) for k in a)
+
+
+# --- a run and what it leaves behind ---
+
+
+def test_run_leaves_checkpoints_metrics_and_settings(work, tmp_path, capsys):
+    rows = run(work, tmp_path / "out", "--num_epochs", 2, "--log_steps", 2, "--draft_vocab_size", 200,
+               "--report_to", "tensorboard", "--draft_global_batch_size", 4)  # fmt: skip
+    printed, out = capsys.readouterr().out, tmp_path / "out"
+    per_epoch = -(-22 // 4)
+    assert f"steps       {per_epoch} an epoch, {2 * per_epoch} in all" in printed
+    for name in (f"step_{per_epoch:08d}", f"step_{2 * per_epoch:08d}", "final", "latest"):
+        assert check_draft(out / name) == [], name
+    assert (out / "latest").resolve().name == f"step_{2 * per_epoch:08d}"
+    assert not [path for path in out.iterdir() if path.name.startswith(".")], "something half-built was left behind"
+    assert furthest(weights(out / "final"), weights(out / "latest")) == 0
+    assert furthest(weights(out / "final"), weights(out / f"step_{per_epoch:08d}")) > 0
+    assert json.loads((out / "latest" / "trainer_state.json").read_text())["step"] == 2 * per_epoch
+
+    train_rows = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train_rows] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [per_epoch, 2 * per_epoch]
+    names = {f"{name}_{i}" for name in ("loss", "acc", "accept") for i in range(STEPS)}
+    assert names | {"loss", "chain_length", "lr", "grad_norm", "tokens_per_second", "seconds"} <= train_rows[0].keys()
+    assert names | {"loss", "chain_length", "acceptance_length", "passes"} <= rows[-1].keys()
+    for row in rows:
+        expected = sum(0.8**i * row[f"loss_{i}"] for i in range(1))
+        assert row["loss"] > expected and 1 <= row["chain_length"] <= 1 + STEPS
+
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["flags"]["draft_vocab_size"] == 200 and settings["world_size"] == 1
+    assert settings["versions"]["torch"] == torch.__version__.split("+")[0] or settings["versions"]["torch"]
+    assert (out / "final" / "run.json").read_text() == (out / "run.json").read_text()
+    config = json.loads((out / "final" / "config.json").read_text())
+    assert config["draft_vocab_size"] == 200 and config["torch_dtype"] == "float32" and "rope_theta" in config
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "logs" / "tensorboard")).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert logged == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in train_rows]
+
+
+def test_swanlab_holds_the_values(work, tmp_path, monkeypatch):
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    rows = run(work, tmp_path / "out", "--total_steps", 2, "--report_to", "swanlab", "--run_name", "tiny")
+    (file,) = (tmp_path / "out" / "logs").glob("run-*/run-*.swanlab")
+    reader = DataStoreReader()
+    reader.open(str(file))
+    records = []
+    while (record := reader.scan()) is not None:
+        records.append(record)
+    for row in rows[:2]:
+        value = struct.pack("<d", row["loss"])
+        assert any(b"train/loss" in record and value in record for record in records), row["step"]
+
+
+def test_tracker_that_fails_does_not_stop_training(work, tmp_path, monkeypatch, capsys):
+    def refuse(args, settings):
+        raise ConnectionError("no account")
+
+    monkeypatch.setitem(train_eagle3.TRACKERS, "swanlab", refuse)
+    rows = run(work, tmp_path / "out", "--total_steps", 1, "--report_to", "swanlab")
+    assert rows and "swanlab does not start, training goes on without it: no account" in capsys.readouterr().err
+
+
+def test_total_steps_ends_the_training_there_and_repeats_the_data(work, tmp_path):
+    for total in (2, 5):  # less and more than the epoch of 3 steps
+        out = tmp_path / str(total)
+        rows = run(work, out, "--total_steps", total, "--save_steps", 2, "--save_interval", 9, "--eval_interval", 9)
+        assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, total + 1))
+        assert [row["step"] for row in rows if row["split"] == "validation"] == [total]
+        saved = sorted(path.name for path in out.glob("step_*"))
+        assert saved == [f"step_{n:08d}" for n in sorted({*range(2, total + 1, 2), total})]
+    assert rows[-2]["lr"] < 0.2 * rows[0]["lr"], "the schedule ends with the training"
+
+
+def test_training_lowers_the_loss_and_a_draft_can_be_continued(work, tmp_path):
+    rows = run(work, tmp_path / "a", "--total_steps", 30, "--learning_rate", "3e-3", "--draft_vocab_size", 300)
+    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
+    more = run(work, tmp_path / "b", "--total_steps", 1, "--resume_from_checkpoint", tmp_path / "a" / "final",
+               "--draft_vocab_size", 100)  # fmt: skip
+    assert more[0]["loss"] < 0.9 * rows[0]["loss"]
+    a, b = (weights(tmp_path / name / "final") for name in "ab")
+    assert torch.equal(a["d2t"], b["d2t"]), "the mapping of the draft that is continued must stay"
+
+
+def test_dry_run_saves_the_initial_draft(work, tmp_path):
+    run(work, tmp_path / "dry", "--dry_run", "--total_steps", 2)
+    assert check_draft(tmp_path / "dry" / "step_00000000") == []
+    assert sorted(path.name for path in (tmp_path / "dry").iterdir()) == ["latest", "run.json", "step_00000000"]
+    direct = run(work, tmp_path / "direct", "--total_steps", 2)
+    continued = run(work, tmp_path / "continued", "--total_steps", 2,
+                    "--resume_from_checkpoint", tmp_path / "dry" / "latest")  # fmt: skip
+    assert [row["loss"] for row in direct] == [row["loss"] for row in continued]
+    assert furthest(weights(tmp_path / "direct" / "final"), weights(tmp_path / "continued" / "final")) == 0
+
+
+def test_same_seed_same_run_other_seed_another(work, tmp_path):
+    losses = [
+        [row["loss"] for row in run(work, tmp_path / str(i), "--total_steps", 3, "--seed", seed)]
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_each_of_these_flags_changes_the_draft(work, tmp_path):
+    base = run(work, tmp_path / "base", "--total_steps", 4)
+    for i, flags in enumerate((
+        ("--learning_rate", "1e-3"), ("--weight_decay", "0.5"), ("--warmup_ratio", "0.9"),
+        ("--scheduler_type", "constant"), ("--ttt_step_loss_decay", "0.1"), ("--target_layer_ids", "1", "3", "8"),
+        ("--scheduler_warmup_steps", "5"), ("--scheduler_total_steps", "50"), ("--scheduler_num_cosine_cycles", "2"),
+        ("--draft_global_batch_size", "2"),
+    )):  # fmt: skip
+        rows = run(work, tmp_path / str(i), "--total_steps", 4, *flags)
+        assert furthest(weights(tmp_path / str(i) / "final"), weights(tmp_path / "base" / "final")) > 0, flags
+        assert rows[0].keys() == base[0].keys()
+    config = json.loads((tmp_path / "5" / "final" / "config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 8]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 7]
+
+
+def test_draft_model_config_is_used_and_completed(work, tmp_path):
+    given = {"intermediate_size": 40, "num_attention_heads": 8, "num_key_value_heads": 2, "draft_vocab_size": 150,
+             "norm_before_fc": True, "fc_norm": True, "norm_output": True}  # fmt: skip
+    (tmp_path / "draft.json").write_text(json.dumps(given))
+    run(work, tmp_path / "out", "--total_steps", 1, "--draft_model_config", tmp_path / "draft.json")
+    config = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
+    assert {key: config[key] for key in given} == given and config["head_dim"] == 8 and config["vocab_size"] == 400
+    tensors = weights(tmp_path / "out" / "final")
+    assert tensors["input_norm.weight"].shape == (192,) and tensors["fc_norm.2.weight"].shape == (64,)
+
+
+def test_aliases_and_kebab_case():
+    argv = "--verifier-name-or-path M --train-data-path=T.jsonl --lr 3e-4 --epochs 5 --ttt-steps 4 --save-path o"
+    argv = f"{argv} --logger tensorboard,swanlab --max-steps 9 --resume False".split()
+    args = train_eagle3.parse_args(argv)
+    assert (args.target_model_path, args.dataset_train_split, args.learning_rate) == ("M", "T.jsonl", 3e-4)
+    assert (args.num_epochs, args.ttt_length, args.output_dir, args.total_steps) == (5, 4, "o", 9)
+    assert args.report_to == ["tensorboard", "swanlab"] and args.resume is False
+    assert set(train_eagle3.ALIASES.values()) <= set(vars(args))
+
+
+def test_learning_rate_follows_the_well_known_schedules():
+    def ours(kind, steps, warmup):
+        argv = f"--target_model_path M --learning_rate 2.0 --scheduler_type {kind} --scheduler_total_steps {steps}"
+        argv = f"{argv} --scheduler_warmup_steps {warmup}".split()
+        args = train_eagle3.parse_args(argv)
+        return [train_eagle3.learning_rate_at(step, args) for step in range(steps)]
+
+    for kind, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
+        for warmup in (0, 4):
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+            schedule, theirs = make(optimizer, warmup, 20), []
+            for _ in range(20):
+                theirs.append(schedule.get_last_lr()[0])
+                optimizer.step()
+                schedule.step()
+            rates = ours(kind, 20, warmup)
+            assert rates[warmup:] == pytest.approx(theirs[warmup:])
+            assert rates[:warmup] == pytest.approx([2.0 * (i + 1) / warmup for i in range(warmup)])  # never a step of 0
+    assert ours("constant", 6, 2) == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+# --- the same numbers however the work is dealt out ---
+
+
+def recorded_gradients(work, tmp_path, monkeypatch, *flags):
+    """Full gradients of the first optimizer step, by name."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found, build = {}, train_eagle3.build_engine
+
+    def build_engine(args, draft, device):
+        engine = build(args, draft, device)
+        step = engine.step
+
+        def recording_step():
+            if engine.is_gradient_accumulation_boundary() and not found:
+                found.update({name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()})
+            step()
+
+        engine.step = recording_step
+        return engine
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_eagle3, "build_engine", build_engine)
+        run(work, tmp_path, "--total_steps", 1, "--draft_global_batch_size", 4, *flags)
+    return found
+
+
+def test_gradient_is_the_same_for_one_micro_batch_of_four_and_four_of_one(work, tmp_path, monkeypatch):
+    single = recorded_gradients(work, tmp_path / "a", monkeypatch, "--draft_micro_batch_size", 1)
+    packed = recorded_gradients(work, tmp_path / "b", monkeypatch, "--draft_micro_batch_size", 4, "--batch_size", 3)
+    assert len(single) == 13 and single.keys() == packed.keys()
+    for name, gradient in single.items():
+        assert gradient.norm() > 0, name
+        assert (packed[name] - gradient).norm() / gradient.norm() < 1e-5, name
+
+
+def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
+    """One start of two ranks runs every file of ds_configs/, a batch that does not divide, and a rank without data."""
+    flags = [
+        "--total_steps",
+        4,
+        "--draft_global_batch_size",
+        4,
+        "--draft_vocab_size",
+        200,
+        "--draft_micro_batch_size",
+        2,
+    ]
+    one_flags = [*flags[:-1], 1]
+    expected = run(work, tmp_path / "one", *one_flags)
+    configs = sorted(path.stem for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"))
+    assert configs == ["zero1", "zero2", "zero2_offload", "zero3"]
+    runs = [
+        arguments(work, tmp_path / name, *flags, "--deepspeed_config", tiny.REPOSITORY / "ds_configs" / f"{name}.json")
+        for name in configs
+    ]
+    tiny.write_jsonl(tmp_path / "one.jsonl", tiny.conversations(1))
+    runs.append(arguments(work, tmp_path / "few", "--dataset_train_split", tmp_path / "one.jsonl", data=False))
+    runs.append(arguments(work, tmp_path / "odd", "--draft_global_batch_size", 3))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
+        capture_output=True, text=True, timeout=540, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    codes = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("exit "))[5:])
+    assert codes == [[0, 0, 0, 0, 2, 2]] * 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2, "one line each, from rank 0 only"
+    assert errors[0] == "error: 1 training sequences for 2 ranks: a rank would have none"
+    assert "draft_global_batch_size 3 is not a multiple" in errors[1] and "fit: 2 or 4" in errors[1]
+    for name in configs:
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5), name
+        assert rows[-1]["acceptance_length"] == pytest.approx(expected[-1]["acceptance_length"]), name
+        assert furthest(weights(tmp_path / name / "final"), weights(tmp_path / "one" / "final")) < 1e-4, name
+
+
+# --- bad input: one line, exit code 2, before any model loads ---
+
+
+def bad_inputs(work, folder):
+    empty, text, alone, small = (folder / name for name in ("empty.jsonl", "text.jsonl", "alone.jsonl", "small"))
+    empty.write_text("")
+    text.write_text("Dear diary,\ntoday\n")
+    tiny.write_jsonl(alone, [{"conversations": [{"role": "user", "content": "Is anybody there?"}]}])
+    tiny.write_target(small, layers=6)
+    contradiction, broken = folder / "ds.json", folder / "broken.json"
+    contradiction.write_text(json.dumps({"gradient_clipping": 7.0}))
+    broken.write_text("{")
+    split = ("--dataset_train_split", work / "train.jsonl")
+    return {
+        "missing file": (["--dataset_train_split", folder / "no.jsonl"], "no.jsonl does not exist"),
+        "empty file": (["--dataset_train_split", empty], "empty.jsonl"),
+        "not JSON": (["--dataset_train_split", text], "text.jsonl"),
+        "no assistant turn": (["--dataset_train_split", alone], "no assistant turn"),
+        "template does not fit": ([*split, "--chat_template", "qwen"], "chat_template qwen needs"),
+        "unknown template": ([*split, "--chat_template", "nobody"], "nobody"),
+        "ttt_length": ([*split, "--ttt_length", 0], "ttt_length is 0"),
+        "few layers": ([*split, "--target_model_path", small], "6 layers"),
+        "no target": ([*split, "--target_model_path", folder / "nowhere"], "nowhere"),
+        "large draft vocabulary": ([*split, "--draft_vocab_size", 401], "401"),
+        "batch": ([*split, "--draft_micro_batch_size", 3], "fit: 6 or 9"),
+        "no data": ([], "dataset_train_split"),
+        "data twice": ([*split, "--data_path", work / "data"], "dataset_train_split"),
+        "half a mapping": ([*split, "--d2t_path", "d2t.npy"], "t2d_path"),
+        "tensor parallel": ([*split, "--tp_size", 2], "tp_size 2"),
+        "resume": ([*split, "--resume"], "resume"),
+        "contradiction": ([*split, "--deepspeed_config", contradiction], "clipping 7.0 contradicts max_grad_norm"),
+        "broken engine file": ([*split, "--deepspeed_config", broken], "broken.json"),
+        "layer that is not there": ([*split, "--target_layer_ids", 2, 4, 9], "[2, 4, 9]"),
+        "earlier run": ([*split, "--output_dir", work / "first"], "metrics.jsonl exists"),
+        "draft of another target": ([*split, "--resume_from_checkpoint", folder / "other"], "vocab_size"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cases(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    tiny.write_target(folder / "other_target", vocab_size=300)
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(folder / "other_target", other / "target")
+    run(other, other / "out", "--dataset_train_split", work / "train.jsonl", "--dry_run", data=False)
+    shutil.copytree(other / "out" / "step_00000000", folder / "other")
+    return bad_inputs(work, folder)
+
+
+def test_bad_input_is_one_line_with_exit_code_2_before_any_model_loads(work, cases, tmp_path, monkeypatch, capfd):
+    def no_target(*args, **kwargs):
+        raise AssertionError("the target was loaded")
+
+    monkeypatch.setattr(train_eagle3, "load_target", no_target)
+    for name, (flags, expected) in cases.items():
+        argv = arguments(work, tmp_path / "out", *flags, data=False)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train_eagle3.main(train_eagle3.parse_args(argv))
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert stopped.value.code == 2, name
+        assert len(lines) == 1 and expected in lines[0], (name, lines)
