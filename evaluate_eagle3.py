@@ -17,6 +17,8 @@ target's distribution as it is.
 """
 
 import argparse
+import io
+import itertools
 import json
 import sys
 import time
@@ -34,8 +36,8 @@ from prepare_data import (
     load_tokenizer,
     normalise_argv,
     open_data,
+    read_conversation,
     read_lines,
-    read_messages,
     render,
     resolve_target,
     write_atomic,
@@ -57,8 +59,11 @@ class CachedTarget:
             self.cache.activate_past_recording()
 
     @torch.inference_mode()
-    def feed(self, tokens):
-        """tokens (list of n ids) -> auxiliary hidden states [n, 3·Ht], fp32 logits [n, V] of what follows each."""
+    def feed(self, tokens, last=0):
+        """tokens (list of n ids) -> auxiliary hidden states [n, 3·Ht], fp32 logits of what follows each [n, V].
+
+        last: logits of so many tokens only, as a long prompt's would fill the memory (0 = all).
+        """
         device = self.target.embedding.device
         positions = torch.arange(self.length, self.length + len(tokens), device=device)[None]
         output = self.target.decoder(
@@ -68,7 +73,7 @@ class CachedTarget:
             use_cache=True,
         )
         self.length += len(tokens)
-        return self.target.auxiliary(), self.target.head.logits(output.last_hidden_state[0])
+        return self.target.auxiliary(), self.target.head.logits(output.last_hidden_state[0, -last:])
 
     def forget(self, count):
         """Drop the last `count` tokens."""
@@ -172,8 +177,8 @@ def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose
     train_eagle3.py, drafts behind the end of the reply (its end-of-turn token, or max_new_tokens) are not counted.
     """
     cached_target, cached_draft = CachedTarget(target), CachedDraft(draft, d2t)
-    auxiliary, logits = cached_target.feed(prompt)
-    reply, passes = [verify([], None, logits[-1:])[1]], []
+    auxiliary, logits = cached_target.feed(prompt, last=1)
+    reply, passes = [verify([], None, logits)[1]], []
     tokens = [*prompt[1:], reply[0]]  # of the draft's slots 0 .. len(prompt) - 1
     while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
         drafted, rows = cached_draft.propose(tokens, auxiliary, count, choose)
@@ -192,7 +197,7 @@ def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose
 def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
     """The target alone, token by token with its cache. Returns the new token ids."""
     cached = CachedTarget(target)
-    reply = [choose(cached.feed(prompt)[1][-1])]
+    reply = [choose(cached.feed(prompt, last=1)[1][-1])]
     while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
         reply.append(choose(cached.feed(reply[-1:])[1][-1]))
     return reply
@@ -208,40 +213,50 @@ def read_prompts(path, tokenizer, limit=None):
         data = open_data(path)[0]
         rows = data["validation" if "validation" in data else "train"]
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        return [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
-    if not Path(path).is_file():
+        prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+    elif Path(path).is_file():
+        lines = itertools.islice(read_lines(path), limit)
+        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}") for number, line in lines]
+    else:
         fail(f"prompts {path} does not exist")
-    prompts = []
-    for number, line in read_lines(path):
-        if len(prompts) == limit:
-            break
-        try:
-            row = json.loads(line)
-            if "prompt" in row:
-                prompts.append(tokenizer(row["prompt"])["input_ids"])
-            else:
-                messages = read_messages(row)[:-1]
-                text = render(tokenizer, messages, source=tokenizer.chat_template or "", add_generation_prompt=True)
-                prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        except (ValueError, TypeError, Rejected) as error:
-            fail(f"line {number} of {path} is not a prompt: {error}")
     if not prompts or not all(prompts):
         fail(f"{path} has no prompts, or an empty one")
     return prompts
 
 
-def load_draft(folder, target, device):
-    """(DraftModel, d2t) of a checkpoint, in the target's dtype; ends the program if it is another target's."""
-    config, tensors = read_draft(folder)
-    for key, value in (("hidden_size", target.config.hidden_size), ("vocab_size", target.config.vocab_size)):
-        if config[key] != value:
-            fail(f"{folder}: {key} {config[key]} is not the target's {value}")
+def read_prompt(line, tokenizer, where):
+    """Token ids of the prompt in one line of a JSON Lines file."""
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise Rejected("not an object", type(row).__name__)
+        if isinstance(row.get("prompt"), str):
+            return tokenizer(row["prompt"])["input_ids"]
+        messages, tools = read_conversation(row)
+        text = render(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Rejected as error:
+        fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")
+    except Exception as error:  # not JSON, no chat template, or whatever the template's own code raises
+        fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
+
+
+def check_fit(folder, config, text):
+    """End the program if the draft with this configuration is not one of the target with this text configuration."""
+    sizes = {"hidden_size": config.get("target_hidden_size", config["hidden_size"]), "vocab_size": config["vocab_size"]}
+    for key, value in sizes.items():
+        if value != getattr(text, key):
+            fail(f"the draft {folder} is another target's: its {key} is {value}, this target's {getattr(text, key)}")
+
+
+def load_draft(config, tensors, target):
+    """(DraftModel, d2t) of what read_draft returned, on the target's device and in its dtype."""
+    device, dtype, tensors = target.embedding.device, target.embedding.dtype, dict(tensors)
     d2t = tensors.pop("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
     tensors.pop("t2d", None)
-    embedding = tensors.pop("embed_tokens.weight", target.embedding).to(device, target.embedding.dtype)
-    draft = DraftModel(config, embedding)
+    draft = DraftModel(config, tensors.pop("embed_tokens.weight", target.embedding).to(device, dtype))
     draft.load_state_dict(tensors)
-    return draft.to(device, target.embedding.dtype).eval(), d2t.to(device)
+    return draft.to(device, dtype).eval(), d2t.to(device)
 
 
 def eos_token_ids(target, tokenizer):
@@ -274,7 +289,7 @@ def measure(target, draft, d2t, prompts, args, eos_ids):
             "seconds": time.perf_counter() - middle, "tokens_alone": len(alone), "seconds_alone": middle - start,
         })  # fmt: skip
         if args.temperature == 0 and reply != alone:
-            at = next((i for i, pair in enumerate(zip(reply, alone, strict=False)) if pair[0] != pair[1]), len(alone))
+            at = next(i for i, (a, b) in enumerate(itertools.zip_longest(reply, alone)) if a != b)
             print(f"error: prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
                   f"{reply[at : at + 5]} instead of {alone[at : at + 5]}", file=sys.stderr)  # fmt: skip
             raise SystemExit(1)
@@ -302,8 +317,8 @@ def summarise(rows, args):
     }
 
 
-def plot(figures, path):
-    """acceptance.png: the share of passes that accepted the draft at each position."""
+def plot(figures):
+    """acceptance.png as bytes: the share of passes that accepted the draft at each position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,8 +329,10 @@ def plot(figures, path):
     axes.bar(range(1, len(shares) + 1), shares, color="#3b6ea5")
     axes.set(xlabel="position of the draft in the chain", ylabel="share of passes that accept it", ylim=(0, 1))
     axes.set_title(f"acceptance length {figures['acceptance_length']:.2f} over {figures['passes']} passes")
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
     pyplot.close(figure)
+    return image.getvalue()
 
 
 def parse_args(argv=None):
@@ -339,22 +356,24 @@ def parse_args(argv=None):
 
 
 def main(args):
-    for name in ("num_draft_tokens", "max_new_tokens"):
-        if getattr(args, name) < 1:
+    for name in ("num_draft_tokens", "max_new_tokens", "num_prompts"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"{name} is {getattr(args, name)}; it must be at least 1")
     if args.temperature < 0:
         fail(f"temperature {args.temperature} must not be negative")
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        fail(f"output {args.output} is a file; give a folder")
     model_dir, tokenizer_dir = resolve_target(args.target_model_path)
     tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts)
-    read_target_config(model_dir, args.trust_remote_code)
-    config, _ = read_draft(args.draft_model_path)
+    config, tensors = read_draft(args.draft_model_path)
+    check_fit(args.draft_model_path, config, read_target_config(model_dir, args.trust_remote_code)[0])
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target(
         model_dir, device, layer_ids=auxiliary_layers(config), trust_remote_code=args.trust_remote_code
     )
-    draft, d2t = load_draft(args.draft_model_path, target, device)
+    draft, d2t = load_draft(config, tensors, target)
     rows = measure(target, draft, d2t, prompts, args, eos_token_ids(target, tokenizer))
     figures = summarise(rows, args)
 
@@ -374,7 +393,7 @@ def main(args):
         for row in rows:
             row["reply"] = tokenizer.decode(row["input_ids"][-sum(row["loss_mask"]) :])
         write_atomic(folder / "generations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        plot(figures, folder / "acceptance.png")
+        write_atomic(folder / "acceptance.png", plot(figures))
 
 
 if __name__ == "__main__":

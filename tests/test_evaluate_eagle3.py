@@ -1,0 +1,553 @@
+"""Speculative decoding: drafts as in training, texts as the target's own, passes as the training code counts them."""
+
+import json
+import struct
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import transformers
+
+import evaluate_eagle3
+from evaluate_eagle3 import CachedDraft, CachedTarget, main, measure, parse_args, sampling, speculate, verify_greedy
+from export_eagle3 import derive_config, read_draft, write_draft
+from prepare_data import open_data, prepare
+from prepare_hidden_states import load_target, positions_of, read_target_config, teacher
+from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, dense_attention, objective, supervised_slots
+
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+VOCABULARY, COUNT, NEW_TOKENS = 300, 4, 40
+ROPES = {
+    "default": None,
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_target(tmp_path_factory.mktemp("target"), vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return load_target(folder)
+
+
+def random_draft(folder, target, columns=None, rope="default", seed=0):
+    """(DraftModel, d2t) with weights so large that its drafts vary; columns: size of a draft vocabulary."""
+    torch.manual_seed(seed)
+    vocabulary = target.config.vocab_size
+    ids = torch.randperm(vocabulary)[: columns or vocabulary].sort().values
+    config = derive_config(*read_target_config(folder)) | {"draft_vocab_size": len(ids), "rope_scaling": ROPES[rope]}
+    draft = DraftModel(config, target.embedding)
+    for parameter in draft.parameters():
+        scale = 1.0 if parameter.dim() == 1 else 1.5 * parameter.shape[1] ** -0.5
+        parameter.data = scale * torch.randn_like(parameter)
+    return draft, ids - torch.arange(len(ids))
+
+
+def save_draft(path, draft, d2t):
+    tensors = {name: p.detach() for name, p in draft.named_parameters()}
+    if len(d2t) < draft.config["vocab_size"]:
+        tensors |= {"d2t": d2t, "t2d": torch.zeros(draft.config["vocab_size"], dtype=torch.bool)}
+        tensors["t2d"][torch.arange(len(d2t)) + d2t] = True
+    write_draft(path, draft.config, tensors)
+    return path
+
+
+def random_prompts(lengths, seed=0):
+    return torch.randint(5, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).split(lengths)
+
+
+def own_greedy(target, prompt, max_new_tokens=NEW_TOKENS, eos_ids=()):
+    """The reply that transformers' own greedy generation gives."""
+    ids = torch.tensor([prompt])
+    ends = {"eos_token_id": list(eos_ids) or None, "pad_token_id": 0}
+    options = transformers.GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ends)
+    target.model.generation_config.eos_token_id = None  # else it would fill in what is None
+    reply = target.model.generate(ids, generation_config=options, attention_mask=torch.ones_like(ids))
+    return reply[0, len(prompt) :].tolist()
+
+
+def objective_inputs(target, d2t, texts, steps):
+    """The objective's arguments for [(prompt, reply)], and the loss masks."""
+    lengths = [len(prompt) + len(reply) for prompt, reply in texts]
+    ids = torch.tensor([i for prompt, reply in texts for i in prompt + reply])
+    masks = [[0] * len(prompt) + [1] * len(reply) for prompt, reply in texts]
+    auxiliary, last = target.hidden_states(ids, lengths)
+    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return {
+        "input_ids": ids,
+        "position_ids": positions_of(lengths),
+        "document_ids": document_ids,
+        "auxiliary": auxiliary,
+        "teaching": teacher(last, target.head, torch.arange(len(d2t)) + d2t),
+        "supervised": supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps),
+        "d2t": d2t,
+        "decay": 0.8,
+    }, masks
+
+
+@pytest.fixture(scope="module")
+def trained(folder, target):
+    """A draft that is right now and then: (DraftModel, d2t, texts seen, texts not seen, ids that end a reply).
+
+    texts: [(prompt, reply)] with the target's own greedy replies, some ended by a token and some by their length.
+    """
+    prompts = [p.tolist() for p in random_prompts([3, 20, 1, 9, 40, 5, 12, 30, 7, 2])]
+    replies = [own_greedy(target, p) for p in prompts]
+    # The two ids that end most replies early without ending all.
+    ends = {i: sum(i in r[1:] for r in replies) for i in {i for r in replies for i in r[8:]}}
+    eos_ids = sorted((i for i in ends if all(i not in r[:4] for r in replies)), key=lambda i: (-ends[i], i))[:2]
+    texts = [(p, own_greedy(target, p, eos_ids=eos_ids)) for p in prompts]
+    draft, d2t = random_draft(folder, target, columns=200)
+    # The draft vocabulary leaves out tokens of the text, but not all that end it.
+    ids = sorted({*eos_ids, *range(0, VOCABULARY, 7), *[i for _, r in texts for i in r if i % 11]})
+    d2t = torch.tensor(ids) - torch.arange(len(ids))
+    draft = DraftModel(draft.config | {"draft_vocab_size": len(ids)}, target.embedding)
+    draft.initialise(target.head.weight[torch.tensor(ids)])
+    inputs, _ = objective_inputs(target, d2t, texts[:-2], COUNT)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = objective(draft, **inputs)[0] / inputs["supervised"][0].sum()
+        loss.backward()
+        optimizer.step()
+    return draft.eval(), d2t, texts[:-2], texts[-2:], set(eos_ids)
+
+
+# ---------------------------------------------------------------------------- drafts
+def dense_chain(draft, d2t, ids, auxiliary, count):
+    """What the training code's pieces draft behind ids [n], each step fed with the argmax of the one before.
+
+    auxiliary [n - 1, 3·Ht]. Returns target ids [count] and logits [count, Vd] of the last slot.
+    """
+    slots = len(ids) - 1
+    positions, causal = torch.arange(slots), torch.ones(slots, slots, dtype=torch.bool).tril()
+    keys, values, drafted, rows = [], [], [], []
+
+    def attend(q, k, v):
+        keys.append(k)
+        values.append(v)
+        return dense_attention(q, keys, values, causal)
+
+    tokens, feature = ids[1:], draft.features(auxiliary)
+    for i in range(count):
+        feature, logits = draft.step(tokens, feature, positions + i, attend)
+        rows.append(logits[-1])
+        best = int(logits[-1].argmax())
+        drafted.append(best + int(d2t[best]))
+        tokens = tokens.roll(-1)
+        tokens[-1] = drafted[-1]
+    return drafted, torch.stack(rows)
+
+
+@pytest.mark.parametrize("columns", [None, 90])
+@pytest.mark.parametrize("rope", ROPES)
+@torch.no_grad()
+def test_every_drafted_chain_equals_the_training_codes(rope, columns, folder, target, monkeypatch):
+    draft, d2t = random_draft(folder, target, columns, rope)
+    calls, propose = [], CachedDraft.propose
+
+    def recorded(self, tokens, auxiliary, count, choose):
+        drafted, rows = propose(self, tokens, auxiliary, count, choose)
+        calls.append((tokens, drafted, rows))
+        return drafted, rows
+
+    monkeypatch.setattr(CachedDraft, "propose", recorded)
+    seen = set()
+    for prompt in (p.tolist() for p in random_prompts([1, 2, 17, 400])):
+        calls.clear()
+        speculate(target, draft, d2t, prompt, COUNT, 16, set())
+        text = torch.tensor(prompt[:1] + [token for tokens, _, _ in calls for token in tokens])
+        auxiliary, _ = target.hidden_states(text, [len(text)])
+        known = 1
+        for tokens, drafted, rows in calls:
+            known += len(tokens)
+            expected, logits = dense_chain(draft, d2t, text[:known], auxiliary[: known - 1], COUNT)
+            assert drafted == expected
+            assert float((rows - logits).abs().max() / logits.abs().max()) < 1e-5
+            seen.update(drafted)
+        assert known > len(prompt) + 10
+    assert len(seen) > 30, "drafts that hardly vary show too little"
+
+
+@torch.no_grad()
+def test_drafts_hang_on_the_rope_type(folder, target):
+    """The comparison above can fail: another rope type changes the drafts."""
+    chains = []
+    for rope in ROPES:
+        draft, d2t = random_draft(folder, target, None, rope)
+        ids = random_prompts([60])[0]
+        chains.append(dense_chain(draft, d2t, ids, target.hidden_states(ids[:-1], [59])[0], COUNT)[1])
+    assert float((chains[0] - chains[1]).abs().max() / chains[0].abs().max()) > 1e-3
+
+
+# ---------------------------------------------------------------------------- greedy text and passes
+def test_greedy_text_is_the_targets_and_passes_are_those_of_the_training_code(trained, target):
+    draft, d2t, seen, unseen, eos_ids = trained
+    ends, walked = set(), []
+    for texts in (seen, unseen):
+        inputs, masks = objective_inputs(target, d2t, texts, COUNT)
+        with torch.no_grad():
+            accepted = chain_lengths(objective(draft, **inputs)[2]).split([len(mask) for mask in masks])
+        for (prompt, own), n, mask in zip(texts, accepted, masks, strict=True):
+            reply, passes = speculate(target, draft, d2t, prompt, COUNT, NEW_TOKENS, eos_ids)
+            assert reply == own
+            assert passes == acceptance_walk(n.tolist(), mask)
+            assert 1 + sum(n + 1 for n in passes) >= len(reply)
+            ends.add(("token" if reply[-1] in eos_ids else "length", passes[-1] > 0))
+            walked += passes if texts is seen else []
+    assert {how for how, _ in ends} == {"token", "length"}
+    assert ("token", True) in ends, "no reply's end was drafted"
+    assert set(walked) == set(range(COUNT + 1)), "passes of every length belong to the case"
+    assert 1 + sum(walked) / len(walked) > 1.5
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7])
+def test_any_number_of_tokens_and_drafts(max_new_tokens, trained, target):
+    draft, d2t, texts, _, _ = trained
+    prompt, own = max(texts, key=lambda text: len(text[1]))
+    own = own[:max_new_tokens]
+    for count in (1, 2, 9):
+        inputs, masks = objective_inputs(target, d2t, [(prompt, own)], count)
+        with torch.no_grad():
+            n = chain_lengths(objective(draft, **inputs)[2]).tolist()
+        reply, passes = speculate(target, draft, d2t, prompt, count, max_new_tokens, set())
+        assert (reply, passes) == (own, acceptance_walk(n, masks[0]))
+        assert evaluate_eagle3.generate(target, prompt, max_new_tokens, set()) == own
+
+
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),
+    "gpt-oss": ("GptOssConfig", {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rejected_drafts_leave_no_trace_in_the_targets_cache(family, tmp_path, monkeypatch):
+    """Drafts that are right by chance, windows shorter than the text: text and hidden states as without drafts."""
+    name, options = FAMILIES[family]
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.3, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**sizes, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    target, states, lengths = load_target(tmp_path), [], set()
+    random = torch.Generator().manual_seed(0)
+
+    class Oracle:
+        """Drafts the true text, each token with probability 0.7."""
+
+        def __init__(self, *_):
+            self.known = 0
+
+        def propose(self, tokens, auxiliary, count, choose):
+            assert len(tokens) == len(auxiliary)
+            states.append(auxiliary)
+            self.known += len(tokens) if self.known else 1
+            right = torch.rand(count, generator=random) < 0.7
+            return [own[self.known + i] if yes else 3 for i, yes in enumerate(right)], torch.zeros(count, 1)
+
+    monkeypatch.setattr(evaluate_eagle3, "CachedDraft", Oracle)
+    for prompt in (p.tolist() for p in random_prompts([2, 25])):
+        own = own_greedy(target, prompt, 60)
+        states.clear()
+        reply, passes = speculate(target, None, None, prompt, COUNT, 50, set())
+        assert reply == own[:50] and len(set(reply)) > 5
+        lengths.update(passes)
+        found, text = torch.cat(states), torch.tensor(prompt + own)
+        expected, _ = target.hidden_states(text, [len(text)])
+        assert float((found - expected[: len(found)]).abs().max() / expected.abs().max()) < 1e-5
+    assert lengths == set(range(COUNT + 1))
+    with torch.inference_mode():  # scale and soft cap do not show in greedy text
+        logits = target.model(text[None]).logits[0]
+    assert float((CachedTarget(target).feed(text.tolist())[1] - logits).abs().max() / logits.abs().max()) < 1e-5
+
+
+def test_a_long_prompts_logits_are_formed_for_its_last_token_only(target, monkeypatch):
+    rows, logits = [], evaluate_eagle3.CachedTarget.feed
+    monkeypatch.setattr(CachedTarget, "feed", lambda *a, **k: rows.append(logits(*a, **k)) or rows[-1])
+    evaluate_eagle3.generate(target, list(range(50)), 3, set())
+    assert [(len(auxiliary), len(z)) for auxiliary, z in rows] == [(50, 1), (1, 1), (1, 1)]
+
+
+# ---------------------------------------------------------------------------- sampling
+def p_value(counts, probabilities):
+    """Chance of counts at least this far from probabilities (chi-square; cells of small expectation are joined)."""
+    counts, expected = counts.double().flatten(), probabilities.double().flatten() * counts.sum()
+    small = expected < 5
+    pairs = [(counts[~small], expected[~small]), (counts[small].sum()[None], expected[small].sum()[None])]
+    counts, expected = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
+def wrong_rules(ids, generator):
+    """Rules of verification at temperature 1 that change the distribution, by name."""
+
+    def draw(logits):
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+    def accept_always(drafted, draft_logits, target_logits):
+        return len(drafted), draw(target_logits[-1])
+
+    def redraw_from_the_target(drafted, draft_logits, target_logits):
+        """The right acceptance, but a rejected draft replaced by a sample of p instead of max(p - q, 0)."""
+        for i, token in enumerate(drafted):
+            q = draft_logits[i].softmax(-1)[ids.tolist().index(token)]
+            if torch.rand((), generator=generator) * q >= target_logits[i].softmax(-1)[token]:
+                return i, draw(target_logits[i])
+        return len(drafted), draw(target_logits[-1])
+
+    return {"accept always": accept_always, "redraw from the target": redraw_from_the_target}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_is_lossless(temperature, monkeypatch):
+    """speculate() on Markov chains in place of models: the next token hangs on the last one only, so all is exact."""
+    torch.manual_seed(0)
+    vocabulary, ids = 5, torch.tensor([0, 2, 3])  # 1 and 4 cannot be drafted
+    chain, drafts = 1.5 * torch.randn(vocabulary, vocabulary), 2 * torch.randn(vocabulary, len(ids))
+    drafts[2] = chain[2, ids]  # drafts of every quality: here nearly right
+
+    class Target:
+        def __init__(self, *_):
+            self.length = 0
+
+        def feed(self, tokens, last=0):
+            return torch.zeros(len(tokens), 1), chain[tokens][-last:]
+
+        def forget(self, count):
+            pass
+
+    class Draft(Target):
+        def propose(self, tokens, auxiliary, count, choose):
+            drafted, rows, token = [], [], tokens[-1]
+            for _ in range(count):
+                rows.append(drafts[token])
+                token = int(ids[choose(rows[-1])])
+                drafted.append(token)
+            return drafted, torch.stack(rows)
+
+    monkeypatch.setattr(evaluate_eagle3, "CachedTarget", Target)
+    monkeypatch.setattr(evaluate_eagle3, "CachedDraft", Draft)
+    p = (chain / temperature).softmax(-1)
+    exact = p[0][:, None, None] * p[:, :, None] * p[None]  # of the first three tokens behind token 0
+
+    def observed(choose, verify, runs):
+        counts = torch.zeros(vocabulary, vocabulary, vocabulary)
+        accepted = set()
+        for _ in range(runs):
+            reply, passes = speculate(None, None, None, [0], 3, 3, set(), choose, verify)
+            counts[tuple(reply)] += 1
+            accepted.update(passes)
+        return counts, accepted
+
+    generator = torch.Generator().manual_seed(0)
+    choose, verify = sampling(temperature, generator, ids, vocabulary)
+    counts, accepted = observed(choose, verify, 6000)
+    assert accepted == {0, 1, 2}
+    assert p_value(counts, exact) > 1e-3
+    if temperature == 1.0:
+        for name, wrong in wrong_rules(ids, generator).items():
+            assert p_value(observed(choose, wrong, 6000)[0], exact) < 1e-6, name
+
+
+def test_sampling_keeps_a_draft_that_equals_the_target_and_drops_what_it_never_says():
+    choose, verify = sampling(0.5, torch.Generator().manual_seed(0), torch.arange(4), 4)
+    z = torch.randn(3, 4)
+    for _ in range(50):
+        drafted = [choose(z[0]), choose(z[1])]
+        assert verify(drafted, z[:2], z)[0] == 2
+    never = z.clone()
+    never[:, 3] = -torch.inf
+    for _ in range(50):
+        accepted, own = verify([3, 1], z[:2], never)
+        assert accepted == 0 and own != 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_with_models_is_lossless(temperature, tmp_path):
+    """The second and third token of real runs, twelve tokens to choose from."""
+    options = {"vocab_size": 12, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}
+    torch.manual_seed(2)
+    transformers.LlamaForCausalLM(tiny.llama_config(**options)).save_pretrained(tmp_path)
+    target = load_target(tmp_path)
+    draft, d2t = random_draft(tmp_path, target, columns=9)
+    prompt = [3, 4, 5]
+    texts = torch.tensor([[*prompt, a, b] for a in range(12) for b in range(12)])
+    with torch.inference_mode():
+        p = (target.model(texts).logits[:, 2:] / temperature).softmax(-1).double().view(12, 12, 3, 12)
+    exact = p[0, 0, 0][:, None] * p[:, 0, 1]  # [first, second]
+    second, third = exact.sum(0), (exact[..., None] * p[:, :, 2]).sum((0, 1))
+    generator = torch.Generator().manual_seed(0)
+    choose, verify = sampling(temperature, generator, torch.arange(9) + d2t, 12)
+
+    def observed(verify, runs):
+        counts, accepted = torch.zeros(2, 12), 0
+        for _ in range(runs):
+            reply, passes = speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
+            counts[0, reply[1]] += 1
+            counts[1, reply[2]] += 1
+            accepted += sum(passes)
+        return counts, accepted
+
+    counts, accepted = observed(verify, 400)
+    assert accepted > 50
+    assert p_value(counts[0], second) > 1e-3 and p_value(counts[1], third) > 1e-3
+    if temperature == 1.0:
+        counts, _ = observed(wrong_rules(torch.arange(9) + d2t, generator)["accept always"], 400)
+        assert p_value(counts[0], second) < 1e-6
+
+
+# ---------------------------------------------------------------------------- measuring
+def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
+    draft, d2t, texts, _, _ = trained
+    lengths = []
+
+    def wrong(drafted, rows, logits):
+        accepted, own = verify_greedy(drafted, rows, logits)
+        lengths.append(accepted + 1)
+        if len(lengths) > 4 and accepted < len(drafted):  # keep a draft that the target would not say
+            return accepted + 1, int(logits[accepted + 1].argmax())
+        return accepted, own
+
+    args = parse_args(
+        ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "40"]
+    )
+    prompts = [prompt for prompt, _ in texts]
+    assert len(measure(target, draft, d2t, prompts[:2], args, set())) == 2
+
+    def spoilt(*arguments):
+        lengths.clear()
+        return speculate(*arguments)
+
+    monkeypatch.setattr(evaluate_eagle3, "verify_greedy", wrong)
+    monkeypatch.setattr(evaluate_eagle3, "speculate", spoilt)
+    with pytest.raises(SystemExit) as stop:
+        measure(target, draft, d2t, prompts, args, set())
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip()
+    at = next(sum(lengths[:i]) - 1 for i in range(5, len(lengths) + 1) if lengths[i - 1] <= 4)
+    assert line.startswith("error: prompt 0: ") and f"at token {at}: " in line
+
+
+def test_summary_is_made_of_sums():
+    rows = [
+        {"passes": [2, 0, 1], "loss_mask": [0, 1, 1, 1], "seconds": 1.0, "tokens_alone": 3, "seconds_alone": 2.0},
+        {"passes": [3], "loss_mask": [1, 1, 1, 1, 1], "seconds": 1.0, "tokens_alone": 5, "seconds_alone": 2.0},
+        {"passes": [], "loss_mask": [0, 1], "seconds": 1.0, "tokens_alone": 1, "seconds_alone": 2.0},
+    ]
+    figures = evaluate_eagle3.summarise(rows, SimpleNamespace(num_draft_tokens=3))
+    assert figures["acceptance_length"] == 1 + 6 / 4
+    assert figures["accepted_by_position"] == [3 / 4, 2 / 4, 1 / 4]
+    assert (figures["passes"], figures["prompts"], figures["new_tokens"]) == (4, 3, 9)
+    assert (figures["tokens_per_second_with_draft"], figures["speedup"]) == (3.0, 2.0)
+
+
+# ---------------------------------------------------------------------------- command line
+@pytest.fixture(scope="module")
+def paths(folder, trained, tmp_path_factory):
+    """--target_model_path, --draft_model_path and --prompts as the user gives them."""
+    root = tmp_path_factory.mktemp("evaluation")
+    save_draft(root / "draft", *trained[:2])
+    rows = [{"prompt": "A generator is"}, *tiny.conversations(2, turns=2)]
+    tiny.write_jsonl(root / "prompts.jsonl", rows)
+    return {"target_model_path": folder, "draft_model_path": root / "draft", "prompts": root / "prompts.jsonl"}
+
+
+def run(paths, **options):
+    main(parse_args([word for name, value in {**paths, **options}.items() for word in (f"--{name}", str(value))]))
+
+
+def test_command_line(paths, tmp_path, capsys, target):
+    run(paths, num_draft_tokens=3, max_new_tokens=12, output=tmp_path / "out")
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (
+        f"acceptance_length {figures['acceptance_length']:.3f} over {figures['passes']} passes of 3 prompts" in printed
+    )
+    assert "tokens/s" in printed and "greedy text" in printed
+    assert len(figures["accepted_by_position"]) == 3 and figures["settings"]["max_new_tokens"] == 12
+    rows = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").open()]
+    tokenizer = tiny.tokenizer(VOCABULARY)
+    conversation = tiny.conversations(1, turns=2)[0]["conversations"][:-1]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A generator is", text)]
+    for row, prompt in zip(rows, prompts, strict=False):
+        own = own_greedy(target, prompt, 12, {4})
+        assert row["input_ids"] == prompt + own
+        assert row["loss_mask"] == [0] * len(prompt) + [1] * len(own)
+        assert row["reply"] == tokenizer.decode(own)
+    assert figures["passes"] == sum(len(row["passes"]) for row in rows)
+    image = (tmp_path / "out" / "acceptance.png").read_bytes()
+    width, height = struct.unpack(">II", image[16:24])
+    assert image.startswith(b"\x89PNG\r\n\x1a\n") and width > 400 < height * 2 and len(image) > 3000
+
+    prepare(tmp_path / "out" / "generations.jsonl", tmp_path / "data", paths["target_model_path"], num_proc=1)
+    data = open_data(tmp_path / "data")[0]["train"]
+    assert [(row["input_ids"], row["loss_mask"]) for row in data] == [
+        (row["input_ids"], row["loss_mask"]) for row in rows
+    ]
+    run({**paths, "prompts": tmp_path / "data"}, num_draft_tokens=2, max_new_tokens=5, num_prompts=2, temperature=0.8)
+    assert "of 2 prompts" in capsys.readouterr().out
+
+
+def edited(draft, path, **changes):
+    """A copy of a draft with other sizes in a whole checkpoint."""
+    config, tensors = read_draft(draft)
+    config |= changes
+    if "vocab_size" in changes:
+        tensors["t2d"] = torch.nn.functional.pad(tensors["t2d"], (0, changes["vocab_size"] - len(tensors["t2d"])))
+    write_draft(path, config, tensors)
+    return path
+
+
+def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_eagle3, "load_target", lambda *_, **__: pytest.fail("weights were loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": \n')
+    (tmp_path / "list.jsonl").write_text('["prompt"]\n')
+    (tmp_path / "turn.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    (tmp_path / "bare.jsonl").write_text('{"prompt": ""}\n')
+    other_vocabulary = edited(paths["draft_model_path"], tmp_path / "other", vocab_size=VOCABULARY + 8)
+    torch.manual_seed(0)
+    wide = tiny.write_target(tmp_path / "wide", vocab_size=VOCABULARY, hidden_size=32)
+    shallow = tmp_path / "shallow"
+    shallow.mkdir()
+    config = json.loads((paths["target_model_path"] / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (shallow / "config.json").write_text(json.dumps(config))
+    tiny.tokenizer(VOCABULARY).save_pretrained(shallow)
+    for options, words in (
+        ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl does not exist"),
+        ({"prompts": tmp_path / "file"}, "has no prompts"),
+        ({"prompts": tmp_path / "cut.jsonl"}, "line 2 of"),
+        ({"prompts": tmp_path / "list.jsonl"}, "line 1 of"),
+        ({"prompts": tmp_path / "turn.jsonl"}, "no assistant turn"),
+        ({"prompts": tmp_path / "bare.jsonl"}, "an empty one"),
+        ({"draft_model_path": tmp_path}, "is not usable"),
+        ({"draft_model_path": other_vocabulary}, f"vocab_size is {VOCABULARY + 8}, this target's {VOCABULARY}"),
+        ({"target_model_path": wide}, "hidden_size is 64, this target's 32"),
+        ({"target_model_path": shallow}, "has 6 layers"),
+        ({"target_model_path": tmp_path / "nothing"}, "nothing"),
+        ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"num_prompts": 0}, "num_prompts is 0"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"output": tmp_path / "file"}, "is a file"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run({**paths, **options})
+        line = capsys.readouterr().err.strip()
+        assert stop.value.code == 2
+        assert line.startswith("error: ") and "\n" not in line and words in line, (options, line)
