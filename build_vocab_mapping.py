@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepare_data import fail, normalise_argv, read_token_freq, resolve_target, write_atomic
+from prepare_data import fail, locate, normalise_argv, read_token_freq, write_atomic
 
 
 def build_mapping(token_freq, draft_vocab_size, target_vocab_size):
@@ -112,11 +112,11 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
 
 def read_vocab_size(target_model_path):
     """The target's vocabulary size by its config.json: the rows of its head, maybe more than its tokenizer has."""
-    model_dir, _ = resolve_target(target_model_path, weights=False)
-    config = json.loads((model_dir / "config.json").read_text())
+    path = locate(target_model_path, ["config.json"]) / "config.json"
+    config = json.loads(path.read_text())
     size = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
     if not isinstance(size, int):
-        fail(f"{model_dir / 'config.json'} has no vocab_size: give --target_vocab_size")
+        fail(f"{path} has no vocab_size: give --target_vocab_size")
     return size
 
 

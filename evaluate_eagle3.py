@@ -39,10 +39,9 @@ from prepare_data import (
     read_conversation,
     read_lines,
     render,
-    resolve_target,
     write_atomic,
 )
-from prepare_hidden_states import load_target, read_target_config
+from prepare_hidden_states import load_target, read_target_config, resolve_target
 from train_eagle3 import DraftModel
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,8 +362,8 @@ def main(args):
         fail(f"temperature {args.temperature} must not be negative")
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         fail(f"output {args.output} is a file; give a folder")
-    model_dir, tokenizer_dir = resolve_target(args.target_model_path)
-    tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
+    model_dir = resolve_target(args.target_model_path)
+    tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts)
     config, tensors = read_draft(args.draft_model_path)
     check_fit(args.draft_model_path, config, read_target_config(model_dir, args.trust_remote_code)[0])

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from build_vocab_mapping import mapping_problems
-from prepare_data import fail, normalise_argv, resolve_target, write_atomic
+from prepare_data import fail, normalise_argv, write_atomic
+from prepare_hidden_states import resolve_target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -610,7 +611,7 @@ def export(args):
         write_draft(args.output, config, tensors)
     else:
         own = EMBEDDING in tensors
-        model_dir, _ = resolve_target(args.target_model_path, weights=not own)
+        model_dir = resolve_target(args.target_model_path, weights=not own)
         architectures = json.loads((model_dir / "config.json").read_text()).get("architectures") or []
         embedding = None if own else read_embedding(model_dir)
         write_speculators(

@@ -1,12 +1,11 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  --dataset: a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file. A row is a conversation ({"conversations"
-     or "messages": [{"role", "content"} or {"from", "value"}, ...]}, also "tools"), a text rendered beforehand
-     ({"text"}) or tokens ({"input_ids", "loss_mask"}). --target_model_path: its tokenizer and chat template are read.
-Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = to be produced by the
-     assistant, its end-of-turn token included; length int32), data_config.json (fingerprint, what it is made of,
-     counts), token_freq.pt ({token id: count} of train's supervised tokens), rejected.jsonl (line, file, cause,
-     detail). With the same input, tokenizer and options as before nothing is built again.
+In:  --dataset: a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file with rows {"conversations" or "messages":
+     [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}.
+     --target_model_path: its tokenizer and chat template are read.
+Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = the assistant's, its
+     end-of-turn token included; length int32), data_config.json (fingerprint, its ingredients, counts), token_freq.pt
+     ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
@@ -27,38 +26,28 @@ import re
 import shutil
 import sys
 import sysconfig
-import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
+import huggingface_hub
 import numpy as np
+from tokenizers import Tokenizer
 
+MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
 FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
-}
+ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant")
+ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
 AFTER = {"": "system user", "system": "user", "user": "assistant", "assistant": "user tool", "tool": "tool assistant"}
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
-
-class Template(NamedTuple):
-    """Assistant turns lie behind one of headers, up to and including one of ends.
-
-    With joins, a header directly behind an end was produced by the assistant too: one turn in several channels.
-    """
-
-    headers: tuple
-    ends: tuple  # the first one closes a final reply
-    joins: bool = False
-
-
+# Assistant turns lie behind one of headers, up to and including one of ends, the first of which closes a final reply.
+# joins: a header directly behind an end is the assistant's too, one turn in several channels.
+Template = namedtuple("Template", ("headers", "ends", "joins"), defaults=(False,))
 TEMPLATES = {
     "llama3": Template(("<|start_header_id|>assistant<|end_header_id|>\n\n",), ("<|eot_id|>", "<|eom_id|>")),
     "qwen": Template(("<|im_start|>assistant\n",), ("<|im_end|>",)),
@@ -112,81 +101,63 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------- the target's folder and tokenizer
-def resolve_target(path_or_hub_id, weights=True):
-    """(model folder, tokenizer folder) of a snapshot, a folder with one nested model, an MLflow model or a hub id.
+def hash_of(value):
+    """sha256 of the value as JSON, in hex."""
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
-    weights=False downloads only the small files of a hub id. Ends with one line if there is no such model.
+
+# ---------------------------------------------------------------------------- the target's files
+def download(repo, patterns, repo_type="model"):
+    """Folder of those files of a hub repository that match; weights in sub-folders are second copies, so left out."""
+    ignored = ["*/*.safetensors", "*/*.bin"]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, repo_type=repo_type, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
+    except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
+        flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
+        fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")
+
+
+def locate(path_or_hub_id, names, patterns=SMALL_FILES):
+    """The folder with one of the named files: the one given, the nearest at most three levels below it, or a hub id's.
+
+    So it finds a model somewhere inside and both of MLflow's layouts. A config.json counts if it is a model's.
+    patterns: what is downloaded of a hub id. Ends with one line if no folder or several equally near ones have a file.
     """
-    name, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
+    target, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
     if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            fail(f"target model {name}: neither a folder nor a hub id such as org/name")
-        folder = _download(name, f"target model {name}", SMALL_FILES + ["*.safetensors"] * weights)
-        if weights and not any(folder.glob("*.safetensors")):
-            folder = _download(name, f"target model {name}", [*SMALL_FILES, "*.bin"])
-    folder = folder.resolve()
+        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", target):
+            fail(f"target model {target}: neither a folder nor a hub id such as org/name")
+        folder = download(target, patterns)
+    folder, found = folder.resolve(), []
     if (folder / "refs" / "main").is_file():  # an entry of the hub's cache
         folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-    found = [folder] if (folder / "config.json").is_file() else []
-    level = [folder]
-    for _ in range(3):
-        if found:
-            break
-        level = sorted(path for parent in level if parent.is_dir() for path in parent.iterdir() if path.is_dir())
-        found = [path for path in level if _has_model_type(path / "config.json")]
-        # MLflow may have data/config beside data/model, with or without a second config.json among the weights.
-        found = [path for path in found if path.name != "config" or path.parent / "model" not in found]
+    for depth in range(4):
+        files = [file for name in names for file in folder.glob("*/" * depth + name) if file.is_file()]
+        files = [file for file in files if file.name != "config.json" or b'"model_type"' in file.read_bytes()]
+        found = found or sorted({file.parent for file in files})
+    if {path.name for path in found} <= {"model", "config", "tokenizer"}:  # MLflow may keep such a file twice
+        found = [path for path in found if path.name == "model"] or found
     if len(found) != 1:
-        names = ": " + ", ".join(str(path.relative_to(folder)) for path in found) if found else ""
-        fail(f"target model {name}: no config.json in it, and {len(found)} models below it instead of one{names}")
-    model = found[0]
-    if model.name == "config" and (model.parent / "model").is_dir():
-        model, found = model.parent / "model", [_link_together(model, model.parent / "model")]
-    for tokenizer in (model, model.parent / "tokenizer", model.parent / "components" / "tokenizer"):
-        if any((tokenizer / file).is_file() for file in TOKENIZER_FILES):
-            return found[0], tokenizer
-    fail(f"{model}: no tokenizer in it (looked for {', '.join(TOKENIZER_FILES)}) nor in a folder tokenizer beside it")
+        where = ": " + ", ".join(str(path.relative_to(folder)) for path in found) if found else ""
+        fail(f"target model {target}: {len(found)} folders with {' or '.join(names)} in it instead of one{where}")
+    return found[0]
 
 
-def _download(repo, what, patterns, repo_type="model"):
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, allow_patterns=patterns))
-    except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
-        fail(f"{what}: not a local folder, and the hub does not deliver it ({type(error).__name__}: {error})")
-
-
-def _has_model_type(path):
-    with contextlib.suppress(OSError, ValueError):
-        return "model_type" in json.loads(path.read_text())
-    return False
-
-
-def _link_together(*folders):
-    """One folder of links in the hub's cache: transformers wants one folder, and the input may be mounted read-only."""
-    from huggingface_hub.constants import HF_HOME
-
-    files = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()}
-    merged = Path(HF_HOME) / "mlflow_models" / hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
-    merged.mkdir(parents=True, exist_ok=True)
-    for name, path in files.items():
-        with contextlib.suppress(FileExistsError):  # another rank was faster
-            (merged / name).symlink_to(path)
-    return merged
-
-
-def load_tokenizer(tokenizer_dir, trust_remote_code=False):
-    """The fast tokenizer of the folder; a slow one has no character offsets, so the loss mask could not be exact."""
+def load_tokenizer(target_model_path, trust_remote_code=False):
+    """The target's fast tokenizer; a slow one has no character offsets, so the loss mask could not be exact."""
     from transformers import AutoTokenizer
 
+    folder = locate(target_model_path, TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        fail(f"cannot load the tokenizer in {tokenizer_dir}: {error}")
+        fail(f"cannot load the tokenizer in {folder}: {error}")
     if not tokenizer.is_fast:
-        fail(f"the tokenizer in {tokenizer_dir} is not a fast one: add its tokenizer.json")
+        fail(f"the tokenizer in {folder} is not a fast one: add its tokenizer.json")
     return tokenizer
 
 
@@ -200,37 +171,28 @@ def open_data(folder):
         if not (folder / name).exists():
             fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")
     config = json.loads((folder / "data_config.json").read_text())
-    if config.get("format_version") != FORMAT_VERSION:
-        version = config.get("format_version")
+    if (version := config.get("format_version")) != FORMAT_VERSION:
         fail(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again")
     return DatasetDict.load_from_disk(str(folder)), config
 
 
 def read_token_freq(path):
-    """{token id: count} from a file written by torch.save: a dict, or a 1-D tensor indexed by token id."""
+    """{token id: count} as written into token_freq.pt."""
     import torch
 
-    if not Path(path).is_file():
-        fail(f"token counts {path}: no such file")
     try:
-        counts = torch.load(path, map_location="cpu", weights_only=True)
+        counts = torch.load(path, map_location="cpu", weights_only=True).items()
+        counts = {int(token): int(count) for token, count in counts}
     except Exception as error:  # a file of another kind fails anywhere in the unpickler
-        fail(f"token counts {path}: not a file of plain tensors or numbers ({type(error).__name__})")
-    if isinstance(counts, torch.Tensor) and counts.dim() == 1:
-        counts = {token: count for token, count in enumerate(counts.tolist()) if count}
-    if not isinstance(counts, dict) or not counts:
-        fail(f"token counts {path}: neither a dict {{token id: count}} with entries nor a 1-D tensor")
-    counts = {int(token): int(count) for token, count in counts.items()}
-    if min(counts) < 0 or min(counts.values()) < 0:
-        fail(f"token counts {path}: negative token id or count")
+        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
+    if not counts or min(counts) < 0 or min(counts.values()) < 0:
+        fail(f"token counts {path}: none in it, or a negative token id or count")
     return counts
 
 
 def epoch_order(num_rows, seed, epoch):
-    """Permutation of the rows in one epoch, int64 [num_rows]; the same on every rank and machine.
-
-    RandomState because NumPy promises that its stream never changes, so a run resumed years later sees the same order.
-    """
+    """Permutation of the rows in one epoch, int64 [num_rows]; the same on every rank and machine."""
+    # RandomState, because NumPy promises that its stream never changes: a run resumed years later sees the same order.
     return np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows).astype(np.int64)
 
 
@@ -240,7 +202,7 @@ def step_rows(order, step, global_batch_size, rank, world_size):
     return [int(row) for row in batch[rank::world_size]]
 
 
-# ---------------------------------------------------------------------------- one row: from JSON to messages
+# ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
 class Rejected(Exception):
     """A row that cannot be used. Arguments: the cause, by which it is counted, and a short detail."""
 
@@ -258,12 +220,10 @@ def read_conversation(row):
         raise Rejected("no assistant turn", " ".join(roles))
     if any(role not in AFTER[before].split() for before, role in zip(["", *roles], roles, strict=False)):
         raise Rejected("roles out of order", " ".join(roles))
-    try:
+    with contextlib.suppress(ValueError):
         tools = json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise Rejected("malformed tools", error) from None
     if not isinstance(tools, list | None):
-        raise Rejected("malformed tools", type(tools).__name__)
+        raise Rejected("malformed tools", "neither a list nor the JSON of one")
     return messages[: len(roles) - roles[::-1].index("assistant")], tools
 
 
@@ -298,27 +258,10 @@ def read_message(turn):
     return message | {"content": content}
 
 
-def check_markers(value, template):
-    """No text of a row may contain a marker: a prompt could declare itself supervised, a reply end too early."""
-    if isinstance(value, str):
-        for marker in template.headers + template.ends:
-            if marker.strip() in value:
-                raise Rejected("marker inside content", repr(marker))
-    elif isinstance(value, list | dict):
-        for part in [*value, *value.values()] if isinstance(value, dict) else value:
-            check_markers(part, template)
-
-
-# ---------------------------------------------------------------------------- one row: text, spans, tokens, mask
-class Chat(NamedTuple):
-    """All that turns a row into tokens; sent to the worker processes."""
-
-    tokenizer: object
-    encoder: object  # tokenizers.Tokenizer without post-processing, which would trim blanks off the offsets
-    template: Template
-    opening: str  # what the generation prompt has behind the header (<think>): not produced by the assistant
-    max_length: int
-    only_last: bool
+# All that turns a row into tokens. encoder: the tokenizer's backend without post-processing, which would trim blanks
+# off the offsets. template: None with auto if the tokenizer has none. opening: what the generation prompt has behind
+# the header (<think>), not produced by the assistant.
+Chat = namedtuple("Chat", ("tokenizer", "encoder", "template", "opening", "max_length", "only_last"))
 
 
 def render(tokenizer, messages, tools=None, **options):
@@ -365,23 +308,21 @@ def render_reply(messages, tools, chat):
 def chat_spans(row, chat):
     """(text, spans) of a row with messages."""
     messages, tools = read_conversation(row)
-    check_markers([messages, tools], chat.template)
-    outputs = [message for message in messages if message["role"] == "tool"]
+    content = json.dumps([messages, tools], ensure_ascii=False)
+    for marker in chat.template.headers + chat.template.ends:
+        # No text may contain one: a prompt could declare itself supervised, a reply end too early.
+        if json.dumps(marker.strip(), ensure_ascii=False)[1:-1] in content:
+            raise Rejected("marker inside content", repr(marker))
+    others = [message | {"content": "x"} if message["role"] == "tool" else message for message in messages]
     try:
         text, spans = render_reply(messages, tools, chat)
-        supervised = [text[start:end] for start, end in spans]
-        if outputs:  # an unknown template may close a call by a marker of its own, so that the span would run on
-            for message in outputs:
-                message["content"] = "x"
-            other, other_spans = render_reply(messages, tools, chat)
-            if supervised != [other[start:end] for start, end in other_spans]:
-                raise Rejected("turns not marked", "a tool's output would be supervised")
-    except Rejected:
-        raise
+        other, other_spans = render_reply(others, tools, chat) if others != messages else (text, spans)
     except Exception as error:  # whatever the template's own code raises on this row concerns this row only
         raise Rejected("template error", f"{type(error).__name__}: {error}") from None
-    turns = sum(message["role"] == "assistant" for message in messages)
-    if len(spans) != turns:
+    # An unknown template may close a call by a marker of its own, so that the span would run on.
+    if [text[start:end] for start, end in spans] != [other[start:end] for start, end in other_spans]:
+        raise Rejected("turns not marked", "a tool's output would be supervised")
+    if len(spans) != (turns := sum(message["role"] == "assistant" for message in messages)):
         raise Rejected("turns not marked", f"{len(spans)} marked replies for {turns} assistant turns")
     return text, spans
 
@@ -397,21 +338,6 @@ def encode(text, spans, encoder):
     return np.array(encoding.ids, dtype=np.int32), mask
 
 
-def read_tokens(row, chat):
-    """(ids, mask) of a row that is tokenised already."""
-    ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
-    if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
-        raise Rejected("bad tokens", "input_ids and loss_mask must be lists of one length")
-    if not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
-        raise Rejected("bad tokens", "input_ids must be integers, loss_mask 0 or 1")
-    if ids and not 0 <= min(ids) <= max(ids) < size:
-        raise Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
-    mask = np.array(mask, dtype=np.uint8)
-    if chat.only_last and mask.any():  # the last run of ones is the last turn
-        mask[: np.flatnonzero(np.diff(mask, prepend=0) == 1)[-1]] = 0
-    return np.array(ids, dtype=np.int32), mask
-
-
 def tokenise(raw, chat):
     """(ids, mask, number of tokens cut off) of one row, given as the bytes of its line. Raises Rejected."""
     try:
@@ -422,10 +348,21 @@ def tokenise(raw, chat):
     if not isinstance(row, dict):
         raise Rejected("not an object", type(row).__name__)
     if row.get("input_ids") is not None:
-        ids, mask = read_tokens(row, chat)
+        ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
+        if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
+            raise Rejected("bad tokens", "input_ids and loss_mask must be lists of one length")
+        if not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
+            raise Rejected("bad tokens", "input_ids must be integers, loss_mask 0 or 1")
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
+        ids, mask = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
+        if chat.only_last and mask.any():  # the last run of ones is the last turn
+            mask[: np.flatnonzero(np.diff(mask, prepend=0) == 1)[-1]] = 0
     else:
-        text, spans = row.get("text"), []
-        if "conversations" in row or "messages" in row:
+        text, spans, is_chat = row.get("text"), [], "conversations" in row or "messages" in row
+        if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
+            raise Rejected("no chat template in the tokenizer", "needed to render messages, or for the markers of auto")
+        if is_chat:
             text, spans = chat_spans(row, chat)
         elif isinstance(text, str):
             spans = find_spans(text, chat.template, chat.opening)
@@ -441,185 +378,130 @@ def tokenise(raw, chat):
     return ids, mask, cut
 
 
-def tokenise_batch(batch, chat, worker):
-    """For datasets' map: rows with input_ids, loss_mask, length, tokens cut off; cause and detail if rejected."""
-    if worker:  # the rows are spread over processes already, and threads do not survive the fork
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    rows = []
-    for raw in batch["raw"]:
-        try:
-            ids, mask, cut = tokenise(raw, chat)
-            rows.append((ids, mask, len(ids), cut, "", ""))
-        except Rejected as rejected:
-            none = np.zeros(0, dtype=np.uint8)
-            rows.append((none.astype(np.int32), none, 0, 0, rejected.args[0], str(rejected.args[1])[:200]))
-    names = ("input_ids", "loss_mask", "length", "cut", "cause", "detail")
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+def tokenise_row(row, chat):
+    """For datasets' map: columns of a row; without tokens, but with cause and detail, if it is rejected."""
+    ids, mask, cut, cause, detail = np.zeros(0, np.int32), np.zeros(0, np.uint8), 0, "", ""
+    try:
+        ids, mask, cut = tokenise(row["raw"], chat)
+    except Rejected as rejected:
+        cause, detail = rejected.args[0], str(rejected.args[1])[:200]
+    return {"input_ids": ids, "loss_mask": mask, "length": len(ids), "cut": cut, "cause": cause, "detail": detail}
 
 
 # ---------------------------------------------------------------------------- does the template fit the tokenizer?
-PROBE = [
-    {"role": role, "content": content, "reasoning": None}
-    for role, content in (("user", "Qone"), ("assistant", "Aone"), ("user", "Qtwo"), ("assistant", "Atwo"))
-]
+PROBE = [{"role": "user", "content": "Qone"}, {"role": "assistant", "content": "Aone"},
+         {"role": "user", "content": "Qtwo"}, {"role": "assistant", "content": "Atwo"}]  # fmt: skip
 
 
 def fits(text, template):
     """Does the rendered probe show both of its replies, each closed by an end marker?"""
+    if not template.ends or not template.headers[0].strip():
+        return False
     parts = [text[start:end] for start, end in find_spans(text, template)]
-    return (
-        len(parts) == 2
-        and all(part.endswith(template.ends) for part in parts)
-        and "Aone" in parts[0]
-        and "Atwo" in parts[1]
-    )
+    closed = all(part.endswith(template.ends) for part in parts)
+    return closed and len(parts) == 2 and "Aone" in parts[0] and "Atwo" in parts[1]
 
 
-def derive_template(tokenizer, text):
-    """The markers in the rendered probe, for a family that TEMPLATES does not name; None if they do not describe it.
+def derive_template(tokenizer, text, prompt):
+    """The markers in the rendered probe and generation prompt, for a family that TEMPLATES does not name.
 
     Header: what the generation prompt has behind the question, as far as it stands before both replies, without what
     closes the question if that can be told apart. Ends: the first special token behind each reply.
     """
-    prompt, generation = (render(tokenizer, PROBE[:1], add_generation_prompt=flag) for flag in (False, True))
+    question = render(tokenizer, PROBE[:1])
     found = re.search("Qone(.*?)Aone(.*?)Qtwo(.*?)Atwo(.*)", text, re.DOTALL)
     first, end_one, second, end_two = found.groups() if found else [""] * 4
-    header = os.path.commonprefix([generation.rpartition("Qone")[2], first, second])
-    if len(generation) > len(prompt):
-        header = header.removeprefix(prompt.rpartition("Qone")[2])
+    header = os.path.commonprefix([prompt.rpartition("Qone")[2], first, second])
+    if len(prompt) > len(question):
+        header = header.removeprefix(question.rpartition("Qone")[2])
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
     ends = [match[1] for match in map(special.match, (end_two, end_one)) if match and match[1]]
-    template = Template((header,), tuple(dict.fromkeys(ends)))
-    return template if header.strip() and ends and fits(text, template) else None
+    return Template((header,), tuple(dict.fromkeys(ends)))
 
 
-def choose_template(tokenizer, name):
-    """(Template, opening) of chat_template for this tokenizer. Ends with one line if its markers do not occur."""
-    try:
-        text = render(tokenizer, PROBE)
-        prompt = render(tokenizer, PROBE[:1], add_generation_prompt=True)
-    except Exception as error:  # the template is foreign code
-        fail(f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}")
-    fitting = [known for known, template in TEMPLATES.items() if fits(text, template)]
-    if name == "auto":  # a known family also brings the markers that the probe does not show
-        template = TEMPLATES[fitting[0]] if fitting else derive_template(tokenizer, text)
-        problem, remedy = "finds no markers in", "give rows with input_ids and loss_mask"
-    else:
-        template = TEMPLATES[name] if name in fitting else None
-        problem = (
-            f"needs {' or '.join(map(repr, TEMPLATES[name].headers))} ... {TEMPLATES[name].ends[0]!r}, not found in"
-        )
-        remedy = f"use --chat_template {' or '.join([*fitting, 'auto'])}"
-    if template is None:
-        fail(f"chat_template {name} {problem} what the tokenizer renders: {text[:200]!r}; {remedy}")
-    behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
-    return template, min(behind, key=len, default="")
-
-
-def make_chat(tokenizer, name, max_length, only_last, sources):
-    """The Chat of a tokenizer, which needs a chat template unless all rows are rendered or tokenised beforehand."""
-    from tokenizers import Tokenizer
-
+def make_chat(tokenizer, name, max_length, only_last):
+    """The Chat of a tokenizer and a chat_template. Ends with one line if the template's markers do not occur."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
-    if tokenizer.chat_template:
-        return Chat(tokenizer, encoder, *choose_template(tokenizer, name), max_length, only_last)
-    for source, files in sources.values():
-        for number, line in [(1, b'{"messages"')] if source in PRESETS else read_lines(files[0]):
-            if re.search(
-                rb'"(messages|conversations)"' if name != "auto" else rb'"(messages|conversations|text)"', line
-            ):
-                fail(f"row {number} of {source} needs the target's chat template, but its tokenizer has none")
-    template = TEMPLATES.get(name, TEMPLATES["llama3"])  # with auto all rows are tokenised, and none is searched
-    return Chat(tokenizer, encoder, template, "", max_length, only_last)
+    if not tokenizer.chat_template:  # only rows rendered or tokenised beforehand can be used
+        return Chat(tokenizer, encoder, TEMPLATES.get(name), "", max_length, only_last)
+    try:
+        text, prompt = render(tokenizer, PROBE), render(tokenizer, PROBE[:1], add_generation_prompt=True)
+        templates = TEMPLATES | {"auto": derive_template(tokenizer, text, prompt)}
+    except Exception as error:  # the template is foreign code
+        fail(f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}")
+    fitting = [known for known, template in templates.items() if fits(text, template)]
+    if (
+        name == "auto" and fitting
+    ):  # a known family comes first: it also brings the markers that the probe does not show
+        name = fitting[0]
+    template = templates[name]
+    if name not in fitting:
+        wanted = f"{' or '.join(map(repr, template.headers))} ... {' or '.join(map(repr, template.ends))}"
+        remedy = f"use --chat_template {' or '.join(fitting)}" if fitting else "give rows with input_ids and loss_mask"
+        fail(
+            f"chat_template {name}: no {wanted} around replies in what the tokenizer renders: {text[:200]!r}; {remedy}"
+        )
+    behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
+    return Chat(tokenizer, encoder, template, min(behind, key=len, default=""), max_length, only_last)
 
 
-# ---------------------------------------------------------------------------- presets
+# ---------------------------------------------------------------------------- where rows come from: presets, files
 # Suites of tests, and programs that act on import or open windows: their docstrings explain nothing.
 NOT_DOCUMENTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "__main__", "idle_test", "lib2to3"}
-QUESTIONS = {
-    "module": ("What is the Python module {} for?", "Describe the module {}.", "When do I need the module {}?"),
-    "class": ("What is {}?", "Explain the class {}.", "What is the class {} for?"),
-    "function": ("What does {} do?", "Explain the function {}.", "How do I use {}?"),
-    "method": ("And its method {}?", "What about its method {}?", "What does its {} do?"),
-}
+KINDS = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
 
 
 @functools.cache
 def pydoc_lines():
     """Rows on the running Python's standard library: a question by name, the docstring as the answer.
 
-    The sources are parsed, nothing is imported. A class and its first three methods make one conversation.
+    The sources are parsed, nothing is imported. The first four docstrings of a class make one conversation.
     """
     library, seen, lines = Path(sysconfig.get_path("stdlib")), set(), []
 
-    def turns(kind, name, node, asked=None):
-        short, doc = name.rpartition(".")[2], ast.get_docstring(node) or ""
+    def turns(name, node):
+        kind, short, doc = KINDS[type(node)], name.rpartition(".")[2], ast.get_docstring(node) or ""
         if short.startswith("_") or len(doc) < 20 or doc in seen:  # private, hardly documented, or said already
             return []
         seen.add(doc)
-        question = QUESTIONS[kind][zlib.crc32(name.encode()) % 3].format(asked or name)
-        signature = f"{short}({ast.unparse(node.args)})\n\n" if hasattr(node, "args") else f"{kind} {name}\n\n"
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": signature + doc}]
-
-    def add(name, messages):
-        if messages:
-            lines.append(json.dumps({"id": f"pydoc {name}", "conversations": messages}).encode())
+        answer = f"{short}({ast.unparse(node.args)})\n\n{doc}" if kind == "function" else f"{kind} {name}\n\n{doc}"
+        question = ("What does the {} {} do?", "Explain the {} {}.", "What is the {} {} for?")[len(name) % 3]
+        return [{"role": "user", "content": question.format(kind, name)}, {"role": "assistant", "content": answer}]
 
     for module in sorted(sys.stdlib_module_names - NOT_DOCUMENTED):
         for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
             parts = path.relative_to(library).with_suffix("").parts
-            name = ".".join(parts).removesuffix(".__init__")
-            if not path.is_file() or NOT_DOCUMENTED & set(parts) or re.search(r"(^|\.)_", name):
+            module_name = ".".join(parts).removesuffix(".__init__")
+            if not path.is_file() or NOT_DOCUMENTED & set(parts) or re.search(r"(^|\.)_", module_name):
                 continue
             tree = ast.parse(path.read_bytes())
-            add(name, turns("module", name, tree))
-            for node in tree.body:
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    add(f"{name}.{node.name}", turns("function", f"{name}.{node.name}", node))
-                elif isinstance(node, ast.ClassDef):
-                    qualified = f"{name}.{node.name}"
-                    messages = turns("class", qualified, node)
-                    for method in node.body:
-                        if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
-                            full = f"{qualified}.{method.name}"
-                            if messages and len(messages) < 8:
-                                messages += turns("method", full, method, asked=method.name)
-                            else:
-                                add(full, turns("function", full, method))
-                    add(qualified, messages)
+            topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
+            for name, node in ({module_name: tree} | topics).items():
+                methods = [part for part in node.body if type(part) in KINDS] if type(node) is ast.ClassDef else []
+                messages = turns(name, node)
+                for method in methods:
+                    messages += turns(f"{name}.{method.name}", method)
+                for start in [0, *range(8, len(messages), 2)] if messages else []:
+                    row = {"id": f"pydoc {name}", "conversations": messages[start : start + 2 if start else 8]}
+                    lines.append(json.dumps(row).encode())
     return lines
 
 
-def from_sharegpt(row):
-    """Long chats were cut into pieces there, so that many begin with an assistant turn: leave that out."""
-    turns = row["conversations"] or []
-    return {"conversations": list(itertools.dropwhile(lambda turn: ROLES.get(turn["from"]) == "assistant", turns))}
+PRESETS = {  # name: (repository on the hub, {split: file pattern})
+    "sharegpt": ("Aeala/ShareGPT_Vicuna_unfiltered", {"train": "ShareGPT_V4.3_unfiltered_cleaned_split.json"}),
+    "ultrachat": ("HuggingFaceH4/ultrachat_200k",
+                  {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"}),
+    "pydoc": (None, {"train": ""}),
+}  # fmt: skip
+# ShareGPT was collected from users: it has empty turns, one-sided chats and turns out of order. The share is an
+# assumption, chosen so that only a wrong template or schema stops.
+TOLERATED = {"sharegpt": 0.1}
 
 
-# name: repo on the hub, its file pattern for each split, conversion of its rows, tolerated share of rejected rows.
-PRESETS = {
-    # Collected from users: it has empty turns, one-sided chats and turns out of order even where it was not cut. The
-    # share is an assumption, chosen so that only a wrong template or schema stops.
-    "sharegpt": {
-        "repo": "Aeala/ShareGPT_Vicuna_unfiltered",
-        "files": {"train": "ShareGPT_V4.3_unfiltered_cleaned_split.json"},
-        "convert": from_sharegpt,
-        "tolerated": 0.1,
-    },
-    "ultrachat": {
-        "repo": "HuggingFaceH4/ultrachat_200k",
-        "files": {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"},
-        "convert": lambda row: {"messages": row["messages"]},
-    },
-    "pydoc": {"files": {"train": ""}},
-}
-
-
-# ---------------------------------------------------------------------------- where rows come from
 def find_files(name, dataset_path, split):
     """Files behind the name of a preset or file; missing and empty ones end here, before anything is loaded."""
     if name not in PRESETS:
@@ -629,19 +511,15 @@ def find_files(name, dataset_path, split):
         if next(read_lines(path), None) is None:
             fail(f"dataset {name} is empty: no row in it")
         return [path]
-    preset = PRESETS[name]
-    if split not in preset["files"]:
+    repo, patterns = PRESETS[name]
+    if split not in patterns:
         fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
-    if "repo" not in preset:
+    if not repo:
         return []
-    pattern = preset["files"][split]
-    folder = Path(dataset_path or "").expanduser()
-    if not dataset_path:
-        what = f"preset {name}: give a local copy of {preset['repo']} as --dataset_path"
-        folder = _download(preset["repo"], what, [pattern], repo_type="dataset")
-    files = sorted(folder.glob(pattern))
+    folder = Path(dataset_path).expanduser() if dataset_path else download(repo, [patterns[split]], "dataset")
+    files = sorted(folder.glob(patterns[split]))
     if not files:
-        fail(f"preset {name}: {folder} has no {pattern}, which {preset['repo']} has on the hub")
+        fail(f"preset {name}: {folder} has no {patterns[split]}, which {repo} has on the hub")
     return files
 
 
@@ -669,129 +547,80 @@ def read_rows(name, files, cache):
         kind, names = files[0].suffix[1:], [str(path) for path in files]
         table = load_dataset(kind, data_files=names, split="train", cache_dir=str(cache))
         for number, row in enumerate(table, 1):
-            yield number, json.dumps(PRESETS[name]["convert"](row)).encode()
+            turns = row.get("conversations") or row.get("messages") or []
+            while turns and ROLES.get(turns[0].get("from")) == "assistant":  # a piece of a long chat that was cut
+                turns = turns[1:]
+            yield number, json.dumps({"messages": turns}).encode()
 
 
 # ---------------------------------------------------------------------------- building the prepared folder
-def build_split(source, files, chat, options, num_samples, cache):
-    """(Dataset of the rows kept, tokens cut off each, list of the rejected rows) of one source."""
+def build_split(source, files, chat, options, num_samples, num_proc, cache):
+    """(Dataset of the rows kept, list of the rejected rows) of one source; cut: number of tokens cut off a row."""
     from datasets import Dataset, Features, List, Value
 
-    columns = {"line": Value("int64"), "raw": Value("large_binary")}
     rows = lambda: ({"line": line, "raw": raw} for line, raw in read_rows(source, files, cache / "hub"))  # noqa: E731
-    data = Dataset.from_generator(rows, Features(columns), str(cache / "raw"), fingerprint="raw")
+    data = Dataset.from_generator(rows, cache_dir=str(cache / "raw"), fingerprint="raw")
     if num_samples and num_samples < len(data):
         data = data.select(np.sort(np.random.RandomState(options["seed"]).permutation(len(data))[:num_samples]))
-    workers = min(options["num_proc"], len(data))
     columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
     columns |= {"length": Value("int32"), "cut": Value("int64"), "cause": Value("string"), "detail": Value("string")}
+    workers = min(num_proc, len(data) // MIN_ROWS_PER_PROCESS)
     data = data.map(
-        functools.partial(tokenise_batch, chat=chat, worker=workers > 1),
-        batched=True,
-        batch_size=100,
-        remove_columns=["raw"],
-        features=Features(columns),
-        num_proc=workers if workers > 1 else None,
-        new_fingerprint="tokens",  # else datasets would hash the tokenizer; this data set has a fingerprint of its own
-        cache_file_name=str(cache / "tokens.arrow"),
-        load_from_cache_file=False,
-        desc=source,
-    )
-    lengths = np.array(data["length"][:])
+        functools.partial(tokenise_row, chat=chat), remove_columns=["raw"], features=Features(columns),
+        num_proc=workers if workers > 1 else None, cache_file_name=str(cache / "tokens.arrow"),
+        load_from_cache_file=False, desc=source, new_fingerprint="tokens",  # else datasets would hash the tokenizer
+    )  # fmt: skip
+    total, lengths = len(data), np.array(data["length"][:])
     rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
-    rejected = [
-        {"line": row["line"], "file": source, "cause": row["cause"], "detail": row["detail"]} for row in rejected
-    ]
-    data, total = data.select(np.flatnonzero(lengths)), len(data)
-    limit = max(options["max_rejected_ratio"], PRESETS.get(source, {}).get("tolerated", 0))
+    data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut"])
+    limit = max(options["max_rejected_ratio"], TOLERATED.get(source, 0))
     if not len(data) or len(rejected) > limit * total:
         first = {row["cause"]: row["line"] for row in reversed(rejected)}
         counts = Counter(row["cause"] for row in rejected).most_common()
         causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
         share = f"{len(rejected)} of {total} rows rejected ({len(rejected) / total:.1%}, max_rejected_ratio {limit:g})"
         fail(f"{source}: {share if len(data) else f'none of {total} rows can be used'}: {causes}")
-    return data.select_columns(["input_ids", "loss_mask", "length"]), np.array(data["cut"][:]), rejected
+    return data, [{"file": source, **row} for row in rejected]
 
 
-def count_tokens(data):
-    """({token id: count} of the supervised tokens, number of all tokens) of a Dataset."""
-    counts, tokens = np.zeros(0, dtype=np.int64), 0
-    for batch in data.with_format("arrow").iter(batch_size=1000):
-        ids, mask = (batch.column(name).combine_chunks().flatten().to_numpy() for name in ("input_ids", "loss_mask"))
-        found = np.bincount(ids[mask == 1], minlength=len(counts))
-        found[: len(counts)] += counts
-        counts, tokens = found, tokens + len(ids)
-    return {int(token): int(counts[token]) for token in np.flatnonzero(counts)}, tokens
-
-
-def build(sources, chat, options, config, folder):
+def build(sources, chat, options, num_proc, config, folder):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
     import torch
     from datasets import DatasetDict, disable_progress_bars
 
     if not sys.stderr.isatty():  # in a log file a bar is noise
         disable_progress_bars()
-    splits, cuts, rejected = {}, {}, {}
+    splits, rejected = {}, {}
     for split, (source, files) in sources.items():
-        cache, samples = folder / "cache" / split, options["num_samples"] if split == "train" else None
+        cache, samples = folder.with_name("cache") / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
-        splits[split], cuts[split], rejected[split] = build_split(source, files, chat, options, samples, cache)
+        splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache)
     if options["validation_ratio"]:
-        data, cut, rows = splits["train"], cuts["train"], len(splits["train"])
+        data, rows = splits["train"], len(splits["train"])
         size = max(1, round(rows * options["validation_ratio"]))
         if size >= rows:
             fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
         order = np.random.RandomState(options["seed"]).permutation(rows)
-        for split, part in (("train", np.sort(order[size:])), ("validation", np.sort(order[:size]))):
-            splits[split], cuts[split] = data.select(part), cut[part]
-    DatasetDict(splits).save_to_disk(str(folder))
-    for split, data in DatasetDict.load_from_disk(str(folder)).items():
-        counts, tokens = count_tokens(data)
+        splits = {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
+    DatasetDict(splits).remove_columns("cut").save_to_disk(str(folder))
+    for split, data in splits.items():
+        lengths, counts = np.array(data["length"][:]), np.zeros(chat.encoder.get_vocab_size(), dtype=np.int64)
+        for batch in data.with_format("arrow").iter(batch_size=1000):
+            ids, mask = (batch[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "loss_mask"))
+            counts += np.bincount(ids[mask == 1], minlength=len(counts))
         if split == "train":
-            torch.save(counts, folder / "token_freq.pt")
-        config["splits"][split] = {
-            "rows": len(data),
-            "tokens": tokens,
-            "supervised_tokens": sum(counts.values()),
-            "longest": max(data["length"][:]),
-            "truncated": int((cuts[split] > 0).sum()),
+            torch.save({int(token): int(counts[token]) for token in np.flatnonzero(counts)}, folder / "token_freq.pt")
+        part = config["splits"][split] = {
+            "rows": len(data), "tokens": int(lengths.sum()), "supervised_tokens": int(counts.sum()),
+            "longest": int(lengths.max()), "truncated": int(np.count_nonzero(data["cut"][:])),
             "rejected": Counter(row["cause"] for row in rejected.get(split, ())),
-        }
+        }  # fmt: skip
+        causes = ", ".join(f"{count} {cause}" for cause, count in part["rejected"].items()) or "none"
+        print(f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
+              f"longest row {part['longest']:,}, {part['truncated']:,} truncated; rejected: {causes}")  # fmt: skip
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in rejected.values() for row in rows]
     write_atomic(folder / "rejected.jsonl", "".join(lines))
-    shutil.rmtree(folder / "cache")
     write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def summarise(output, tokenizer):
-    """Print the counts, and the beginning of one row with its supervised part between ⟦ and ⟧. Returns data_config."""
-    splits, config = open_data(output)
-    for split, part in config["splits"].items():
-        share = part["supervised_tokens"] / part["tokens"]
-        print(f"{split}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['supervised_tokens']:,} supervised")
-        print(f"    ({share:.1%}), longest row {part['longest']:,}, {part['truncated']:,} truncated to max_length")
-        print("    rejected: " + (", ".join(f"{n} {cause}" for cause, n in part["rejected"].items()) or "none"))
-    row = splits["train"][0]
-    ids, mask = np.array(row["input_ids"]), np.array(row["loss_mask"])
-    borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
-    parts = [("⟦{}⟧" if mask[a] else "{}").format(tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(borders)]
-    print(f"the first row, supervised between ⟦ and ⟧:\n{''.join(parts)[:1500]}\nwritten to {output}")
-    return config
-
-
-def check_options(chat_template, max_length, num_samples, validation_ratio, max_rejected_ratio, validation_dataset):
-    if chat_template not in TEMPLATES and chat_template != "auto":
-        fail(f"chat_template {chat_template}: known are {', '.join(TEMPLATES)} and auto")
-    if max_length < 2:
-        fail(f"max_length {max_length}: at least 2 tokens, since each predicts the next")
-    if not 0 <= validation_ratio < 1 or not 0 <= max_rejected_ratio <= 1:
-        fail(
-            f"validation_ratio {validation_ratio} must be in [0, 1), max_rejected_ratio {max_rejected_ratio} in [0, 1]"
-        )
-    if validation_ratio and validation_dataset:
-        fail(f"validation_ratio {validation_ratio} and validation_dataset {validation_dataset}: give one of them")
-    if num_samples is not None and num_samples < 1:
-        fail(f"num_samples {num_samples}: at least 1, or leave it out for all rows")
 
 
 def prepare(dataset, output_path, target_model_path, *, validation_dataset=None, dataset_path=None,
@@ -801,71 +630,66 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
 
     dataset: name of a preset or path of a JSON Lines file. One process calls this, the others wait and use open_data.
     """
-    check_options(chat_template, max_length, num_samples, validation_ratio, max_rejected_ratio, validation_dataset)
     names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
-    if dataset_path and not any("repo" in PRESETS.get(name, {}) for name in names.values()):
-        fail(f"dataset_path is a local copy of a preset's hub repository, but dataset is {dataset}")
-    sources = {split: (name, find_files(name, dataset_path, split)) for split, name in names.items()}
     output = Path(output_path).expanduser().absolute()
     stored = output / "data_config.json"
-    if output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir())):
-        fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
-    tokenizer = load_tokenizer(resolve_target(target_model_path, weights=False)[1], trust_remote_code)
-    chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn), sources)
-    options = {"max_length": max_length, "train_only_last_turn": bool(train_only_last_turn), "seed": seed % 2**32}
-    options |= {
-        "num_samples": num_samples,
-        "validation_ratio": validation_ratio,
-        "max_rejected_ratio": max_rejected_ratio,
-    }
+    foreign = output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir()))
+    for wrong, message in (
+        (chat_template not in (*TEMPLATES, "auto"),
+         f"chat_template {chat_template}: known are {', '.join(TEMPLATES)}, auto"),
+        (max_length < 2, f"max_length {max_length}: at least 2 tokens, since each predicts the next"),
+        (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
+        (not 0 <= max_rejected_ratio <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
+        (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
+        (num_samples is not None and num_samples < 1, f"num_samples {num_samples}: at least 1, or leave it out"),
+        (dataset_path and not set(names.values()) & {"sharegpt", "ultrachat"},
+         f"dataset_path is a copy of a preset's hub repository, but dataset is {dataset}"),
+        (foreign, f"output_path {output} holds something that is not a prepared data set: choose another folder"),
+    ):  # fmt: skip
+        if wrong:
+            fail(message)
+    sources = {split: (name, find_files(name, dataset_path, split)) for split, name in names.items()}
+    tokenizer = load_tokenizer(target_model_path, trust_remote_code)
+    chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn))
+    options = {"max_length": max_length, "num_samples": num_samples, "train_only_last_turn": bool(train_only_last_turn)}
+    options |= {"validation_ratio": validation_ratio, "max_rejected_ratio": max_rejected_ratio, "seed": seed % 2**32}
     backend = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-    ingredients = {
+    ingredients = options | {
         "format_version": FORMAT_VERSION,
-        "presets": {split: name for split, name in names.items() if name in PRESETS},
-        "inputs": {split: hash_source(files) for split, (_, files) in sources.items()},
-        "tokenizer": hash_text(json.dumps(backend, default=str, sort_keys=True)),
-        "chat_template": [chat_template, *chat.template],
-        **options,
-    }
-    fingerprint = hash_text(json.dumps(ingredients, sort_keys=True))
-    if stored.is_file():
-        if json.loads(stored.read_text()).get("fingerprint") == fingerprint:
-            print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
-            return open_data(output)[1]
-        print(f"{output}: made of another input, tokenizer or option, so it is built again")
-    config = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients}
-    config |= {"dataset": names, "target_model_path": str(target_model_path), "splits": {}}
+        "presets": [name for name in names.values() if name in PRESETS],
+        "inputs": [list(map(hash_file, files)) or hash_of(pydoc_lines()) for _, files in sources.values()],
+        "tokenizer": hash_of(backend), "chat_template": [chat_template, *(chat.template or ())],
+    }  # fmt: skip
+    fingerprint = hash_of(ingredients)
+    if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
+        print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
+        return open_data(output)[1]
+    config = {
+        "format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients,
+        "dataset": names, "target_model_path": str(target_model_path), "splits": {},
+    }  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    options["num_proc"] = max(1, min(num_proc or cores, cores))
-    # Built beside the output and renamed, so that a killed build never looks complete.
-    new, old = (output.with_name(f".{output.name}.{state}") for state in ("building", "replaced"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    new.mkdir(parents=True)
+    scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        build(sources, chat, options, config, new)
+        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new")
         if output.exists():
-            os.rename(output, old)
-        os.rename(new, output)
+            output.rename(scratch / "old")
+        (scratch / "new").rename(output)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return summarise(output, tokenizer)
-
-
-def hash_source(files):
-    return hash_text(" ".join(map(hash_file, files))) if files else hash_text(b"\n".join(pydoc_lines()).decode())
-
-
-def hash_text(text):
-    return hashlib.sha256(text.encode()).hexdigest()
+        shutil.rmtree(scratch, ignore_errors=True)
+    data, config = open_data(output)
+    ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
+    borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
+    parts = [("⟦{}⟧" if mask[a] else "{}").format(tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(borders)]
+    print(f"the first row, supervised between ⟦ and ⟧:\n{''.join(parts)[:1500]}\nwritten to {output}")
+    return config
 
 
 # ---------------------------------------------------------------------------- command line
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
     group = parser.add_argument_group("input")
     group.add_argument("--dataset", required=True, help=f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file")
@@ -875,9 +699,7 @@ def parse_args(argv=None):
     group.add_argument("--trust_remote_code", **switch, help="let the tokenizer run code of its own")
     group = parser.add_argument_group("what becomes of it")
     group.add_argument("--output_path", required=True, help="folder to write")
-    group.add_argument(
-        "--chat_template", default="llama3", help=f"{', '.join(TEMPLATES)}, or auto: as the tokenizer has it"
-    )
+    group.add_argument("--chat_template", default="llama3", help=f"{', '.join(TEMPLATES)} or auto, which finds it out")
     group.add_argument("--max_length", type=int, default=2048, help="tokens; longer rows are truncated at the right")
     group.add_argument("--num_samples", type=int, help="rows of the training input, taken at random; default: all")
     group.add_argument("--train_only_last_turn", **switch, help="supervise only the last assistant turn of each row")

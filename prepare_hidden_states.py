@@ -10,6 +10,8 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import sys
@@ -18,11 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prepare_data import boolean, fail, load_tokenizer, normalise_argv, resolve_target
+from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, normalise_argv
 
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
 VOCABULARY_CHUNK = 16384  # columns of the head at a time: with TOKEN_CHUNK rows 256 MiB of fp32 logits
@@ -160,6 +163,31 @@ class Target:
         return torch.cat([self.captured.pop(index)[keep] for index in self.layer_ids], dim=-1)
 
 
+def resolve_target(path_or_hub_id, weights=True):
+    """The folder with config.json and weights of a snapshot, of the one model below a folder, of MLflow or a hub id.
+
+    weights=False downloads only the small files of a hub id. Ends with one line if there is no such model.
+    """
+    model_dir = locate(path_or_hub_id, ["config.json"], SMALL_FILES + ["*.safetensors"] * weights)
+    if weights and not any(model_dir.glob("*.safetensors")):  # on the hub there may be weights in the older format
+        model_dir = locate(path_or_hub_id, ["config.json"], [*SMALL_FILES, "*.bin"])
+    if model_dir.name == "config" and (model_dir.parent / "model").is_dir():
+        return _link_together(model_dir, model_dir.parent / "model")
+    return model_dir
+
+
+def _link_together(*folders):
+    """One folder of links in the hub's cache: transformers wants one folder, and the input may be mounted read-only."""
+    files = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()}
+    name = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    merged = Path(constants.HF_HOME) / "mlflow_models" / name
+    merged.mkdir(parents=True, exist_ok=True)
+    for name, path in files.items():
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            (merged / name).symlink_to(path)
+    return merged
+
+
 def read_target_config(model_dir, trust_remote_code=False):
     """(text configuration, whole configuration) of a target folder; ends the program if it cannot train a draft."""
     try:
@@ -278,8 +306,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    model_dir, tokenizer_dir = resolve_target(args.target_model_path)
-    tokenizer = load_tokenizer(tokenizer_dir, args.trust_remote_code)
+    model_dir = resolve_target(args.target_model_path)
+    tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
     ids = tokenizer(args.text)["input_ids"]
     if not ids:
         fail("text has no tokens")

@@ -59,7 +59,6 @@ from prepare_data import (
     open_data,
     prepare,
     read_token_freq,
-    resolve_target,
     step_rows,
     write_atomic,
 )
@@ -69,6 +68,7 @@ from prepare_hidden_states import (
     positions_of,
     read_sequences,
     read_target_config,
+    resolve_target,
     teacher,
 )
 
@@ -767,7 +767,7 @@ def prepare_run(args, world):
         path = getattr(args, name)
         if path and not Path(path).exists():
             fail(f"{name} {path} does not exist")
-    model_dir, _ = resolve_target(args.target_model_path)
+    model_dir = resolve_target(args.target_model_path)
     config, layers = draft_config_for(args, model_dir)
     folder = args.data_path
     if not folder:

@@ -16,7 +16,7 @@ from chat_templates import FAMILIES
 from tokenizers import processors
 
 import prepare_data
-from prepare_data import make_chat, open_data, prepare, resolve_target, tokenise
+from prepare_data import make_chat, open_data, prepare, tokenise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
 SECOND = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "that is all"}]
@@ -35,7 +35,7 @@ def family_tokenizer(family, texts=tiny.TEXTS):
 
 
 def chat_for(family, name=None, max_length=2048, only_last=False):
-    return make_chat(family_tokenizer(family), name or family, max_length, only_last, {})
+    return make_chat(family_tokenizer(family), name or family, max_length, only_last)
 
 
 def line(row):
@@ -160,7 +160,7 @@ def test_the_prompt_that_opens_a_thought_is_not_supervised_but_stands_before_it(
 def test_reasoning_that_the_template_drops_is_put_back_behind_the_generation_prompt():
     tokenizer = family_tokenizer("qwen")
     tokenizer.chat_template = tokenizer.chat_template.replace("(loop.last or reasoning)", "false")
-    chat = make_chat(tokenizer, "qwen", 2048, False, {})
+    chat = make_chat(tokenizer, "qwen", 2048, False)
     ids, mask, _ = tokenise(line(chat_row(USER, TAGGED)), chat)
     assert runs_of(ids, mask, tokenizer) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\ntwo and two\n</think>\n\nfour<|im_end|>")
@@ -178,7 +178,7 @@ def test_text_is_encoded_once_and_as_the_tokenizer_encodes_it(family):
 def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_encode_differently(trim_offsets):
     tokenizer = family_tokenizer("qwen", ["assistant\n \n five", "a\n \n b\n \n c"] * 50)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    chat = make_chat(tokenizer, "qwen", 2048, False, {})
+    chat = make_chat(tokenizer, "qwen", 2048, False)
     reply = {"role": "assistant", "content": " \n five"}
     ids, mask, _ = tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
     text = tokenizer.apply_chat_template([USER, reply, USER, REPLY], tokenize=False)
@@ -192,7 +192,7 @@ def test_characters_of_several_bytes_and_tokens(trim_offsets):
     answer = "naïve 日本語 👩‍👩‍👧 end  \n\n 😀"
     tokenizer = family_tokenizer("qwen")
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    chat = make_chat(tokenizer, "qwen", 2048, False, {})
+    chat = make_chat(tokenizer, "qwen", 2048, False)
     row = chat_row({"role": "user", "content": "é😀"}, {"role": "assistant", "content": answer}, USER, REPLY)
     assert runs(row, chat)[0] == answer + "<|im_end|>"
 
@@ -210,7 +210,7 @@ def test_offsets_cover_blanks_even_if_the_tokenizer_trims_them():
     tokenizer = family_tokenizer("qwen")
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert tokenizer.backend_tokenizer.encode("a  hi").offsets[1] == (2, 2)
-    assert make_chat(tokenizer, "qwen", 2048, False, {}).encoder.encode("a  hi").offsets[1] == (1, 2)
+    assert make_chat(tokenizer, "qwen", 2048, False).encoder.encode("a  hi").offsets[1] == (1, 2)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -326,7 +326,7 @@ def test_a_turn_that_the_template_leaves_out_is_noticed():
     tokenizer = family_tokenizer("llama3")
     skipping = "{%- set messages = messages | rejectattr('name', 'defined') | list %}"
     tokenizer.chat_template = skipping + tokenizer.chat_template
-    chat = make_chat(tokenizer, "llama3", 2048, False, {})
+    chat = make_chat(tokenizer, "llama3", 2048, False)
     assert runs(chat_row(USER, REPLY, *SECOND), chat) == ["hello there<|eot_id|>", "that is all<|eot_id|>"]
     assert cause(chat_row(USER, {**REPLY, "name": "aside"}, *SECOND), chat) == "turns not marked"
 
@@ -348,7 +348,7 @@ def test_a_template_that_marks_no_end_of_a_call_supervises_no_output_of_a_tool()
     template = template.replace("'\n<|stop|>\n'", "'<|yield|>' if message.tool_calls else '\n<|stop|>\n'")
     template = template.replace("message.content.split", "(message.content or '').split")
     tokenizer = tiny.train_tokenizer(tiny.TEXTS, 400, special, template, bos_token="<|turn|>", eos_token="<|stop|>")
-    chat = make_chat(tokenizer, "auto", 2048, False, {})
+    chat = make_chat(tokenizer, "auto", 2048, False)
     assert cause(chat_row(*CALLING), chat) == "turns not marked"
     assert runs(chat_row(USER, REPLY), chat) == ["hello there\n<|stop|>"]
 
@@ -422,12 +422,11 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
     tokens = {"input_ids": [9, 9], "loss_mask": [0, 1]}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, chat_row(USER, REPLY)])
-    assert f"row 2 of {path} needs" in fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare")
-    assert "row 1 of pydoc needs" in fails(capsys, prepare, "pydoc", tmp_path / "out", tmp_path / "bare")
+    missing = "no chat template in the tokenizer (first: line "
+    assert missing + "2)" in fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare")
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, {"text": text}])
     assert prepare(path, tmp_path / "out", tmp_path / "bare")["splits"]["train"]["supervised_tokens"] > 5
-    error = fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto")
-    assert f"row 2 of {path} needs" in error
+    assert missing + "2)" in fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto")
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens])
     assert prepare(path, tmp_path / "out", tmp_path / "bare", chat_template="auto")["splits"]["train"]["rows"] == 1
 
@@ -583,16 +582,16 @@ def test_open_data_refuses_another_version(tmp_path, target, capsys):
 
 
 def test_read_token_freq(tmp_path, capsys):
-    torch.save(torch.tensor([0, 3, 0, 5]), tmp_path / "tensor.pt")
-    assert prepare_data.read_token_freq(tmp_path / "tensor.pt") == {1: 3, 3: 5}
     torch.save({1: torch.tensor(3)}, tmp_path / "dict.pt")
     assert prepare_data.read_token_freq(tmp_path / "dict.pt") == {1: 3}
     torch.save({1: Path("x")}, tmp_path / "code.pt")
     torch.save({1: -2}, tmp_path / "negative.pt")
+    torch.save({}, tmp_path / "none.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "junk.pt").write_text("junk")
-    for name, message in (("code", "not a file of plain"), ("negative", "negative"), ("list", "neither a dict"),
-                          ("junk", "not a file of plain"), ("absent", "no such file")):  # fmt: skip
+    for name, message in (("code", "not a plain dict"), ("negative", "negative"), ("none", "none in it"),
+                          ("list", "not a plain dict"), ("junk", "not a plain dict"),
+                          ("absent", "FileNotFoundError")):  # fmt: skip
         assert message in fails(capsys, prepare_data.read_token_freq, tmp_path / f"{name}.pt")
 
 
@@ -606,59 +605,6 @@ def test_an_epoch_is_dealt_out_to_the_ranks_without_loss():
             shares = [prepare_data.step_rows(order, step, 8, rank, world) for rank in range(world)]
             assert [shares[k % world][k // world] for k in range(len(batch))] == batch.tolist()
             assert sum(map(len, shares)) == len(batch)
-
-
-# ---------------------------------------------------------------------------- target folders
-def layout(folder, model, tokenizer, config=None):
-    for path in (model, tokenizer, config or model):
-        (folder / path).mkdir(parents=True, exist_ok=True)
-    (folder / model / "model.safetensors").touch()
-    (folder / (config or model) / "config.json").write_text('{"model_type": "llama"}')
-    (folder / tokenizer / "tokenizer.json").write_text("{}")
-
-
-@pytest.mark.parametrize(
-    ("model", "tokenizer", "files"),
-    [
-        (".", ".", {}),
-        ("a/b/nested", "a/b/nested", {"a/config.json": '{"no": "model"}'}),
-        ("data/model", "data/tokenizer", {"MLmodel": ""}),
-        ("data/model", "data/tokenizer", {"MLmodel": "", "data/config/config.json": '{"model_type": "llama"}'}),
-        ("model", "components/tokenizer", {"MLmodel": "", "model/checkpoint/config.json": '{"model_type": "llama"}'}),
-        ("mlflow_model/data/model", "mlflow_model/data/tokenizer", {"mlflow_model/MLmodel": ""}),
-        ("snapshots/abc", "snapshots/abc", {"refs/main": "abc", "snapshots/def/config.json": '{"model_type": "x"}'}),
-        ("models--o--n/snapshots/abc", "models--o--n/snapshots/abc", {"models--o--n/refs/main": "abc"}),
-    ],
-)
-def test_resolve_target(tmp_path, model, tokenizer, files):
-    layout(tmp_path, model, tokenizer)
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert resolve_target(tmp_path) == ((tmp_path / model).resolve(), (tmp_path / tokenizer).resolve())
-
-
-def test_resolve_target_with_the_config_apart_from_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
-    layout(tmp_path / "ml", "data/model", "data/tokenizer", config="data/config")
-    for _ in range(2):
-        model, tokenizer = resolve_target(tmp_path / "ml")
-        assert tokenizer == tmp_path / "ml" / "data" / "tokenizer"
-        assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
-        assert (model / "model.safetensors").resolve() == tmp_path / "ml" / "data" / "model" / "model.safetensors"
-
-
-def test_resolve_target_without_a_model(tmp_path, capsys):
-    assert f"{tmp_path / 'none'}: neither a folder" in fails(capsys, resolve_target, tmp_path / "none")
-    assert "no-one/nothing" in fails(capsys, resolve_target, "no-one/nothing", weights=False)
-    (tmp_path / "file").touch()
-    assert "neither a folder" in fails(capsys, resolve_target, tmp_path / "file")
-    assert "0 models below" in fails(capsys, resolve_target, tmp_path)
-    layout(tmp_path, "a", "a")
-    layout(tmp_path, "b", "b")
-    assert "2 models below it instead of one: a, b" in fails(capsys, resolve_target, tmp_path)
-    (tmp_path / "a" / "tokenizer.json").unlink()
-    assert "no tokenizer" in fails(capsys, resolve_target, tmp_path / "a")
 
 
 # ---------------------------------------------------------------------------- command line

@@ -17,8 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import prepare_hidden_states
-from prepare_data import resolve_target
-from prepare_hidden_states import Head, load_target, positions_of, read_sequences, read_target_tensor, teacher
+from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
+from prepare_hidden_states import (
+    Head,
+    load_target,
+    positions_of,
+    read_sequences,
+    read_target_tensor,
+    resolve_target,
+    teacher,
+)
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 LAYERS, VOCABULARY = 8, 97
@@ -196,13 +204,14 @@ def arrange(layout, source, root):
 @pytest.mark.parametrize("layout", ["nested", "mlflow data", "mlflow data, config apart", "mlflow components"])
 def test_folder_layouts_give_the_same_target(layout, llama_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    model_dir, tokenizer_dir = resolve_target(arrange(layout, llama_folder, tmp_path / "given"))
+    given = arrange(layout, llama_folder, tmp_path / "given")
+    model_dir = resolve_target(given)
     expected, ids = load_target(llama_folder), torch.arange(20)
     for got, wanted in zip(
         load_target(model_dir).hidden_states(ids, [20]), expected.hidden_states(ids, [20]), strict=True
     ):
         assert torch.equal(got, wanted)
-    assert (tokenizer_dir / "tokenizer.json").exists()
+    assert load_tokenizer(given).get_vocab() == load_tokenizer(llama_folder).get_vocab()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -378,3 +387,60 @@ def test_command_line_bad_input(llama_folder, capsys, no_weights):
     assert "text" in refused(capsys, main, text="")
     assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])
     assert "/nowhere" in refused(capsys, main, target_model_path="/nowhere")
+
+
+# ---------------------------------------------------------------------------- where the target is
+def lay_out(folder, model, tokenizer, config=None):
+    """Empty files of a target in three folders below the given one."""
+    for path in (model, tokenizer, config or model):
+        (folder / path).mkdir(parents=True, exist_ok=True)
+    (folder / model / "model.safetensors").touch()
+    (folder / (config or model) / "config.json").write_text('{"model_type": "llama"}')
+    (folder / tokenizer / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "files"),
+    [
+        (".", ".", {}),
+        (".", ".", {"checkpoint/config.json": '{"model_type": "llama"}', "checkpoint/tokenizer.json": ""}),
+        ("a/b/nested", "a/b/nested", {"a/config.json": '{"no": "model"}'}),
+        ("data/model", "data/tokenizer", {"MLmodel": ""}),
+        ("data/model", "data/tokenizer", {"MLmodel": "", "data/config/config.json": '{"model_type": "llama"}'}),
+        ("data/model", "data/model", {"data/tokenizer/tokenizer.json": ""}),
+        ("model", "components/tokenizer", {"MLmodel": "", "model/checkpoint/config.json": '{"model_type": "llama"}'}),
+        ("mlflow_model/data/model", "mlflow_model/data/tokenizer", {"mlflow_model/MLmodel": ""}),
+        ("snapshots/abc", "snapshots/abc", {"refs/main": "abc", "snapshots/def/config.json": '{"model_type": "x"}'}),
+        ("models--o--n/snapshots/abc", "models--o--n/snapshots/abc", {"models--o--n/refs/main": "abc"}),
+    ],
+)
+def test_target_and_tokenizer_are_found(tmp_path, model, tokenizer, files):
+    lay_out(tmp_path, model, tokenizer)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert resolve_target(tmp_path) == (tmp_path / model).resolve()
+    assert locate(tmp_path, TOKENIZER_FILES) == (tmp_path / tokenizer).resolve()
+
+
+def test_config_apart_from_the_weights_is_linked_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    lay_out(tmp_path / "ml", "data/model", "data/tokenizer", config="data/config")
+    for _ in range(2):
+        model = resolve_target(tmp_path / "ml")
+        assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
+        assert (model / "model.safetensors").resolve() == tmp_path / "ml" / "data" / "model" / "model.safetensors"
+
+
+def test_a_target_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert f"{tmp_path / 'none'}: neither a folder" in refused(capsys, resolve_target, tmp_path / "none")
+    assert "no-one/nothing" in refused(capsys, resolve_target, "no-one/nothing", weights=False)
+    (tmp_path / "file").touch()
+    assert "neither a folder" in refused(capsys, resolve_target, tmp_path / "file")
+    assert "0 folders with config.json" in refused(capsys, resolve_target, tmp_path)
+    lay_out(tmp_path, "a", "a")
+    lay_out(tmp_path, "b", "b")
+    assert "2 folders with config.json in it instead of one: a, b" in refused(capsys, resolve_target, tmp_path)
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    assert "0 folders with tokenizer.json or" in refused(capsys, load_tokenizer, tmp_path / "a")
