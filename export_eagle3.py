@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from build_vocab_mapping import mapping_problems
 from prepare_data import fail, normalise_argv, write_atomic
-from prepare_hidden_states import resolve_target
+from prepare_hidden_states import default_layer_ids, resolve_target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -118,15 +118,37 @@ def derive_config(text, whole):
     }
 
 
-def complete_config(derived, given):
-    """A draft's configuration from a file, `given`, with what it leaves open taken from the derived one."""
+def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_size=None):
+    """(flat configuration, auxiliary layers) of a draft for a target with these text and whole configurations.
+
+    given: what a file or a checkpoint, `source`, says; what it leaves open is derived. layer_ids and draft_vocab_size
+    go before both. A draft that does not fit the target ends the program.
+    """
+    derived, given = derive_config(text, whole), given or {}
     config = dict(derived)
     if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half the target's and half the file's
         config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
     config |= {key: value for key, value in given.items() if value is not None}
     if "head_dim" not in given and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    return config | {"torch_dtype": derived["torch_dtype"]}
+    config |= {
+        "torch_dtype": derived["torch_dtype"],
+        "draft_vocab_size": draft_vocab_size or config["draft_vocab_size"],
+    }
+    for key in ("hidden_size", "vocab_size"):
+        if config[key] != derived[key]:
+            fail(f"{source}: {key} {config[key]} is not the target's {derived[key]}")
+    if not 0 < config["draft_vocab_size"] <= config["vocab_size"]:
+        fail(f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{config['vocab_size']}, the target's")
+    default = default_layer_ids(text.num_hidden_layers)
+    layers = layer_ids or auxiliary_layers(config) or default
+    if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
+        fail(f"target_layer_ids {layers}: they must ascend within 1..{text.num_hidden_layers}")
+    config = with_auxiliary_layers(config, layers, default)
+    problems = check_config(config)
+    if problems:
+        fail(f"{source or 'the derived draft configuration'}: {'; '.join(problems)}")
+    return config, layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -40,17 +41,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from transformers.utils.logging import disable_progress_bar
 
-from build_vocab_mapping import build_mapping, coverage, load_mapping
-from export_eagle3 import (
-    auxiliary_layers,
-    check_config,
-    complete_config,
-    derive_config,
-    num_auxiliary,
-    read_draft,
-    with_auxiliary_layers,
-    write_draft,
-)
+from build_vocab_mapping import build_mapping, load_mapping
+from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
 from prepare_data import (
     boolean,
     epoch_order,
@@ -62,15 +54,7 @@ from prepare_data import (
     step_rows,
     write_atomic,
 )
-from prepare_hidden_states import (
-    default_layer_ids,
-    load_target,
-    positions_of,
-    read_sequences,
-    read_target_config,
-    resolve_target,
-    teacher,
-)
+from prepare_hidden_states import load_target, positions_of, read_sequences, read_target_config, resolve_target, teacher
 
 REPOSITORY = Path(__file__).resolve().parent
 ALIASES = {  # other trainers' names of the same thing
@@ -93,9 +77,12 @@ ALIASES = {  # other trainers' names of the same thing
     "logger": "report_to",
 }
 
-# ======================================================================================================================
-# The draft
-# ======================================================================================================================
+# ==================== The draft ======================================================================================
+
+
+def target_ids(d2t):
+    """Target ids [Vd] of the draft vocabulary, from the offsets d2t [Vd]."""
+    return torch.arange(len(d2t), device=d2t.device) + d2t
 
 
 def upcast(x):
@@ -192,7 +179,9 @@ class DraftModel(nn.Module):
         self.lm_head = nn.Linear(size, config["draft_vocab_size"], bias=False)
         # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers
         # to bf16, whose 8 bits are an error of radians at long positions.
-        rotary = LlamaRotaryEmbedding(rope_config(config))
+        rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+        sizes = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+        rotary = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=rope, **{name: config[name] for name in sizes}))
         self.frequencies, self.rotary_scale = rotary.inv_freq.clone(), rotary.attention_scaling
 
     def initialise(self, head_rows):
@@ -231,16 +220,7 @@ class DraftModel(nn.Module):
         return objective(self, *args, **kwargs)
 
 
-def rope_config(config):
-    """What transformers' rotary embedding reads, from the draft's flat configuration."""
-    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
-    keys = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
-    return LlamaConfig(rope_parameters=rope, **{key: config[key] for key in keys})
-
-
-# ======================================================================================================================
-# The objective
-# ======================================================================================================================
+# ==================== The objective ==================================================================================
 
 
 def supervised_slots(loss_mask, document_ids, steps):
@@ -289,8 +269,8 @@ def objective(draft, input_ids, position_ids, document_ids, auxiliary, teaching,
     (float64 [K, 4]: cross-entropy, argmax correct, acceptance, count), and which predictions were right (bool [K, T]).
     """
     teacher_logits, teacher_argmax, teacher_logsumexp = teaching
-    target_ids = torch.arange(len(d2t), device=d2t.device) + d2t
-    drawn = torch.isin(teacher_argmax, target_ids)  # elsewhere the draft cannot be right and learns nothing
+    known = target_ids(d2t)
+    drawn = torch.isin(teacher_argmax, known)  # elsewhere the draft cannot be right and learns nothing
     causal = (document_ids[:, None] == document_ids) & (position_ids[:, None] >= position_ids)
     feature = draft.features(auxiliary.to(draft.fc.weight.dtype))
     keys, values, loss, sums, correct = [], [], 0.0, [], []
@@ -309,7 +289,7 @@ def objective(draft, input_ids, position_ids, document_ids, auxiliary, teaching,
         loss = loss + decay**i * entropy
         with torch.no_grad():
             accepted = torch.minimum((z - upcast(total)[:, None]).exp(), log_q.exp()).sum(dim=-1)
-            right = live & (target_ids[logits.argmax(dim=-1)] == best)
+            right = live & (known[logits.argmax(dim=-1)] == best)
             parts = (entropy, right.sum(), torch.where(live, accepted, 0.0).sum(), live.sum())
             sums.append(torch.stack([part.double() for part in parts]))
             correct.append(right)
@@ -352,9 +332,7 @@ def metric_values(sums, chains, loss_weight_sum):
     return values | {"chain_length": 1 + chains / counts[0]}
 
 
-# ======================================================================================================================
-# The engine
-# ======================================================================================================================
+# ==================== The engine =====================================================================================
 
 
 def start_distributed(args):
@@ -411,9 +389,8 @@ def engine_config(args, device):
         if config.get(key, "auto") not in ("auto", value):
             fail(f"{args.deepspeed_config}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
         config[key] = value
-    for key, flag in (("optimizer", "learning_rate and weight_decay"), ("scheduler", "scheduler_type")):
-        if key in config:
-            fail(f"{args.deepspeed_config}: {key} is decided by the flags {flag}; remove it from the file")
+    for key in {"optimizer", "scheduler"} & config.keys():
+        fail(f"{args.deepspeed_config}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
     half = config.setdefault("bf16", {})
     if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
         half["enabled"] = device.type == "cuda"
@@ -449,16 +426,7 @@ def learning_rate_at(step, args):
     return args.learning_rate * factor
 
 
-# ======================================================================================================================
-# The data
-# ======================================================================================================================
-
-
-def micro_batches(target, sequences, count, args, device):
-    """`count` lists of up to draft_micro_batch_size items of Target.states, the last ones empty if the rows run out."""
-    states = target.states(sequences, args.batch_size)
-    for _ in range(count):
-        yield [item for _, item in zip(range(args.draft_micro_batch_size), states, strict=False)]
+# ==================== The data =======================================================================================
 
 
 def objective_inputs(items, target, d2t, args):
@@ -473,15 +441,13 @@ def objective_inputs(items, target, d2t, args):
         items = [(nothing, nothing, *states)]
     lengths = [len(item[0]) for item in items]
     input_ids, loss_mask, auxiliary, last = (torch.cat(parts) for parts in zip(*items, strict=True))
-    document_ids = torch.arange(len(items), device=input_ids.device).repeat_interleave(
-        torch.tensor(lengths, device=input_ids.device)
-    )
+    document_ids = torch.cat([torch.full_like(item[0], number) for number, item in enumerate(items)])
     return {
         "input_ids": input_ids,
         "position_ids": positions_of(lengths, input_ids.device),
         "document_ids": document_ids,
         "auxiliary": auxiliary,
-        "teaching": teacher(last, target.head, torch.arange(len(d2t), device=d2t.device) + d2t),
+        "teaching": teacher(last, target.head, target_ids(d2t)),
         "supervised": supervised_slots(loss_mask, document_ids, args.ttt_length),
         "d2t": d2t,
         "decay": args.ttt_step_loss_decay,
@@ -499,19 +465,17 @@ def optimizer_step(engine, target, sequences, d2t, args):
     total = torch.as_tensor(slots, dtype=torch.float64, device=engine.device).clone()
     dist.all_reduce(total)
     scale = dist.get_world_size() * args.draft_accumulation_steps / total.clamp(min=1)
-    sums, chains = 0.0, 0.0
-    for items in micro_batches(target, sequences, args.draft_accumulation_steps, args, engine.device):
-        inputs = objective_inputs(items, target, d2t, args)
-        loss, part, correct = engine(**inputs)
+    sums, chains, states = 0.0, 0.0, target.states(sequences, args.batch_size)
+    for _ in range(args.draft_accumulation_steps):
+        items = list(itertools.islice(states, args.draft_micro_batch_size))
+        loss, part, correct = engine(**objective_inputs(items, target, d2t, args))
         engine.backward(loss * scale.to(loss.dtype))
         engine.step()
         sums, chains = sums + part, chains + chain_lengths(correct).sum().double()
     return sums, chains, sum(len(mask) for mask in masks)
 
 
-# ======================================================================================================================
-# Measuring
-# ======================================================================================================================
+# ==================== Measuring ======================================================================================
 
 
 @torch.no_grad()
@@ -587,13 +551,12 @@ class Record:
                 self.trackers.append(TRACKERS[name](args, settings))
             except Exception as error:  # foreign code and accounts: they must not cost the training
                 print(f"{name} does not start, training goes on without it: {error}", file=sys.stderr)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=args.total_steps, unit="step", disable=not terminal, dynamic_ncols=True)
+        self.bar = tqdm(total=args.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def row(self, split, step, epoch, values):
         if not self.first:
             return
-        values = {name: round(value, 8) if isinstance(value, float) else value for name, value in values.items()}
+        values = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
         self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
         self.file.flush()
         for log, _ in self.trackers:
@@ -618,9 +581,7 @@ def metrics_line(values, steps):
     return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
 
 
-# ======================================================================================================================
-# Keeping
-# ======================================================================================================================
+# ==================== Keeping ========================================================================================
 
 
 def draft_tensors(engine, d2t):
@@ -632,47 +593,49 @@ def draft_tensors(engine, d2t):
         tensors = {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
     vocabulary = draft.config["vocab_size"]
     if draft.config["draft_vocab_size"] < vocabulary:
-        tensors["d2t"], tensors["t2d"] = d2t.cpu(), torch.zeros(vocabulary, dtype=torch.bool)
-        tensors["t2d"][torch.arange(len(d2t)) + tensors["d2t"]] = True
+        tensors |= {"d2t": d2t.cpu(), "t2d": torch.zeros(vocabulary, dtype=torch.bool)}
+        tensors["t2d"][target_ids(tensors["d2t"])] = True
     return tensors
 
 
-def save(engine, d2t, folder, state):
-    """A draft checkpoint that is visible only when whole; `latest` points to it. All ranks call it."""
+def save(engine, d2t, folder, files, link=None):
+    """A draft checkpoint that is visible only when whole, with further files {name: text}. All ranks call it.
+
+    link: name of a symbolic link beside it that is to point to it.
+    """
     tensors = draft_tensors(engine, d2t)
     if dist.get_rank() == 0:
         building = folder.with_name(f".{folder.name}.building")
         shutil.rmtree(building, ignore_errors=True)
         write_draft(building, engine.module.config, tensors)
-        write_atomic(building / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+        for name, text in files.items():
+            write_atomic(building / name, text)
         building.rename(folder)
-        link = folder.with_name(".latest.building")
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        link.replace(folder.with_name("latest"))
+        if link:
+            new = folder.with_name(f".{link}.building")
+            new.unlink(missing_ok=True)
+            new.symlink_to(folder.name)
+            new.replace(folder.with_name(link))
     dist.barrier()
 
 
-def save_final(engine, d2t, output_dir):
-    """output_dir/final: the last step's draft with the run's settings."""
-    tensors = draft_tensors(engine, d2t)
-    if dist.get_rank() == 0:
-        write_draft(output_dir / "final", engine.module.config, tensors)
-        shutil.copyfile(output_dir / "run.json", output_dir / "final" / "run.json")
-    dist.barrier()
+def save_step(engine, d2t, args, step, epoch):
+    """output_dir/step_XXXXXXXX, the newest of which `latest` points to. Returns its path."""
+    folder = Path(args.output_dir) / f"step_{step:08d}"
+    state = json.dumps({"step": step, "epoch": epoch}, indent=2) + "\n"
+    save(engine, d2t, folder, {"trainer_state.json": state}, link="latest")
+    return folder
 
 
 def run_settings(args, data_config):
     """run.json: what was run, with what, on what."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    git = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "argv": sys.argv,
         "flags": vars(args),
         "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": commit or None,
+        "git_commit": git.stdout.strip() or None,
         "world_size": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "data_fingerprint": data_config["fingerprint"],
@@ -680,9 +643,7 @@ def run_settings(args, data_config):
     }
 
 
-# ======================================================================================================================
-# The loop
-# ======================================================================================================================
+# ==================== The loop =======================================================================================
 
 
 def check_flags(args, world):
@@ -725,39 +686,18 @@ def check_flags(args, world):
 
 
 def draft_config_for(args, model_dir):
-    """The draft's flat configuration, from the target and whatever the flags name; ends the program on a misfit."""
-    text, whole = read_target_config(model_dir, args.trust_remote_code)
-    config, default_layers = derive_config(text, whole), default_layer_ids(text.num_hidden_layers)
-    given, source = {}, None
+    """(flat configuration, auxiliary layers) of the draft: derived, a file's, or a checkpoint's, for this target."""
+    given, source = {}, args.resume_from_checkpoint or args.draft_model_config
     if args.resume_from_checkpoint:
-        source = args.resume_from_checkpoint
         given, _ = read_draft(source)
-    elif args.draft_model_config:
-        source = args.draft_model_config
+    elif source:
         try:
-            given = json.loads(Path(source).read_text())
-        except (OSError, ValueError) as error:
-            fail(f"draft_model_config {source} cannot be read: {error}")
-        if not isinstance(given, dict):
-            fail(f"draft_model_config {source} is not a JSON object")
-    config = complete_config(config, given)
-    for key in ("hidden_size", "vocab_size"):
-        if config[key] != getattr(text, key):
-            fail(f"{source}: {key} {config[key]} is not the target's {getattr(text, key)}")
-    layers = args.target_layer_ids or auxiliary_layers(config) or default_layers
-    if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
-        fail(f"target_layer_ids {layers}: must ascend within 1..{text.num_hidden_layers}")
-    if args.draft_vocab_size and not args.resume_from_checkpoint:
-        config["draft_vocab_size"] = args.draft_vocab_size
-    if not 0 < config["draft_vocab_size"] <= text.vocab_size:
-        fail(
-            f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{text.vocab_size}, the target's vocabulary"
-        )
-    config = with_auxiliary_layers(config, layers, default_layers)
-    problems = check_config(config)
-    if problems:
-        fail(f"{source or 'the derived draft configuration'}: {'; '.join(problems)}")
-    return config, layers
+            given = dict(json.loads(Path(source).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            fail(f"draft_model_config {source} is not a file with a JSON object: {error}")
+    text, whole = read_target_config(model_dir, args.trust_remote_code)
+    size = None if args.resume_from_checkpoint else args.draft_vocab_size  # a checkpoint's mapping decides
+    return configure(text, whole, given, source, args.target_layer_ids, size)
 
 
 def prepare_run(args, world):
@@ -812,9 +752,12 @@ def build_draft(args, config, target, d2t):
     """The draft, initialised from the seed or with a checkpoint's weights."""
     torch.manual_seed(args.seed)
     draft = DraftModel(config, target.embedding)
-    draft.initialise(target.head.weight[torch.arange(len(d2t)) + d2t])
+    draft.initialise(target.head.weight[target_ids(d2t)])
     if args.resume_from_checkpoint:
         tensors = read_draft(args.resume_from_checkpoint)[1]
+        own = tensors.pop("embed_tokens.weight", target.embedding.cpu())
+        if not torch.equal(own.to(target.embedding.dtype), target.embedding.cpu()):
+            fail(f"{args.resume_from_checkpoint} has an embedding table of its own: training it is not available yet")
         draft.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")})
     return draft
 
@@ -899,10 +842,9 @@ def train(args, engine, target, data, d2t, record):
             record.line(f"evaluation at step {step} | {metrics_line(values, args.ttt_length)} | "
                         f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
         if last or due(whole, args.save_interval) or due(step, args.save_steps):
-            save(engine, d2t, output_dir / f"step_{step:08d}", {"step": step, "epoch": at})
-            record.line(f"saved {output_dir / f'step_{step:08d}'}")
+            record.line(f"saved {save_step(engine, d2t, args, step, at)}")
         since += time.monotonic() - paused  # tokens/s is about training
-    save_final(engine, d2t, output_dir)
+    save(engine, d2t, output_dir / "final", {"run.json": (output_dir / "run.json").read_text()})
     record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
 
 
@@ -1034,9 +976,8 @@ def main(args):
     args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
     settings = run_settings(args, data_config)
     if dist.get_rank() == 0:
-        t2d = torch.zeros(config["vocab_size"], dtype=torch.bool)
-        t2d[torch.arange(len(d2t)) + d2t] = True
-        share = coverage(read_token_freq(Path(data_folder) / "token_freq.pt"), t2d.numpy())
+        counts = read_token_freq(Path(data_folder) / "token_freq.pt")
+        share = sum(counts.get(token, 0) for token in target_ids(d2t).tolist()) / sum(counts.values())
         print(summary(args, config, layers, draft, data, data_config, steps_per_epoch, share))
         fallback = args.attention_backend == "flex_attention" and device.type == "cpu"
         print(
@@ -1046,7 +987,7 @@ def main(args):
 
     engine, d2t = build_engine(args, draft, device), d2t.to(device)
     if args.dry_run:
-        save(engine, d2t, Path(args.output_dir) / "step_00000000", {"step": 0, "epoch": 0})
+        save_step(engine, d2t, args, 0, 0)
     else:
         record = Record(args, settings)
         train(args, engine, target, data, d2t, record)

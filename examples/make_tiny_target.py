@@ -6,7 +6,7 @@ Out: a Hugging Face model folder: tokenizer and chat template, config.json, and 
 
     python examples/make_tiny_target.py tokenizer --output tiny_target
     python prepare_data.py --dataset pydoc --target_model_path tiny_target --output_path data --validation_ratio 0.02
-    python examples/make_tiny_target.py weights --output tiny_target --data_path data --steps 300
+    python examples/make_tiny_target.py weights --output tiny_target --data_path data --steps 600
 """
 
 import argparse
@@ -28,7 +28,8 @@ from prepare_data import open_data, pydoc_lines
 LLAMA3_CHAT_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -139,13 +140,13 @@ def parse_args(argv=None):
     parser.add_argument("part", choices=("tokenizer", "weights"), help="what to make")
     parser.add_argument("--output", required=True, help="folder of the target")
     parser.add_argument("--data_path", help="folder written by prepare_data.py (weights)")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens (default: 4096)")
-    parser.add_argument("--hidden_size", type=int, default=256, help="a multiple of 64 (default: 256)")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="tokens (default: 2048)")
+    parser.add_argument("--hidden_size", type=int, default=128, help="a multiple of 64 (default: 128)")
     parser.add_argument("--layers", type=int, default=8, help="layers, at least 7 (default: 8)")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: 300)")
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: 600)")
     parser.add_argument("--batch_size", type=int, default=8, help="blocks a step (default: 8)")
     parser.add_argument("--block", type=int, default=256, help="tokens a block (default: 256)")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak (default: 2e-3)")
+    parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak (default: 4e-3)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the data order (default: 0)")
     args = parser.parse_args(argv)
     if args.part == "weights" and not args.data_path:

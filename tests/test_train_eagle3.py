@@ -178,6 +178,17 @@ def test_each_of_these_flags_changes_the_draft(work, tmp_path):
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 7]
 
 
+def test_bf16_and_stage_0_train_as_well(work, tmp_path):
+    """bf16 with fp32 master weights on a CPU if the engine's file asks for it; stage 0 reports no gradient norm."""
+    expected = run(work, tmp_path / "plain", "--total_steps", 4)
+    for name, engine in (("bf16", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}), ("stage0", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(engine))
+        rows = run(work, tmp_path / name, "--total_steps", 4, "--deepspeed_config", tmp_path / f"{name}.json")
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=0.02)
+        assert check_draft(tmp_path / name / "final") == []
+    assert furthest(weights(tmp_path / "stage0" / "final"), weights(tmp_path / "plain" / "final")) < 1e-5
+
+
 def test_draft_model_config_is_used_and_completed(work, tmp_path):
     given = {"intermediate_size": 40, "num_attention_heads": 8, "num_key_value_heads": 2, "draft_vocab_size": 150,
              "norm_before_fc": True, "fc_norm": True, "norm_output": True}  # fmt: skip

@@ -1,0 +1,141 @@
+"""What the README, the flags' help and the examples say is so."""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+import build_vocab_mapping
+import evaluate_eagle3
+import export_eagle3
+import prepare_data
+import prepare_hidden_states
+import train_eagle3
+
+ROOT = tiny.REPOSITORY
+SCRIPTS = (prepare_data, build_vocab_mapping, prepare_hidden_states, export_eagle3, train_eagle3, evaluate_eagle3)
+README = (ROOT / "README.md").read_text()
+
+
+def flags_of(script):
+    """{flag: argparse action} of a script's parser, caught on its way through parse_args."""
+    found = {}
+
+    def catch(parser, *args, **kwargs):
+        found.update({option: action for action in parser._actions for option in action.option_strings})
+        raise KeyboardInterrupt
+
+    original, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, catch
+    try:
+        script.parse_args([])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_flag_has_help_and_is_read(script):
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    for option, action in flags_of(script).items():
+        if option.startswith("--") and option != "--help":
+            assert action.help, option
+            name = option[2:]
+            handed_on = "**vars(args)" in source and name in source.replace(option, "")
+            assert re.search(rf"args\.{name}\b|\"{name}\"|'{name}'", source) or handed_on, f"{option} is never read"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_run_lines_in_docstrings_use_flags_that_exist(script):
+    known = {module.__name__: flags_of(module) for module in SCRIPTS}
+    text = script.__doc__.replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if re.search(r"\b(python|deepspeed) .*\.py", line)]
+    assert lines, "no run line"
+    for line in lines:
+        name = re.search(r"(\w+)\.py", line)[1]
+        for option in re.findall(r"(--\w+)", line.split(".py", 1)[1]):
+            assert option in known[name], f"{option} in: {line}"
+
+
+def test_readme_commands_name_files_and_flags_that_exist():
+    known = {module.__name__: flags_of(module) for module in SCRIPTS}
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        for path in re.findall(r"(?:bash|python|deepspeed)(?: --\w+ \S+)* ([\w/]+\.(?:py|sh))", line):
+            assert (ROOT / path).exists(), line
+        script = re.search(r"(\w+)\.py(.*)", line)
+        if script and script[1] in known:
+            for option in re.findall(r"(--\w+)", script[2]):
+                assert option in known[script[1]], line
+
+
+def test_readme_file_map_names_every_file_and_nothing_else():
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    section = README.split("## Files", 1)[1].split("\n## ", 1)[0]
+    named = set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
+    there = {path for path in tracked.stdout.split() if not path.startswith((".", "tests/")) and (ROOT / path).exists()}
+    assert named - {"tests/"} == there
+
+
+def test_readme_metrics_table_is_complete():
+    section = README.split("## Metrics", 1)[1].split("\n## ", 1)[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    values = train_eagle3.metric_values([[1.0, 1.0, 1.0, 1.0]] * 2, 1.0, [1.0, 0.8])
+    families = {re.sub(r"_\d+$", "_i", name) for name in values}
+    source = (ROOT / "train_eagle3.py").read_text()
+    logged = {
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "seconds",
+        "acceptance_length",
+        "passes",
+        "step",
+        "epoch",
+        "split",
+    }
+    assert all(f'"{name}"' in source for name in logged)
+    assert families | logged <= named
+
+
+def test_readme_lists_every_flag_of_the_trainer():
+    section = README.split("## Flags", 1)[1].split("\n## ", 1)[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    flags = {option[2:] for option in flags_of(train_eagle3) if option.startswith("--")} - {"help"}
+    assert flags <= named, flags - named
+
+
+def test_budgets_and_direction_of_imports():
+    order = [script.__name__ for script in SCRIPTS]
+    for place, name in enumerate(order):
+        text = (ROOT / f"{name}.py").read_text()
+        assert text.count("\n") <= (1000 if name == "train_eagle3" else 700), name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 170 if node.name in ("main", "train") else 80
+                assert node.end_lineno - node.lineno < limit, f"{name}.{node.name}"
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not set(modules) & set(order[place:]), f"{name} imports a later stage"
+
+
+def test_requirements_are_exact():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert {"torch", "deepspeed", "transformers", "datasets", "numpy", "sentencepiece", "swanlab", "tqdm"} <= names
+
+
+def test_help_of_every_script_is_printed_without_a_model():
+    for script in SCRIPTS[:2]:
+        command = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--help"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and "--output_path" in result.stdout
