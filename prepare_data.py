@@ -1,8 +1,7 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  --dataset: a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file with rows {"conversations" or "messages":
-     [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}.
-     --target_model_path: its tokenizer and chat template are read.
+In:  a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file with rows {"conversations" or "messages":
+     [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a tokenizer.
 Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = the assistant's, its
      end-of-turn token included; length int32), data_config.json (fingerprint, its ingredients, counts), token_freq.pt
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
@@ -10,8 +9,6 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
-    python prepare_data.py --dataset sharegpt --dataset_path /mirror/ShareGPT_Vicuna_unfiltered \\
-        --target_model_path Qwen/Qwen3-8B --chat_template qwen --output_path data/sharegpt
 """
 
 import argparse
@@ -38,7 +35,6 @@ MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than i
 FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
-
 ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
@@ -109,13 +105,9 @@ def hash_of(value):
 # ---------------------------------------------------------------------------- the target's files
 def download(repo, patterns, repo_type="model"):
     """Folder of those files of a hub repository that match; weights in sub-folders are second copies, so left out."""
-    ignored = ["*/*.safetensors", "*/*.bin"]
+    which = {"allow_patterns": patterns, "ignore_patterns": ["*/*.safetensors", "*/*.bin"]}
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, repo_type=repo_type, allow_patterns=patterns, ignore_patterns=ignored
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, **which))
     except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
         flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
         fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")
@@ -142,8 +134,8 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
     if {path.name for path in found} <= {"model", "config", "tokenizer"}:  # MLflow may keep such a file twice
         found = [path for path in found if path.name == "model"] or found
     if len(found) != 1:
-        where = ": " + ", ".join(str(path.relative_to(folder)) for path in found) if found else ""
-        fail(f"target model {target}: {len(found)} folders with {' or '.join(names)} in it instead of one{where}")
+        where = ", ".join(str(path.relative_to(folder)) for path in found)
+        fail(f"target model {target}: {len(found)} folders with {' or '.join(names)} in it instead of one: {where}")
     return found[0]
 
 
@@ -166,11 +158,10 @@ def open_data(folder):
     """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
     from datasets import DatasetDict
 
-    folder = Path(folder)
     for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
-        if not (folder / name).exists():
+        if not Path(folder, name).exists():
             fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")
-    config = json.loads((folder / "data_config.json").read_text())
+    config = json.loads(Path(folder, "data_config.json").read_text())
     if (version := config.get("format_version")) != FORMAT_VERSION:
         fail(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again")
     return DatasetDict.load_from_disk(str(folder)), config
@@ -258,9 +249,8 @@ def read_message(turn):
     return message | {"content": content}
 
 
-# All that turns a row into tokens. encoder: the tokenizer's backend without post-processing, which would trim blanks
-# off the offsets. template: None with auto if the tokenizer has none. opening: what the generation prompt has behind
-# the header (<think>), not produced by the assistant.
+# All that turns a row into tokens. encoder: without post-processing, which would trim blanks off the offsets. template:
+# None for auto if the tokenizer has none. opening: what the prompt, so not the assistant, has behind the header.
 Chat = namedtuple("Chat", ("tokenizer", "encoder", "template", "opening", "max_length", "only_last"))
 
 
@@ -349,10 +339,9 @@ def tokenise(raw, chat):
         raise Rejected("not an object", type(row).__name__)
     if row.get("input_ids") is not None:
         ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
-        if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
-            raise Rejected("bad tokens", "input_ids and loss_mask must be lists of one length")
-        if not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
-            raise Rejected("bad tokens", "input_ids must be integers, loss_mask 0 or 1")
+        lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
+        if not lists or not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
+            raise Rejected("bad tokens", "input_ids (integers) and loss_mask (0 or 1) must be lists of one length")
         if ids and not 0 <= min(ids) <= max(ids) < size:
             raise Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
         ids, mask = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
@@ -371,8 +360,7 @@ def tokenise(raw, chat):
         ids, mask = encode(text or "", spans[-1:] if chat.only_last else spans, chat.encoder)
     if not len(ids):
         raise Rejected("empty", "no text")
-    cut = max(0, len(ids) - chat.max_length)
-    ids, mask = ids[: chat.max_length], mask[: chat.max_length]
+    ids, mask, cut = ids[: chat.max_length], mask[: chat.max_length], max(0, len(ids) - chat.max_length)
     if not mask.any():
         raise Rejected("no supervised token", f"within {chat.max_length} tokens" if cut else "")
     return ids, mask, cut
@@ -395,15 +383,13 @@ PROBE = [{"role": "user", "content": "Qone"}, {"role": "assistant", "content": "
 
 def fits(text, template):
     """Does the rendered probe show both of its replies, each closed by an end marker?"""
-    if not template.ends or not template.headers[0].strip():
-        return False
     parts = [text[start:end] for start, end in find_spans(text, template)]
     closed = all(part.endswith(template.ends) for part in parts)
     return closed and len(parts) == 2 and "Aone" in parts[0] and "Atwo" in parts[1]
 
 
 def derive_template(tokenizer, text, prompt):
-    """The markers in the rendered probe and generation prompt, for a family that TEMPLATES does not name.
+    """The markers in the rendered probe and generation prompt, for a family that TEMPLATES does not name; or None.
 
     Header: what the generation prompt has behind the question, as far as it stands before both replies, without what
     closes the question if that can be told apart. Ends: the first special token behind each reply.
@@ -417,7 +403,7 @@ def derive_template(tokenizer, text, prompt):
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
     ends = [match[1] for match in map(special.match, (end_two, end_one)) if match and match[1]]
-    return Template((header,), tuple(dict.fromkeys(ends)))
+    return Template((header,), tuple(dict.fromkeys(ends))) if header.strip() and ends else None
 
 
 def make_chat(tokenizer, name, max_length, only_last):
@@ -433,18 +419,14 @@ def make_chat(tokenizer, name, max_length, only_last):
         templates = TEMPLATES | {"auto": derive_template(tokenizer, text, prompt)}
     except Exception as error:  # the template is foreign code
         fail(f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}")
-    fitting = [known for known, template in templates.items() if fits(text, template)]
-    if (
-        name == "auto" and fitting
-    ):  # a known family comes first: it also brings the markers that the probe does not show
+    fitting = [known for known, template in templates.items() if template and fits(text, template)]
+    if name == "auto" and fitting:  # a known family comes first: it also brings markers that the probe does not show
         name = fitting[0]
     template = templates[name]
     if name not in fitting:
-        wanted = f"{' or '.join(map(repr, template.headers))} ... {' or '.join(map(repr, template.ends))}"
+        wanted = f"{' or '.join(map(repr, template.headers))} ... {template.ends[0]!r}" if template else "markers"
         remedy = f"use --chat_template {' or '.join(fitting)}" if fitting else "give rows with input_ids and loss_mask"
-        fail(
-            f"chat_template {name}: no {wanted} around replies in what the tokenizer renders: {text[:200]!r}; {remedy}"
-        )
+        fail(f"chat_template {name}: no {wanted} in what the tokenizer renders: {text[:200]!r}; {remedy}")
     behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
     return Chat(tokenizer, encoder, template, min(behind, key=len, default=""), max_length, only_last)
 
@@ -481,10 +463,9 @@ def pydoc_lines():
             tree = ast.parse(path.read_bytes())
             topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
             for name, node in ({module_name: tree} | topics).items():
-                methods = [part for part in node.body if type(part) in KINDS] if type(node) is ast.ClassDef else []
                 messages = turns(name, node)
-                for method in methods:
-                    messages += turns(f"{name}.{method.name}", method)
+                for method in node.body if type(node) is ast.ClassDef else []:
+                    messages += turns(f"{name}.{method.name}", method) if type(method) in KINDS else []
                 for start in [0, *range(8, len(messages), 2)] if messages else []:
                     row = {"id": f"pydoc {name}", "conversations": messages[start : start + 2 if start else 8]}
                     lines.append(json.dumps(row).encode())
@@ -590,7 +571,7 @@ def build(sources, chat, options, num_proc, config, folder):
 
     if not sys.stderr.isatty():  # in a log file a bar is noise
         disable_progress_bars()
-    splits, rejected = {}, {}
+    splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
     for split, (source, files) in sources.items():
         cache, samples = folder.with_name("cache") / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
@@ -604,7 +585,7 @@ def build(sources, chat, options, num_proc, config, folder):
         splits = {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
     DatasetDict(splits).remove_columns("cut").save_to_disk(str(folder))
     for split, data in splits.items():
-        lengths, counts = np.array(data["length"][:]), np.zeros(chat.encoder.get_vocab_size(), dtype=np.int64)
+        lengths, counts = np.array(data["length"][:]), np.zeros(vocabulary, dtype=np.int64)
         for batch in data.with_format("arrow").iter(batch_size=1000):
             ids, mask = (batch[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "loss_mask"))
             counts += np.bincount(ids[mask == 1], minlength=len(counts))
@@ -615,9 +596,9 @@ def build(sources, chat, options, num_proc, config, folder):
             "longest": int(lengths.max()), "truncated": int(np.count_nonzero(data["cut"][:])),
             "rejected": Counter(row["cause"] for row in rejected.get(split, ())),
         }  # fmt: skip
-        causes = ", ".join(f"{count} {cause}" for cause, count in part["rejected"].items()) or "none"
         print(f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
-              f"longest row {part['longest']:,}, {part['truncated']:,} truncated; rejected: {causes}")  # fmt: skip
+              f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
+              f"rejected: {dict(part['rejected']) or 'none'}")  # fmt: skip
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in rejected.values() for row in rows]
     write_atomic(folder / "rejected.jsonl", "".join(lines))
     write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -664,10 +645,8 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return open_data(output)[1]
-    config = {
-        "format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients,
-        "dataset": names, "target_model_path": str(target_model_path), "splits": {},
-    }  # fmt: skip
+    config = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients, "splits": {}}
+    config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
     shutil.rmtree(scratch, ignore_errors=True)

@@ -486,11 +486,23 @@ def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
 
 # ---------------------------------------------------------------------------- the prepared folder
 def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatch):
+    def tokenise_and_note(raw, chat):
+        with open(tmp_path / "processes", "a") as file:
+            file.write(f"{os.getpid()} ")
+        return tokenise(raw, chat)
+
+    def processes():
+        return set((tmp_path / "processes").read_text().split()) - {str(os.getpid())}
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(prepare_data, "tokenise", tokenise_and_note)
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(301, turns=2))
     options = {"validation_ratio": 0.1, "num_samples": 250}
-    first = prepare(path, tmp_path / "one", target, num_proc=1, **options)
-    second = prepare(path, tmp_path / "two", target, num_proc=2, **options)
+    first = prepare(path, tmp_path / "one", target, num_proc=96, **options)
+    assert not processes()  # too few rows to start any
+    monkeypatch.setattr(prepare_data, "MIN_ROWS_PER_PROCESS", 100)
+    second = prepare(path, tmp_path / "two", target, num_proc=96, **options)
+    assert len(processes()) == 2
     assert first == second
     one, two = (open_data(tmp_path / name)[0] for name in ("one", "two"))
     assert len(one["train"]) == 225 and len(one["validation"]) == 25
