@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 OUTPUT=${OUTPUT:-output/tiny}             # everything is written below it
 RANKS=${RANKS:-2}                         # processes of the draft's training
 TARGET_STEPS=${TARGET_STEPS:-500}         # optimizer steps of the target
-NUM_EPOCHS=${NUM_EPOCHS:-2}               # of the draft's training
+NUM_EPOCHS=${NUM_EPOCHS:-1}               # of the draft's training
 MAX_LENGTH=${MAX_LENGTH:-256}             # tokens
 DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-1024}
 NUM_PROMPTS=${NUM_PROMPTS:-16}            # of the evaluation

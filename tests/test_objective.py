@@ -21,7 +21,7 @@ def draft_config(rope="default"):
     return {
         "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "rope_scaling": ROPES[rope], "max_position_embeddings": 64,
-        "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY,
+        "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY, "hidden_act": "silu",
     }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
 
     loss, sums, correct = objective(draft, **inputs(documents, draft_ids, dtype))
     loss.backward()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert sums.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
     assert chain_lengths(correct).tolist() == sum(expected_accepted, [])
     assert sum(sum(row) for row in expected_accepted) > 0, "a case without any accepted draft shows too little"

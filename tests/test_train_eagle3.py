@@ -327,7 +327,7 @@ def bad_inputs(work, folder):
         "empty file": (["--dataset_train_split", empty], "empty.jsonl"),
         "not JSON": (["--dataset_train_split", text], "text.jsonl"),
         "no assistant turn": (["--dataset_train_split", alone], "no assistant turn"),
-        "template does not fit": ([*split, "--chat_template", "qwen"], "chat_template qwen needs"),
+        "template does not fit": ([*split, "--chat_template", "qwen"], "use --chat_template llama3 or auto"),
         "unknown template": ([*split, "--chat_template", "nobody"], "nobody"),
         "ttt_length": ([*split, "--ttt_length", 0], "ttt_length is 0"),
         "few layers": ([*split, "--target_model_path", small], "6 layers"),
