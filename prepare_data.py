@@ -153,6 +153,11 @@ def load_tokenizer(target_model_path, trust_remote_code=False):
     return tokenizer
 
 
+def hash_tokenizer(tokenizer):
+    """Hash of all that decides which tokens a conversation becomes."""
+    return hash_of([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map])
+
+
 # ---------------------------------------------------------------------------- reading what this script wrote
 def open_data(folder):
     """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
@@ -616,8 +621,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     stored = output / "data_config.json"
     foreign = output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir()))
     for wrong, message in (
-        (chat_template not in (*TEMPLATES, "auto"),
-         f"chat_template {chat_template}: known are {', '.join(TEMPLATES)}, auto"),
+        (chat_template not in {"auto", *TEMPLATES}, f"chat_template {chat_template}: give auto, {', '.join(TEMPLATES)}"),
         (max_length < 2, f"max_length {max_length}: at least 2 tokens, since each predicts the next"),
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
         (not 0 <= max_rejected_ratio <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
@@ -634,12 +638,11 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn))
     options = {"max_length": max_length, "num_samples": num_samples, "train_only_last_turn": bool(train_only_last_turn)}
     options |= {"validation_ratio": validation_ratio, "max_rejected_ratio": max_rejected_ratio, "seed": seed % 2**32}
-    backend = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     ingredients = options | {
         "format_version": FORMAT_VERSION,
         "presets": [name for name in names.values() if name in PRESETS],
         "inputs": [list(map(hash_file, files)) or hash_of(pydoc_lines()) for _, files in sources.values()],
-        "tokenizer": hash_of(backend), "chat_template": [chat_template, *(chat.template or ())],
+        "tokenizer": hash_tokenizer(tokenizer), "chat_template": [chat_template, *(chat.template or ())],
     }  # fmt: skip
     fingerprint = hash_of(ingredients)
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:

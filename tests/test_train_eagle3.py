@@ -321,7 +321,7 @@ def bad_inputs(work, folder):
     contradiction, broken = folder / "ds.json", folder / "broken.json"
     contradiction.write_text(json.dumps({"gradient_clipping": 7.0}))
     broken.write_text("{")
-    split = ("--dataset_train_split", work / "train.jsonl")
+    split, model = ("--dataset_train_split", work / "train.jsonl"), ("--data_path", work / "data")
     return {
         "missing file": (["--dataset_train_split", folder / "no.jsonl"], "no.jsonl does not exist"),
         "empty file": (["--dataset_train_split", empty], "empty.jsonl"),
@@ -336,6 +336,9 @@ def bad_inputs(work, folder):
         "batch": ([*split, "--draft_micro_batch_size", 3], "fit: 6 or 9"),
         "no data": ([], "dataset_train_split"),
         "data twice": ([*split, "--data_path", work / "data"], "dataset_train_split"),
+        "data of another tokenizer": ([*model, "--target_model_path", folder / "other_target"], "another tokenizer"),
+        "data of longer rows": ([*model, "--max_length", 40], "give --max_length "),
+        "missing mapping": ([*split, "--d2t_path", folder / "d2t.npy", "--t2d_path", folder / "t2d.npy"], "d2t.npy"),
         "half a mapping": ([*split, "--d2t_path", "d2t.npy"], "t2d_path"),
         "tensor parallel": ([*split, "--tp_size", 2], "tp_size 2"),
         "resume": ([*split, "--resume"], "resume"),
