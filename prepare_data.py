@@ -617,11 +617,11 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     dataset: name of a preset or path of a JSON Lines file. One process calls this, the others wait and use open_data.
     """
     names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
-    output = Path(output_path).expanduser().absolute()
+    output, known = Path(output_path).expanduser().absolute(), [*TEMPLATES, "auto"]
     stored = output / "data_config.json"
     foreign = output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir()))
     for wrong, message in (
-        (chat_template not in {"auto", *TEMPLATES}, f"chat_template {chat_template}: give auto, {', '.join(TEMPLATES)}"),
+        (chat_template not in known, f"chat_template {chat_template}: known are {', '.join(known)}"),
         (max_length < 2, f"max_length {max_length}: at least 2 tokens, since each predicts the next"),
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
         (not 0 <= max_rejected_ratio <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
