@@ -11,14 +11,18 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import math
+import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
@@ -33,6 +37,52 @@ TOKEN_CHUNK = 4096
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
 LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+def start_distributed(timeout, local_rank=-1):
+    """Join the process group that the variables of a launcher or a service describe, or be a group of one.
+
+    timeout: minutes that a collective may take. local_rank: the launcher's flag, -1 = from the variables. Returns the
+    device of this rank.
+    """
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    cuda = torch.cuda.is_available()
+    if local_rank < 0:  # some services set RANK alone: ranks are dealt to a node's devices in turn
+        local_rank = int(os.environ["RANK"]) % torch.cuda.device_count() if cuda else 0
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    # DeepSpeed builds its C++ helper with the ninja that it finds: the environment's own, activated or not.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=timeout)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    return device
+
+
+def on_first_rank(work):
+    """Run work() on rank 0 while the others wait, and give them its result; if it ends the program, all end."""
+    result = [None, 1]
+    if dist.get_rank() == 0:
+        try:
+            result = [work(), 0]
+        except SystemExit as stop:
+            result[1] = stop.code
+            raise
+        finally:
+            dist.broadcast_object_list(result)
+    else:
+        dist.broadcast_object_list(result)
+        if result[1]:
+            sys.exit(result[1])
+    return result[0]
 
 
 @dataclass
@@ -219,14 +269,15 @@ def load_target(model_dir, device="cpu", dtype="auto", layer_ids=None, trust_rem
     if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
         fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(  # straight to the device: a copy a rank fits no host memory
+            model_dir, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
     if info["missing_keys"]:  # transformers would go on with random values
         fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
-    model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight.detach()
     head = Head(output.weight.detach(), None if output.bias is None else output.bias.detach())
     target = Target(model, text, head, embedding, layer_ids)
@@ -302,6 +353,7 @@ def parse_args(argv=None):
     parser.add_argument("--target_layer_ids", type=int, nargs="+", help="auxiliary layers (default: 2 L//2 L-3)")
     parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False,
                         help="run code that comes with the target (default: false)")  # fmt: skip
+    parser.error = fail
     return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
 
 

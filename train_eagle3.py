@@ -22,8 +22,8 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -56,7 +56,16 @@ from prepare_data import (
     step_rows,
     write_atomic,
 )
-from prepare_hidden_states import load_target, positions_of, read_sequences, read_target_config, resolve_target, teacher
+from prepare_hidden_states import (
+    load_target,
+    on_first_rank,
+    positions_of,
+    read_sequences,
+    read_target_config,
+    resolve_target,
+    start_distributed,
+    teacher,
+)  # fmt: skip
 
 REPOSITORY = Path(__file__).resolve().parent
 ALIASES = {  # other trainers' names of the same thing
@@ -206,7 +215,8 @@ class DraftModel(nn.Module):
     def rotary(self, positions, dtype):
         """cos, sin [T, D] of positions [T]; formed in fp32 (float64 for a float64 draft), then rounded to dtype."""
         wide = torch.promote_types(dtype, torch.float32)
-        angles = positions[:, None].to(wide) * self.frequencies.to(positions.device, wide)
+        self.frequencies = self.frequencies.to(positions.device)  # a copy the first time, then nothing
+        angles = positions[:, None].to(wide) * self.frequencies.to(wide)
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
 
@@ -337,50 +347,14 @@ def metric_values(sums, chains, loss_weight_sum):
 # ==================== The engine =====================================================================================
 
 
-def start_distributed(args):
-    """Join the process group that the variables of a launcher or a service describe, or be a group of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update({name: str(value) for name, value in alone.items()})
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    os.environ.setdefault("LOCAL_RANK", str(max(args.local_rank, 0)))
-    # DeepSpeed builds its C++ helper with the ninja that it finds: the environment's own, activated or not.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    timeout = datetime.timedelta(minutes=args.dist_timeout)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        deepspeed.init_distributed("nccl", timeout=timeout, verbose=False)
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("gloo", timeout=timeout, verbose=False)
-    return torch.device("cpu")
-
-
-def on_first_rank(work):
-    """Run work() on rank 0 while the others wait, and give them its result; if it ends the program, all end."""
-    result = [None, 1]
-    if dist.get_rank() == 0:
-        try:
-            result = [work(), 0]
-        except SystemExit as stop:
-            result[1] = stop.code
-            raise
-        finally:
-            dist.broadcast_object_list(result)
-    else:
-        dist.broadcast_object_list(result)
-        if result[1]:
-            sys.exit(result[1])
-    return result[0]
-
-
 def engine_config(args, device):
     """DeepSpeed's configuration: the file's, with what the flags decide filled in; a contradiction ends the program."""
     try:
         config = json.loads(Path(args.deepspeed_config).read_text())
     except (OSError, ValueError) as error:
         fail(f"deepspeed_config {args.deepspeed_config} cannot be read: {error}")
+    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
+        fail(f"deepspeed_config {args.deepspeed_config} must be a JSON object, and without fp16: bf16 is what trains")
     decided = {
         "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", args.draft_micro_batch_size),
         "gradient_accumulation_steps": ("draft_accumulation_steps", args.draft_accumulation_steps),
@@ -547,13 +521,18 @@ class Record:
         if not self.first:
             return
         self.file = (Path(args.output_dir) / "metrics.jsonl").open("w")
-        self.trackers = []
+        self.trackers = {}
         for name in args.report_to:
-            try:
-                self.trackers.append(TRACKERS[name](args, settings))
-            except Exception as error:  # foreign code and accounts: they must not cost the training
-                print(f"{name} does not start, training goes on without it: {error}", file=sys.stderr)
+            self.trackers[name] = self.attempt(name, TRACKERS[name], args, settings)
         self.bar = tqdm(total=args.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def attempt(self, name, work, *args):
+        """Foreign code and accounts must not cost the training: a tracker that fails is reported and left out."""
+        try:
+            return work(*args)
+        except Exception as error:
+            print(f"{name} fails, training goes on without it: {error}", file=sys.stderr)
+            self.trackers[name] = None
 
     def row(self, split, step, epoch, values):
         if not self.first:
@@ -561,8 +540,9 @@ class Record:
         values = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
         self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
         self.file.flush()
-        for log, _ in self.trackers:
-            log({f"{split}/{name}": value for name, value in values.items() if value is not None}, step)
+        values = {f"{split}/{name}": value for name, value in values.items() if value is not None}
+        for name in [name for name, tracker in self.trackers.items() if tracker]:
+            self.attempt(name, self.trackers[name][0], values, step)
 
     def line(self, text):
         if self.first:
@@ -573,8 +553,8 @@ class Record:
         if self.first:
             self.bar.close()
             self.file.close()
-            for _, close in self.trackers:
-                close()
+            for name in [name for name, tracker in self.trackers.items() if tracker]:
+                self.attempt(name, self.trackers[name][1])
 
 
 def metrics_line(values, steps):
@@ -632,12 +612,13 @@ def save_step(engine, d2t, args, step, epoch):
 def run_settings(args, data_config):
     """run.json: what was run, with what, on what."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
-    git = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
     return {
         "argv": sys.argv,
         "flags": vars(args),
         "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git.stdout.strip() if git else None,
         "world_size": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "data_fingerprint": data_config["fingerprint"],
@@ -656,10 +637,14 @@ def check_flags(args, world):
     ):  # fmt: skip
         if getattr(args, name) < 1:
             fail(f"{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("eval_steps", "save_steps", "max_grad_norm", "weight_decay", "warmup_ratio", "dist_timeout"):
-        if getattr(args, name) < 0:
+    for name in (
+        "eval_steps", "save_steps", "max_grad_norm", "weight_decay", "warmup_ratio", "learning_rate", "dist_timeout",
+        "ttt_step_loss_decay", "scheduler_warmup_steps", "scheduler_total_steps", "scheduler_num_cosine_cycles",
+    ):  # fmt: skip
+        if (getattr(args, name) or 0) < 0:
             fail(f"{name} is {getattr(args, name)}; it must not be negative")
-    metrics, validation = Path(args.output_dir) / "metrics.jsonl", args.dataset_validation_split
+    output, validation = Path(args.output_dir), args.dataset_validation_split
+    held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
     for wrong, message in (
         (args.tp_size != 1, f"tp_size {args.tp_size}: a tensor-parallel target is not available yet; use tp_size 1"),
         (args.resume, "resume is not available yet; resume_from_checkpoint alone starts from a draft's weights"),
@@ -667,7 +652,9 @@ def check_flags(args, world):
         (bool(args.data_path) == bool(args.dataset_train_split),
          "give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)"),
         (args.data_path and validation, "data_path brings its own validation split: drop dataset_validation_split"),
-        (metrics.exists(), f"{metrics} exists, output_dir holds a run: give another output_dir or remove it"),
+        (held, f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): give another one or remove it"),
+        (output.is_file(), f"output_dir {output} is a file"),
+        (args.draft_vocab_size == 0, "draft_vocab_size is 0; leave it out for the full vocabulary"),
     ):  # fmt: skip
         if wrong:
             fail(message)
@@ -703,7 +690,10 @@ def draft_config_for(args, model_dir):
 def prepare_run(args, world):
     """Everything that can go wrong before a model loads, on rank 0. Returns what all ranks need to go on."""
     check_flags(args, world)
-    for name in ("dataset_train_split", "dataset_validation_split", "data_path", "deepspeed_config", "token_freq_path"):
+    engine_config(args, torch.device("cpu"))
+    for name in (
+        "dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path",
+    ):  # fmt: skip
         path = getattr(args, name)
         if path and not Path(path).exists():
             fail(f"{name} {path} does not exist")
@@ -723,27 +713,40 @@ def prepare_run(args, world):
     if data_config["ingredients"]["tokenizer"] != tokenizer:
         fail(f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again")
     if longest > args.max_length:
-        fail(
-            f"{folder} has rows of up to {longest} tokens, max_length is {args.max_length}: give --max_length {longest}"
-        )
+        fail(f"{folder} has rows of {longest} tokens, max_length is {args.max_length}: give --max_length {longest}")
     if len(data["train"]) < world:
         fail(f"{len(data['train'])} training sequences for {world} ranks: a rank would have none")
     d2t, config = vocabulary_mapping(args, config, folder)
-    engine_config(args, torch.device("cpu"))
+    set_schedule(args, len(data["train"]))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    return args, str(model_dir), config, layers, folder, d2t
+    return args, config, layers, folder, d2t
+
+
+def set_schedule(args, rows):
+    """Fill in the optimizer steps of an epoch, of the training, of its warm-up and of its schedule."""
+    args.steps_per_epoch = math.ceil(rows / args.draft_global_batch_size)
+    if args.total_steps <= 0:
+        args.total_steps = args.num_epochs * args.steps_per_epoch
+    if args.scheduler_warmup_steps is None:
+        args.scheduler_warmup_steps = math.ceil(args.warmup_ratio * args.total_steps)
+    args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
+    if args.scheduler_warmup_steps > args.scheduler_total_steps:
+        fail(
+            f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps}: shorten it"
+        )
 
 
 def vocabulary_mapping(args, config, data_folder):
     """(d2t [Vd] int64, config): a checkpoint's own mapping first, then the files given, then built from the counts."""
     vocabulary, counts = config["vocab_size"], args.token_freq_path or str(Path(data_folder) / "token_freq.pt")
     if args.resume_from_checkpoint:
-        tensors = read_draft(args.resume_from_checkpoint)[1]
-        d2t = tensors.get("d2t", torch.zeros(vocabulary, dtype=torch.int64))
+        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(vocabulary, dtype=torch.int64))
+        if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
+            print(f"the vocabulary mapping of {args.resume_from_checkpoint} ({len(d2t)} tokens) is kept")
     elif args.d2t_path:
         d2t = torch.from_numpy(load_mapping(args.d2t_path, args.t2d_path, vocabulary)[0])
-        if args.draft_vocab_size not in (None, len(d2t)):
-            fail(f"draft_vocab_size {args.draft_vocab_size}, but {args.d2t_path} has {len(d2t)} entries")
+        if config["draft_vocab_size"] not in (vocabulary, len(d2t)):
+            fail(f"draft_vocab_size {config['draft_vocab_size']}, but {args.d2t_path} has {len(d2t)} entries")
     elif config["draft_vocab_size"] < vocabulary:
         d2t = torch.from_numpy(build_mapping(read_token_freq(counts), config["draft_vocab_size"], vocabulary)[0])
     else:
@@ -765,7 +768,7 @@ def build_draft(args, config, target, d2t):
     return draft
 
 
-def summary(args, config, layers, draft, data, data_config, steps_per_epoch, share):
+def summary(args, config, layers, draft, data, data_config, share):
     """The lines printed once at the start: what was derived, and from what."""
     world = dist.get_world_size()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
@@ -775,8 +778,8 @@ def summary(args, config, layers, draft, data, data_config, steps_per_epoch, sha
         f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
         f"batch       {args.draft_global_batch_size} sequences a step = {args.draft_micro_batch_size} x "
         f"{args.draft_accumulation_steps} accumulated x {world} ranks; target forward {args.batch_size} sequences",
-        f"steps       {steps_per_epoch} an epoch, {args.total_steps} in all, warm-up {args.scheduler_warmup_steps}, "
-        f"{args.scheduler_type} to step {args.scheduler_total_steps}",
+        f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
+        f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
         f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
     ])  # fmt: skip
@@ -791,13 +794,13 @@ def train(args, engine, target, data, d2t, record):
     """The loop: every optimizer step of every epoch; then logging, evaluating and saving where they are due."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows, output_dir = len(data["train"]), Path(args.output_dir)
-    steps_per_epoch = math.ceil(rows / args.draft_global_batch_size)
+    steps_per_epoch = args.steps_per_epoch
     step, started = 0, time.monotonic()
     since, tokens, norms, pending = started, 0, [], None
 
     while step < args.total_steps:
         epoch, index = divmod(step, steps_per_epoch)
-        if index == 0 or step == 0:
+        if index == 0:
             order = epoch_order(rows, args.seed, epoch)
 
         # --- one optimizer step ---
@@ -923,7 +926,7 @@ FLAGS = {
         ("run_name", str, None, "name of the run in the trackers; none: theirs"),
         ("log_dir", str, None, "folder of the trackers' files; none: output_dir/logs"),
         ("seed", int, 0, "of initialisation and data order"),
-        ("dist_timeout", float, 20, "minutes a collective may take"),
+        ("dist_timeout", float, 20, "minutes a collective may take; preparing conversations on the fly counts too"),
         ("deepspeed_config", str, str(REPOSITORY / "ds_configs" / "zero2.json"), "ZeRO, precision, offload"),
         ("local_rank", int, -1, "set by the launcher; -1 = from LOCAL_RANK"),
     ],
@@ -949,6 +952,7 @@ def parse_args(argv=None):
             else:
                 options |= {"type": kind} | ({"nargs": "?", "const": True} if kind is boolean else {})
             group.add_argument(f"--{name}", **options)
+    parser.error = fail
     args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, ALIASES))
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in TRACKERS]
@@ -959,28 +963,26 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device, world = start_distributed(args), dist.get_world_size()
+    device, world = start_distributed(args.dist_timeout, args.local_rank), dist.get_world_size()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
-    args, model_dir, config, layers, data_folder, d2t = on_first_rank(lambda: prepare_run(args, world))
+    args, config, layers, data_folder, d2t = on_first_rank(lambda: prepare_run(args, world))
     data, data_config = open_data(data_folder)
+    for turn in (True, False):  # the first rank of a node downloads what the others then find there
+        if turn == (os.environ["LOCAL_RANK"] == "0"):
+            model_dir = resolve_target(args.target_model_path)
+        dist.barrier()
 
     target = load_target(model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code)
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
     draft = build_draft(args, config, target, d2t.to(target.embedding.device))
 
-    steps_per_epoch = math.ceil(len(data["train"]) / args.draft_global_batch_size)
-    if args.total_steps <= 0:
-        args.total_steps = args.num_epochs * steps_per_epoch
-    if args.scheduler_warmup_steps is None:
-        args.scheduler_warmup_steps = math.ceil(args.warmup_ratio * args.total_steps)
-    args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
     settings = run_settings(args, data_config)
     if dist.get_rank() == 0:
         counts = read_token_freq(Path(data_folder) / "token_freq.pt")
         share = sum(counts.get(token, 0) for token in target_ids(d2t).tolist()) / sum(counts.values())
-        print(summary(args, config, layers, draft, data, data_config, steps_per_epoch, share))
+        print(summary(args, config, layers, draft, data, data_config, share))
         print(f"attention   dense in this version; {args.attention_backend} gives the same numbers", flush=True)
         write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+import evaluate_eagle3
 import train_eagle3
 from export_eagle3 import check_draft
 
@@ -114,12 +115,16 @@ def test_swanlab_holds_the_values(work, tmp_path, monkeypatch):
 
 
 def test_tracker_that_fails_does_not_stop_training(work, tmp_path, monkeypatch, capsys):
-    def refuse(args, settings):
+    def refuse(*args):
         raise ConnectionError("no account")
+
+    monkeypatch.setitem(train_eagle3.TRACKERS, "tensorboard", lambda args, settings: (refuse, refuse))
+    rows = run(work, tmp_path / "later", "--total_steps", 2, "--report_to", "tensorboard")
+    assert len(rows) == 3 and capsys.readouterr().err.count("tensorboard fails, training goes on without it") == 1
 
     monkeypatch.setitem(train_eagle3.TRACKERS, "swanlab", refuse)
     rows = run(work, tmp_path / "out", "--total_steps", 1, "--report_to", "swanlab")
-    assert rows and "swanlab does not start, training goes on without it: no account" in capsys.readouterr().err
+    assert rows and "swanlab fails, training goes on without it: no account" in capsys.readouterr().err
 
 
 def test_total_steps_ends_the_training_there_and_repeats_the_data(work, tmp_path):
@@ -141,6 +146,28 @@ def test_training_lowers_the_loss_and_a_draft_can_be_continued(work, tmp_path):
     assert more[0]["loss"] < 0.9 * rows[0]["loss"]
     a, b = (weights(tmp_path / name / "final") for name in "ab")
     assert torch.equal(a["d2t"], b["d2t"]), "the mapping of the draft that is continued must stay"
+
+
+def speculative(work, draft, output):
+    """evaluate_eagle3.py on the validation prompts: its figures, and its texts as a file of training data."""
+    argv = ["--target_model_path", work / "target", "--draft_model_path", draft, "--prompts", work / "validation.jsonl",
+            "--max_new_tokens", 40, "--num_draft_tokens", STEPS, "--output", output]  # fmt: skip
+    evaluate_eagle3.main(evaluate_eagle3.parse_args([str(part) for part in argv]))
+    return json.loads((output / "evaluation.json").read_text()), output / "generations.jsonl"
+
+
+def test_training_code_and_speculative_decoding_measure_the_same(work, tmp_path):
+    """evaluate() on the target's own texts gives the acceptance length and the passes that were measured on them."""
+    _, texts = speculative(work, work / "first" / "final", tmp_path / "before")
+    flags = ("--dataset_train_split", texts, "--dataset_validation_split", texts)
+    run(work, tmp_path / "draft", "--total_steps", 50, "--learning_rate", "5e-3", "--eval_interval", 99,
+        "--save_interval", 99, *flags, data=False)  # fmt: skip
+    measured, _ = speculative(work, tmp_path / "draft" / "final", tmp_path / "after")
+    rows = run(work, tmp_path / "again", "--total_steps", 1, "--learning_rate", 0, *flags,
+               "--resume_from_checkpoint", tmp_path / "draft" / "final", data=False)  # fmt: skip
+    assert measured["acceptance_length"] > 1.2, "nothing accepted shows nothing"
+    assert rows[-1]["passes"] == measured["passes"]
+    assert rows[-1]["acceptance_length"] == pytest.approx(measured["acceptance_length"], rel=1e-9)
 
 
 def test_dry_run_saves_the_initial_draft(work, tmp_path):
@@ -167,7 +194,7 @@ def test_each_of_these_flags_changes_the_draft(work, tmp_path):
     for i, flags in enumerate((
         ("--learning_rate", "1e-3"), ("--weight_decay", "0.5"), ("--warmup_ratio", "0.9"),
         ("--scheduler_type", "constant"), ("--ttt_step_loss_decay", "0.1"), ("--target_layer_ids", "1", "3", "8"),
-        ("--scheduler_warmup_steps", "5"), ("--scheduler_total_steps", "50"), ("--scheduler_num_cosine_cycles", "2"),
+        ("--scheduler_warmup_steps", "3"), ("--scheduler_total_steps", "50"), ("--scheduler_num_cosine_cycles", "2"),
         ("--draft_global_batch_size", "2"),
     )):  # fmt: skip
         rows = run(work, tmp_path / str(i), "--total_steps", 4, *flags)
@@ -179,9 +206,11 @@ def test_each_of_these_flags_changes_the_draft(work, tmp_path):
 
 
 def test_bf16_and_stage_0_train_as_well(work, tmp_path):
-    """bf16 with fp32 master weights on a CPU if the engine's file asks for it; stage 0 reports no gradient norm."""
-    expected = run(work, tmp_path / "plain", "--total_steps", 4)
-    for name, engine in (("bf16", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}), ("stage0", {})):
+    """bf16 with fp32 master weights, as on a GPU, with every file of ds_configs; stage 0 reports no gradient norm."""
+    expected, engines = run(work, tmp_path / "plain", "--total_steps", 4), {"stage0": {}}
+    for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"):
+        engines[path.stem] = json.loads(path.read_text()) | {"bf16": {"enabled": True}}
+    for name, engine in engines.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(engine))
         rows = run(work, tmp_path / name, "--total_steps", 4, "--deepspeed_config", tmp_path / f"{name}.json")
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=0.02)
@@ -319,6 +348,9 @@ def bad_inputs(work, folder):
     tiny.write_jsonl(alone, [{"conversations": [{"role": "user", "content": "Is anybody there?"}]}])
     tiny.write_target(small, layers=6)
     contradiction, broken = folder / "ds.json", folder / "broken.json"
+    listed, half = folder / "listed.json", folder / "half.json"
+    listed.write_text("[1]")
+    half.write_text('{"fp16": {"enabled": true}}')
     contradiction.write_text(json.dumps({"gradient_clipping": 7.0}))
     broken.write_text("{")
     split, model = ("--dataset_train_split", work / "train.jsonl"), ("--data_path", work / "data")
@@ -344,8 +376,16 @@ def bad_inputs(work, folder):
         "resume": ([*split, "--resume"], "resume"),
         "contradiction": ([*split, "--deepspeed_config", contradiction], "clipping 7.0 contradicts max_grad_norm"),
         "broken engine file": ([*split, "--deepspeed_config", broken], "broken.json"),
+        "engine file of a list": ([*split, "--deepspeed_config", listed], "listed.json"),
+        "engine in fp16": ([*split, "--deepspeed_config", half], "bf16 is what trains"),
+        "long warm-up": ([*split, "--scheduler_warmup_steps", 99], "warm-up of 99 steps"),
+        "schedule": ([*split, "--scheduler_total_steps", -1], "scheduler_total_steps is -1"),
+        "decay": ([*split, "--ttt_step_loss_decay", -1], "ttt_step_loss_decay is -1"),
+        "not a number": ([*split, "--ttt_length", "x"], "ttt_length"),
+        "tracker": ([*split, "--report_to", "pigeon"], "pigeon"),
+        "output in the way": ([*split, "--output_dir", empty], "is a file"),
         "layer that is not there": ([*split, "--target_layer_ids", 2, 4, 9], "[2, 4, 9]"),
-        "earlier run": ([*split, "--output_dir", work / "first"], "metrics.jsonl exists"),
+        "earlier run": ([*split, "--output_dir", work / "first"], "holds a run"),
         "draft of another target": ([*split, "--resume_from_checkpoint", folder / "other"], "vocab_size"),
     }  # fmt: skip
 
