@@ -69,24 +69,13 @@ from prepare_hidden_states import (
 
 REPOSITORY = Path(__file__).resolve().parent
 ALIASES = {  # other trainers' names of the same thing
-    "verifier_name_or_path": "target_model_path",
-    "train_data_path": "dataset_train_split",
-    "eval_data_path": "dataset_validation_split",
-    "draft_config": "draft_model_config",
-    "epochs": "num_epochs",
-    "training_batch_size": "batch_size",
-    "lr": "learning_rate",
-    "ttt_steps": "ttt_length",
-    "draft_attn_impl": "attention_backend",
-    "log_interval": "log_steps",
-    "log_freq": "log_steps",
-    "from_pretrained": "resume_from_checkpoint",
-    "ckpt_dir": "resume_from_checkpoint",
-    "max_steps": "total_steps",
-    "output_model_path": "output_dir",
-    "save_path": "output_dir",
-    "logger": "report_to",
-}
+    "verifier_name_or_path": "target_model_path", "train_data_path": "dataset_train_split",
+    "eval_data_path": "dataset_validation_split", "draft_config": "draft_model_config", "epochs": "num_epochs",
+    "training_batch_size": "batch_size", "lr": "learning_rate", "ttt_steps": "ttt_length", "max_steps": "total_steps",
+    "draft_attn_impl": "attention_backend", "log_interval": "log_steps", "log_freq": "log_steps",
+    "from_pretrained": "resume_from_checkpoint", "ckpt_dir": "resume_from_checkpoint",
+    "output_model_path": "output_dir", "save_path": "output_dir", "logger": "report_to",
+}  # fmt: skip
 
 # ==================== The draft ======================================================================================
 

@@ -45,7 +45,7 @@ deepspeed --num_gpus "$NUM_GPUS" train_eagle3.py \
     --target_model_path "$TARGET" \
     --data_path "$OUTPUT/data" \
     --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
-    --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
+    --max_length "$MAX_LENGTH" --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
     --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
     --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
     --deepspeed_config "$DEEPSPEED_CONFIG" \

@@ -117,7 +117,7 @@ def test_budgets_and_direction_of_imports():
     order = [script.__name__ for script in SCRIPTS]
     for place, name in enumerate(order):
         text = (ROOT / f"{name}.py").read_text()
-        assert text.count("\n") <= (1000 if name == "train_eagle3" else 700), name
+        assert text.count("\n") <= (1000 if name == "train_eagle3" else 700) - 1, name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 limit = 170 if node.name in ("main", "train") else 80
@@ -125,6 +125,11 @@ def test_budgets_and_direction_of_imports():
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not set(modules) & set(order[place:]), f"{name} imports a later stage"
+
+
+def test_readme_has_no_gaps():
+    assert not re.search(r"TODO|FIXME|XXX|TINY_FIGURES|<!--", README)
+    assert re.search(r"acceptance length after training: [2-7]\.\d+", README), "the tiny run's measured figures"
 
 
 def test_requirements_are_exact():
