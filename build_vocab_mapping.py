@@ -124,6 +124,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = fail  # one line, without the usage
     parser.add_argument(
         "--token_freq_path", default="./token_freq.pt", help="counts of the supervised tokens (default: %(default)s)"
     )

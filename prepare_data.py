@@ -177,8 +177,7 @@ def read_token_freq(path):
     import torch
 
     try:
-        counts = torch.load(path, map_location="cpu", weights_only=True).items()
-        counts = {int(token): int(count) for token, count in counts}
+        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception as error:  # a file of another kind fails anywhere in the unpickler
         fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
     if not counts or min(counts) < 0 or min(counts.values()) < 0:
@@ -194,8 +193,7 @@ def epoch_order(num_rows, seed, epoch):
 
 def step_rows(order, step, global_batch_size, rank, world_size):
     """Rows of one rank in one optimizer step. The last step of an epoch may be short: nothing is dropped."""
-    batch = order[step * global_batch_size : (step + 1) * global_batch_size]
-    return [int(row) for row in batch[rank::world_size]]
+    return order[step * global_batch_size : (step + 1) * global_batch_size][rank::world_size].tolist()
 
 
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
@@ -389,8 +387,7 @@ PROBE = [{"role": "user", "content": "Qone"}, {"role": "assistant", "content": "
 def fits(text, template):
     """Does the rendered probe show both of its replies, each closed by an end marker?"""
     parts = [text[start:end] for start, end in find_spans(text, template)]
-    closed = all(part.endswith(template.ends) for part in parts)
-    return closed and len(parts) == 2 and "Aone" in parts[0] and "Atwo" in parts[1]
+    return [part.endswith(template.ends) and re.findall("Aone|Atwo", part) for part in parts] == [["Aone"], ["Atwo"]]
 
 
 def derive_template(tokenizer, text, prompt):
@@ -403,8 +400,7 @@ def derive_template(tokenizer, text, prompt):
     found = re.search("Qone(.*?)Aone(.*?)Qtwo(.*?)Atwo(.*)", text, re.DOTALL)
     first, end_one, second, end_two = found.groups() if found else [""] * 4
     header = os.path.commonprefix([prompt.rpartition("Qone")[2], first, second])
-    if len(prompt) > len(question):
-        header = header.removeprefix(question.rpartition("Qone")[2])
+    header = header.removeprefix(question.rpartition("Qone")[2]) if len(prompt) > len(question) else header
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
     ends = [match[1] for match in map(special.match, (end_two, end_one)) if match and match[1]]
@@ -483,8 +479,7 @@ PRESETS = {  # name: (repository on the hub, {split: file pattern})
                   {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"}),
     "pydoc": (None, {"train": ""}),
 }  # fmt: skip
-# ShareGPT was collected from users: it has empty turns, one-sided chats and turns out of order. The share is an
-# assumption, chosen so that only a wrong template or schema stops.
+# max_rejected_ratio where not 0.01. ShareGPT is raw chats; assumed, so that only a wrong template or schema stops.
 TOLERATED = {"sharegpt": 0.1}
 
 
@@ -530,8 +525,7 @@ def read_rows(name, files, cache):
     else:
         from datasets import load_dataset
 
-        kind, names = files[0].suffix[1:], [str(path) for path in files]
-        table = load_dataset(kind, data_files=names, split="train", cache_dir=str(cache))
+        table = load_dataset(files[0].suffix[1:], data_files=list(map(str, files)), split="train", cache_dir=str(cache))
         for number, row in enumerate(table, 1):
             turns = row.get("conversations") or row.get("messages") or []
             while turns and ROLES.get(turns[0].get("from")) == "assistant":  # a piece of a long chat that was cut
@@ -559,7 +553,7 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
     total, lengths = len(data), np.array(data["length"][:])
     rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
     data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut"])
-    limit = max(options["max_rejected_ratio"], TOLERATED.get(source, 0))
+    limit = TOLERATED.get(source, 0.01) if options["max_rejected_ratio"] is None else options["max_rejected_ratio"]
     if not len(data) or len(rejected) > limit * total:
         first = {row["cause"]: row["line"] for row in reversed(rejected)}
         counts = Counter(row["cause"] for row in rejected).most_common()
@@ -611,7 +605,7 @@ def build(sources, chat, options, num_proc, config, folder):
 
 def prepare(dataset, output_path, target_model_path, *, validation_dataset=None, dataset_path=None,
             chat_template="llama3", max_length=2048, num_samples=None, train_only_last_turn=False, validation_ratio=0.0,
-            num_proc=None, max_rejected_ratio=0.01, seed=0, trust_remote_code=False):  # fmt: skip
+            num_proc=None, max_rejected_ratio=None, seed=0, trust_remote_code=False):  # fmt: skip
     """Write the prepared folder, or keep it if its fingerprint is the one wanted. Returns its data_config as a dict.
 
     dataset: name of a preset or path of a JSON Lines file. One process calls this, the others wait and use open_data.
@@ -624,7 +618,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
         (chat_template not in known, f"chat_template {chat_template}: known are {', '.join(known)}"),
         (max_length < 2, f"max_length {max_length}: at least 2 tokens, since each predicts the next"),
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
-        (not 0 <= max_rejected_ratio <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
+        (not 0 <= (max_rejected_ratio or 0) <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
         (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
         (num_samples is not None and num_samples < 1, f"num_samples {num_samples}: at least 1, or leave it out"),
         (dataset_path and not set(names.values()) & {"sharegpt", "ultrachat"},
@@ -672,6 +666,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = fail  # one line, without the usage
     switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
     group = parser.add_argument_group("input")
     group.add_argument("--dataset", required=True, help=f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file")
@@ -686,7 +681,7 @@ def parse_args(argv=None):
     group.add_argument("--num_samples", type=int, help="rows of the training input, taken at random; default: all")
     group.add_argument("--train_only_last_turn", **switch, help="supervise only the last assistant turn of each row")
     group.add_argument("--validation_ratio", type=float, default=0.0, help="share of the rows kept back for validation")
-    group.add_argument("--max_rejected_ratio", type=float, default=0.01, help="stop if more of the rows are unusable")
+    group.add_argument("--max_rejected_ratio", type=float, help="share of unusable rows; default 0.01, sharegpt 0.1")
     group.add_argument("--seed", type=int, default=0, help="of num_samples and validation_ratio")
     group.add_argument("--num_proc", type=int, help="processes, at most one a core; default: one a core")
     return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))

@@ -395,6 +395,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
 
     assert "vicuna: known are llama3" in stop(chat_template="vicuna")
     assert "max_length 1" in stop(max_length=1)
+    assert "max_rejected_ratio 2 must" in stop(max_rejected_ratio=2)
     assert "num_samples 0" in stop(num_samples=0)
     assert "validation_ratio 1" in stop(validation_ratio=1)
     assert "leaves none of 4 rows" in stop(validation_ratio=0.9)
@@ -445,6 +446,22 @@ def test_sharegpt_from_a_local_copy(tmp_path, target):
     assert data[18] == data[0]  # the cut conversation, without the turn that was cut off
     rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
     assert rejected["line"] == 20 and rejected["cause"] == "roles out of order" and rejected["file"] == "sharegpt"
+
+
+@pytest.mark.parametrize(("ratio", "enough"), [(None, True), (0.05, False), (0.0, False), (0.2, True)])
+def test_a_given_limit_of_rejected_rows_wins_over_the_presets_own(ratio, enough, tmp_path, target, capsys):
+    human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello there"}
+    chats = [{"id": str(i), "conversations": [human, gpt]} for i in range(18)]
+    chats += [{"id": "odd", "conversations": [human, human, gpt]}]
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "ShareGPT_V4.3_unfiltered_cleaned_split.json").write_text(json.dumps(chats))
+    words = ["--dataset", "sharegpt", "--dataset_path", tmp_path / "copy", "--target_model_path", target]
+    words += ["--output_path", tmp_path / "out"] + ([] if ratio is None else ["--max_rejected_ratio", ratio])
+    args = prepare_data.parse_args([str(word) for word in words])
+    if enough:
+        assert prepare_data.main(args)["splits"]["train"]["rows"] == 18
+    else:
+        assert f"1 of 19 rows rejected (5.3%, max_rejected_ratio {ratio:g})" in fails(capsys, prepare_data.main, args)
 
 
 def test_ultrachat_from_a_local_copy(tmp_path, target, capsys):
@@ -627,8 +644,13 @@ def test_flags(capsys):
     assert prepare_data.parse_args(required).train_only_last_turn is False
     for words, value in ((["--train-only-last-turn"], True), (["--train_only_last_turn", "False"], False)):
         assert prepare_data.parse_args(required + words).train_only_last_turn is value
-    with pytest.raises(SystemExit):
-        prepare_data.parse_args([*required, "--train_only_last_turn", "maybe"])
+    for words, message in (
+        ([*required, "--train_only_last_turn", "maybe"], "'maybe' is neither true nor false"),
+        ([*required, "--seed", "x"], "--seed"),
+        ([*required, "--unknown"], "--unknown"),
+        (["--dataset", "a"], "--target_model_path"),
+    ):
+        assert message in fails(capsys, prepare_data.parse_args, words)
 
 
 def test_write_atomic_replaces_the_whole_file(tmp_path):
