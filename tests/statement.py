@@ -65,7 +65,7 @@ def supervised(loss_mask, slot, step):
 
 def run(config, weights, embedding, documents, draft_ids, steps, decay):
     """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
-    auxiliary [S, 3Ht], logits [S, V].
+    auxiliary [S, n·Ht], logits [S, V].
 
     Returns loss (summed over slots, steps weighted, not normalised), sums [K][cross-entropy, correct, accept, count],
     and per document the number n_j of leading correct steps of every slot.
@@ -84,9 +84,21 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
         q, k, v = ((layer[f"self_attn.{n}_proj.weight"] @ x).view(-1, dim) for n in "qkv")
         return rotate(q, position, freqs, scale), rotate(k, position, freqs, scale), v
 
+    def first_feature(a):
+        """fc of one position's auxiliary hidden states [n·Ht], behind the norms that the configuration asks for."""
+        if config.get("norm_before_fc"):
+            a = rms(a, weights["input_norm.weight"], eps)
+        if config.get("fc_norm"):
+            layers, norms = config.get("num_aux_hidden_states", 3), []
+            size = len(a) // layers
+            for n in range(layers):
+                norms.append(rms(a[n * size : (n + 1) * size], weights[f"fc_norm.{n}.weight"], eps))
+            a = torch.cat(norms)
+        return weights["fc.weight"] @ a
+
     for document in documents:
         ids, mask, last = document["ids"], document["mask"], len(document["ids"]) - 1
-        features = [weights["fc.weight"] @ a for a in document["auxiliary"]]
+        features = [first_feature(a) for a in document["auxiliary"]]
         first = [project(ids[j + 1], features[j], j) for j in range(last)]
         accepted.append([0] * len(ids))
         for j in range(last):
@@ -103,12 +115,16 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
                     group = head // (heads // kv_heads)
                     scores = torch.stack([q[head] @ key[group] for key, _ in seen]) / math.sqrt(dim)
                     mixed.append(sum(p * value[group] for p, (_, value) in zip(scores.softmax(0), seen, strict=True)))
-                hidden = feature + layer["self_attn.o_proj.weight"] @ torch.cat(mixed)
+                residual = feature
+                if config.get("norm_before_residual"):
+                    residual = rms(feature, layer["hidden_norm.weight"], eps)
+                hidden = residual + layer["self_attn.o_proj.weight"] @ torch.cat(mixed)
                 x = rms(hidden, layer["post_attention_layernorm.weight"], eps)
                 gate = layer["mlp.gate_proj.weight"] @ x
                 up = layer["mlp.up_proj.weight"] @ x
                 hidden = hidden + layer["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
-                logits = weights["lm_head.weight"] @ rms(hidden, weights["norm.weight"], eps)
+                normed = rms(hidden, weights["norm.weight"], eps)
+                logits = weights["lm_head.weight"] @ normed
                 z = document["logits"][j + 1 + i]
                 best, q_draft = int(z.argmax()), logits.softmax(-1)
                 sums[i][3] += 1
@@ -121,5 +137,5 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
                 sums[i][2] += float(torch.minimum(z.softmax(-1)[draft_ids], q_draft.detach()).sum())
                 alive = alive and right
                 accepted[-1][j] += alive
-                feature = hidden
+                feature = normed if config.get("norm_output") else hidden
     return loss, sums, accepted

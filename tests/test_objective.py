@@ -5,6 +5,7 @@ import statement
 import torch
 
 import train_eagle3
+from export_eagle3 import FLAGS, with_auxiliary_layers
 from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, objective, supervised_slots
 
 ROPES = {
@@ -15,21 +16,30 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
 LENGTHS, VOCABULARY, DRAFT_VOCABULARY, STEPS, DECAY, TARGET_HIDDEN = (11, 41, 17), 48, 29, 5, 0.8, 24
+OPTIONS = {
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True},
+    "norm_before_residual": {"norm_before_residual": True},
+    "two layers": with_auxiliary_layers({}, [2, 5]),
+    "four layers with norms": with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
+}
 
 
-def draft_config(rope="default"):
+def draft_config(rope="default", **options):
     return {
         "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "rope_scaling": ROPES[rope], "max_position_embeddings": 64,
-        "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY, "hidden_act": "silu",
+        "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY, "hidden_act": "silu", **options,
     }  # fmt: skip
 
 
-def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=0):
+def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=0, **options):
     """A draft with random weights; documents with two replies each and positions beyond max_position_embeddings / 2."""
     torch.manual_seed(seed)
     embedding = torch.randn(VOCABULARY, 24, dtype=torch.float64)
-    draft = DraftModel(draft_config(rope), embedding.to(dtype))
+    draft = DraftModel(draft_config(rope, **options), embedding.to(dtype))
+    layers = options.get("num_aux_hidden_states", 3)
     for parameter in draft.parameters():
         scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
         parameter.data = (torch.randn_like(parameter, dtype=torch.float64) * scale).to(dtype)
@@ -41,7 +51,7 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=0):
         mask[length // 2 : length // 2 + 2] = 0  # two replies
         documents.append({
             "ids": torch.randint(VOCABULARY, (length,)), "mask": mask,
-            "auxiliary": torch.randn(length, 3 * TARGET_HIDDEN, dtype=torch.float64),
+            "auxiliary": torch.randn(length, layers * TARGET_HIDDEN, dtype=torch.float64),
             "logits": 3 * torch.randn(length, VOCABULARY, dtype=torch.float64),
         })  # fmt: skip
     return draft, embedding, documents, draft_ids
@@ -75,10 +85,9 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("rope", ROPES)
-def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
-    draft, embedding, documents, draft_ids = case(rope, dtype)
+def compare_with_statement(case, dtype, tolerance):
+    """Loss, sums, accepted drafts and gradients are the statement's; returns its loss and number of accepted drafts."""
+    draft, embedding, documents, draft_ids = case
     weights = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
     expected, expected_sums, expected_accepted = statement.run(
         draft.config, weights, embedding, documents, draft_ids.tolist(), STEPS, DECAY
@@ -90,10 +99,29 @@ def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert sums.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
     assert chain_lengths(correct).tolist() == sum(expected_accepted, [])
-    assert sum(sum(row) for row in expected_accepted) > 0, "a case without any accepted draft shows too little"
     for name, gradient in gradients(draft).items():
         assert relative(gradient, weights[name].grad) < tolerance, name
         assert gradient.norm() > 0, f"{name} gets no gradient"
+    return expected.item(), sum(map(sum, expected_accepted))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("rope", ROPES)
+def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
+    _, accepted = compare_with_statement(case(rope, dtype), dtype, tolerance)
+    assert accepted > 0, "a case without any accepted draft shows too little"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_objective_and_gradients_with_an_option_equal_the_statement(option):
+    draft, embedding, documents, draft_ids = case(**OPTIONS[option])
+    expected, _ = compare_with_statement((draft, embedding, documents, draft_ids), torch.float64, 1e-6)
+    flags = set(FLAGS) & set(OPTIONS[option])
+    if flags:  # the comparison can fail: without the option the loss is another
+        without = {key: value for key, value in draft.config.items() if key not in flags}
+        weights = {name: p.detach() for name, p in draft.named_parameters()}
+        loss = statement.run(without, weights, embedding, documents, draft_ids.tolist(), STEPS, DECAY)[0]
+        assert abs(float(loss) / expected - 1) > 1e-4
 
 
 def test_statement_tells_ropes_and_alignment_apart():
