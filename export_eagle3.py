@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems
 from prepare_data import fail, normalise_argv, write_atomic
-from prepare_hidden_states import default_layer_ids, resolve_target
+from prepare_hidden_states import default_layer_ids, read_target_tensor, resolve_target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -64,8 +65,13 @@ EMBEDDING_NAMES = (
     "embed_tokens.weight", "model.tok_embeddings.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
 )  # fmt: skip
 SPECULATORS_VERSION = "0.5.0"
-# Rope types that transformers, SGLang and vLLM compute alike; beside another one a draft gets plain RoPE.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Rope types that all engines compute alike, and the numbers they need; a target's of another type becomes plain RoPE.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,10 +85,12 @@ def _derived_rope(text):
     theta, kind = rope.pop("rope_theta", None) or 10000.0, rope.get("rope_type", "default")
     if kind == "default" or kind not in ROPE_TYPES:
         return theta, None
-    if kind == "yarn":
-        rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
     rope.pop("partial_rotary_factor", None)  # the draft rotates whole heads
-    return theta, {key: value for key, value in rope.items() if value is not None}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if kind != "linear":  # as transformers completes them
+        original = rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
+        rope.setdefault("factor", text.max_position_embeddings / original)
+    return theta, rope
 
 
 def derive_config(text, whole):
@@ -95,23 +103,19 @@ def derive_config(text, whole):
         return next((value for value in values if value is not None), default)
 
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
+        **FIXED,
         "hidden_size": text.hidden_size,
         "intermediate_size": first("intermediate_size", default=4 * text.hidden_size),
-        "num_hidden_layers": 1,
         "num_attention_heads": heads,
         "num_key_value_heads": first("num_key_value_heads", default=heads),
         "head_dim": first("head_dim", default=text.hidden_size // heads),
         "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
         "hidden_act": "silu",
-        "attention_bias": False,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "max_position_embeddings": text.max_position_embeddings,
         "vocab_size": text.vocab_size,
         "draft_vocab_size": text.vocab_size,
-        "tie_word_embeddings": False,
         "torch_dtype": str(first("dtype", default="bfloat16")).removeprefix("torch."),
         "bos_token_id": first("bos_token_id"),
         "eos_token_id": first("eos_token_id"),
@@ -124,30 +128,39 @@ def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_
     given: what a file or a checkpoint, `source`, says; what it leaves open is derived. layer_ids and draft_vocab_size
     go before both. A draft that does not fit the target ends the program.
     """
-    derived, given = derive_config(text, whole), given or {}
-    config = dict(derived)
+    derived, given = derive_config(text, whole), _with_two_rope_keys(given or {})
+    config, source = dict(derived), source or "the derived draft configuration"
     if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half the target's and half the file's
         config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
     config |= {key: value for key, value in given.items() if value is not None}
-    if "head_dim" not in given and ("hidden_size" in given or "num_attention_heads" in given):
+    if problems := _size_problems(config):  # what follows computes with them
+        fail(f"{source}: {'; '.join(problems)}")
+    if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config |= {
         "torch_dtype": derived["torch_dtype"],
         "draft_vocab_size": draft_vocab_size or config["draft_vocab_size"],
+        # The draft is served as far as the target is. Its rotary frequencies do not depend on this number.
+        "max_position_embeddings": max(config["max_position_embeddings"], derived["max_position_embeddings"]),
     }
     for key in ("hidden_size", "vocab_size"):
         if config[key] != derived[key]:
-            fail(f"{source}: {key} {config[key]} is not the target's {derived[key]}")
+            remedy = ": training an embedding table is not available yet" if key == "hidden_size" else ""
+            fail(f"{source}: {key} {config[key]} is not the target's {derived[key]}{remedy}")
+    if needs_embedding(config):
+        asked = {key: config[key] for key in ("target_hidden_size", "embed_requires_grad") if key in config}
+        fail(f"{source}: {json.dumps(asked)[1:-1]}: training an embedding table is not available yet")
     if not 0 < config["draft_vocab_size"] <= config["vocab_size"]:
         fail(f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{config['vocab_size']}, the target's")
     default = default_layer_ids(text.num_hidden_layers)
     layers = layer_ids or auxiliary_layers(config) or default
     if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
         fail(f"target_layer_ids {layers}: they must ascend within 1..{text.num_hidden_layers}")
+    if config.get("num_aux_hidden_states", len(layers)) != len(layers):
+        fail(f"{source}: num_aux_hidden_states {config['num_aux_hidden_states']} for the auxiliary layers {layers}")
     config = with_auxiliary_layers(config, layers, default)
-    problems = check_config(config)
-    if problems:
-        fail(f"{source or 'the derived draft configuration'}: {'; '.join(problems)}")
+    if problems := check_config(config):
+        fail(f"{source}: {'; '.join(problems)}")
     return config, layers
 
 
@@ -199,6 +212,8 @@ def _auxiliary_problems(config):
             f"{[i - 1 for i in own]}, which is {theirs}"
         )
     count = config.get("num_aux_hidden_states", 3)
+    if own is None and theirs is None and count != 3:
+        problems.append(f"num_aux_hidden_states is {count} without {AUXILIARY}: the engines' default is 3 layers")
     if own is not None and len(own) != count:
         problems.append(f"{AUXILIARY} has {len(own)} layers, num_aux_hidden_states says {count}")
     return problems
@@ -247,16 +262,31 @@ def expected_tensors(config):
     return shapes
 
 
-def check_config(config):
-    """What is wrong with a flat config, one line each; empty if both engines can read it."""
-    problems = [f"{key} is missing" for key in REQUIRED if key not in config]
-    problems += [
+def _size_problems(config):
+    return [
         f"{key} is {config[key]!r}, not a positive integer"
         for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states")
         if key in config and (type(config[key]) is not int or config[key] <= 0)
     ]
+
+
+def _rope_problems(scaling):
+    if scaling is None:
+        return []
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        return [f"rope_scaling is {scaling!r}, not null or an object with a rope_type of {', '.join(ROPE_TYPES)}"]
+    values = {key: scaling.get(key) for key in ROPE_TYPES[kind]}
+    wrong = {key: value for key, value in values.items() if not (type(value) in (int, float) and value > 0)}
+    return [f"rope_scaling's {key} is {value!r}, {kind} needs a positive number" for key, value in wrong.items()]
+
+
+def check_config(config):
+    """What is wrong with a flat config, one line each; empty if both engines can read it."""
+    problems = [f"{key} is missing" for key in REQUIRED if key not in config] + _size_problems(config)
+    fixed = FIXED | {"mlp_bias": False}  # the draft's MLP has none
     problems += [
-        f"{key} is {config[key]!r}, not {value!r}" for key, value in FIXED.items() if config.get(key, value) != value
+        f"{key} is {config[key]!r}, not {value!r}" for key, value in fixed.items() if config.get(key, value) != value
     ]
     problems += [
         f"{key} is {config[key]!r}, not a positive number"
@@ -264,14 +294,12 @@ def check_config(config):
         if key in config and not (type(config[key]) in (int, float) and config[key] > 0)
     ]
     problems += [f"{k} is {config[k]!r}, not true or false" for k in FLAGS if type(config.get(k, False)) is not bool]
-    if not isinstance(config.get("hidden_act", ""), str):
-        problems.append(f"hidden_act is {config['hidden_act']!r}, not a name")
+    activation = config.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        problems.append(f"hidden_act is {activation!r}, not the name of an activation in transformers, such as silu")
     if config.get("torch_dtype", DTYPES[0]) not in DTYPES:
         problems.append(f"torch_dtype is {config['torch_dtype']!r}, not one of {', '.join(DTYPES)}")
-    scaling = config.get("rope_scaling")
-    if scaling is not None and not (isinstance(scaling, dict) and (scaling.get("rope_type") or scaling.get("type"))):
-        problems.append(f"rope_scaling is {scaling!r}, not null or an object with rope_type")
-    problems += _auxiliary_problems(config)
+    problems += _rope_problems(config.get("rope_scaling")) + _auxiliary_problems(config)
     if problems:
         return problems  # the relations below need the values
     if config["draft_vocab_size"] > config["vocab_size"]:
@@ -356,14 +384,24 @@ def _read_tensors(folder):
     return {}, ["model.safetensors is missing"]
 
 
-def _complete(raw, tensors):
-    """A foreign config in our form: what it leaves out is filled where that has one meaning only."""
-    config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
-    rope = config.pop("rope_parameters", None)  # transformers 5's name for both of the older keys
-    if rope and "rope_theta" not in config and "rope_theta" in rope:
+def _with_two_rope_keys(config):
+    """A copy of config with rope_theta and rope_scaling, whatever version of transformers wrote it."""
+    config = dict(config)
+    rope = config.pop("rope_parameters", None)  # transformers 5's name for both
+    if isinstance(rope, dict) and "rope_theta" not in config and "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and "type" in scaling:  # the older spelling, which the draft would not see
+        config["rope_scaling"] = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
+    return config
+
+
+def _complete(raw, tensors):
+    """A foreign config in our form: what it leaves out is filled where that has one meaning only."""
+    config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
+    config = _with_two_rope_keys(config)
     config = {**LLAMA_DEFAULTS, **config, "architectures": [ARCHITECTURE]}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
@@ -453,18 +491,9 @@ def check_draft(folder):
     return _load(folder, strict=True)[2]
 
 
-def read_draft(folder, expected_config=None):
-    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is not whole.
-
-    Each key of expected_config must have that value in the draft (absent, null and false count as equal).
-    """
+def read_draft(folder):
+    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is not whole."""
     config, tensors, problems = _load(folder, strict=False)
-    if not problems and expected_config:
-        problems = [
-            f"{key} is {config.get(key)!r}, expected {value!r}"
-            for key, value in expected_config.items()
-            if (config.get(key) or None) != (value or None)
-        ]
     if problems:
         fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
     return config, tensors
@@ -474,7 +503,7 @@ def read_draft(folder, expected_config=None):
 # Writing
 
 
-def _write(folder, config, tensors, verify):
+def _write(folder, config, tensors):
     """Both files, so that a process killed at any moment leaves the old draft, no config.json, or the new draft."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -483,11 +512,10 @@ def _write(folder, config, tensors, verify):
         save_file(tensors, temporary, metadata={"format": "pt"})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        if verify:
-            written = load_file(temporary)
-            different = [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]
-            if different:
-                fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
+        written = load_file(temporary)
+        different = [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]
+        if different:
+            fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
         (folder / "config.json").unlink(missing_ok=True)  # never an old config beside new weights
         os.replace(temporary, folder / "model.safetensors")
     finally:
@@ -515,13 +543,13 @@ def _whole(config, tensors):
     return tensors
 
 
-def write_draft(folder, config, tensors, verify=True):
+def write_draft(folder, config, tensors):
     """Write the flat form: config.json last, floats in config["torch_dtype"]. Nothing is completed or left out.
 
-    Ends the program, with nothing written, if config and tensors are not exactly a whole draft. verify: read the file
-    back and compare before it takes its place.
+    Ends the program, with nothing written, if config and tensors are not exactly a whole draft. The file is read back
+    and compared before it takes its place.
     """
-    _write(folder, config, _whole(config, tensors), verify)
+    _write(folder, config, _whole(config, tensors))
 
 
 def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=5):
@@ -537,10 +565,9 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
     tensors = _whole(config, tensors)
     theirs = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "num_aux_hidden_states"}
     layer = {key: value for key, value in config.items() if key not in theirs | {"target_hidden_size"}}
-    scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     # rope_theta and rope_scaling are read by transformers 4, rope_parameters by 5
-    layer["rope_parameters"] = {"rope_type": kind, "rope_theta": config["rope_theta"], **scaling}
+    rope = config.get("rope_scaling") or {}
+    layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": speculative_tokens,
@@ -568,15 +595,13 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
     return speculators, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
 
 
-def write_speculators(folder, config, tensors, verify=True, **target):
+def write_speculators(folder, config, tensors, **target):
     """Write the speculators form of a flat draft; target: the further arguments of to_speculators."""
-    _write(folder, *to_speculators(config, tensors, **target), verify)
+    _write(folder, *to_speculators(config, tensors, **target))
 
 
 def read_embedding(model_dir):
     """The input embeddings [V, Ht] of a target folder, read alone."""
-    from prepare_hidden_states import read_target_tensor  # slow to import: it brings transformers' models
-
     return read_target_tensor(model_dir, EMBEDDING_NAMES)
 
 
@@ -584,6 +609,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = fail  # one line, without the usage
     parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
     parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if not whole")
     export = parser.add_argument_group("export")

@@ -16,6 +16,7 @@ from export_eagle3 import (
     auxiliary_layers,
     check_config,
     check_draft,
+    configure,
     expected_tensors,
     read_draft,
     serving_notes,
@@ -59,6 +60,15 @@ VARIANTS = {
     "vllm only": {"norm_before_residual": True},
     "float32": {"torch_dtype": "float32", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
 }
+SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+]  # fmt: skip
 TARGET = {"target_model_path": "org/target", "target_architectures": ["LlamaForCausalLM"]}
 
 
@@ -267,33 +277,104 @@ def test_each_key_that_is_missing_is_named(key, tmp_path, capsys):
     assert f"{key} is missing" in fails(capsys, write_draft, tmp_path / "new", config, tensors)
 
 
-CONFIG_FAULTS = {
-    "hidden_size": ("16", "hidden_size is '16', not a positive integer"),
-    "head_dim": (5, "head_dim 5 is odd"),
-    "num_hidden_layers": (2, "num_hidden_layers is 2, not 1"),
-    "num_key_value_heads": (3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    "attention_bias": (True, "attention_bias is True, not False"),
-    "tie_word_embeddings": (True, "tie_word_embeddings is True"),
-    "architectures": (["LlamaForCausalLM"], "architectures is ['LlamaForCausalLM']"),
-    "model_type": ("qwen3", "model_type is 'qwen3'"),
-    "draft_vocab_size": (41, "draft_vocab_size 41 is larger than vocab_size 40"),
-    "vocab_size": (None, "vocab_size is None"),
-    "target_hidden_size": (None, "target_hidden_size is None"),
-    "torch_dtype": ("float64", "torch_dtype is 'float64'"),
-    "rope_theta": (None, "rope_theta is None"),
-    "rope_scaling": ({"factor": 2}, "rope_scaling is {'factor': 2}"),
-    "rms_norm_eps": (0, "rms_norm_eps is 0"),
-    "hidden_act": (None, "hidden_act is None"),
-    "fc_norm": ("yes", "fc_norm is 'yes'"),
-    "eagle_config": ([], "eagle_config is []"),
-    "eagle_aux_hidden_state_layer_ids": ([2, "4", 5], "not a list of layer ids"),
-}
+CONFIG_FAULTS = [
+    ("hidden_size", "16", "hidden_size is '16', not a positive integer"),
+    ("head_dim", 5, "head_dim 5 is odd"),
+    ("num_hidden_layers", 2, "num_hidden_layers is 2, not 1"),
+    ("num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    ("attention_bias", True, "attention_bias is True, not False"),
+    ("tie_word_embeddings", True, "tie_word_embeddings is True"),
+    ("architectures", ["LlamaForCausalLM"], "architectures is ['LlamaForCausalLM']"),
+    ("model_type", "qwen3", "model_type is 'qwen3'"),
+    ("draft_vocab_size", 41, "draft_vocab_size 41 is larger than vocab_size 40"),
+    ("vocab_size", None, "vocab_size is None"),
+    ("target_hidden_size", None, "target_hidden_size is None"),
+    ("torch_dtype", "float64", "torch_dtype is 'float64'"),
+    ("rope_theta", None, "rope_theta is None"),
+    ("rope_scaling", {"factor": 2}, "rope_scaling is {'factor': 2}"),
+    ("rope_scaling", "linear", "rope_scaling is 'linear'"),
+    ("rope_scaling", {"type": "linear", "factor": 2}, "an object with a rope_type of default, linear, llama3, yarn"),
+    ("rope_scaling", {"rope_type": "dynamic", "factor": 2}, "rope_type of default, linear, llama3, yarn"),
+    ("rope_scaling", {"rope_type": "linear"}, "factor is None, linear needs a positive number"),
+    ("rope_scaling", {"rope_type": "linear", "factor": "2"}, "factor is '2', linear needs"),
+    ("rms_norm_eps", 0, "rms_norm_eps is 0"),
+    ("hidden_act", None, "hidden_act is None"),
+    ("hidden_act", ["silu"], "hidden_act is ['silu']"),
+    ("hidden_act", "sillu", "hidden_act is 'sillu', not the name of an activation"),
+    ("mlp_bias", True, "mlp_bias is True, not False"),
+    ("num_aux_hidden_states", 4, "num_aux_hidden_states is 4 without"),
+    ("fc_norm", "yes", "fc_norm is 'yes'"),
+    ("eagle_config", [], "eagle_config is []"),
+    ("eagle_aux_hidden_state_layer_ids", [2, "4", 5], "not a list of layer ids"),
+]
 
 
-@pytest.mark.parametrize("key", CONFIG_FAULTS)
-def test_each_wrong_value_is_named(key):
-    value, message = CONFIG_FAULTS[key]
+@pytest.mark.parametrize(("key", "value", "message"), CONFIG_FAULTS)
+def test_each_wrong_value_is_named(key, value, message):
     assert any(message in problem for problem in check_config({**CONFIG, key: value}))
+
+
+def test_each_number_that_a_rope_type_needs_is_named():
+    named = set()
+    for scaling in filter(None, SCALINGS):
+        assert check_config({**CONFIG, "rope_scaling": scaling, "mlp_bias": False}) == []
+        for key in scaling.keys() - {"rope_type"}:
+            without = {name: value for name, value in scaling.items() if name != key}
+            problem = f"rope_scaling's {key} is None, {scaling['rope_type']} needs a positive number"
+            assert check_config({**CONFIG, "rope_scaling": without}) == [problem]
+            named.add((scaling["rope_type"], key))
+    assert len(named) == 1 + 2 + 4
+
+
+# ---------------------------------------------------------------------- the configuration for a target
+TEXT = LlamaConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, dtype="bfloat16",
+)  # fmt: skip
+
+
+def test_a_derived_configuration_is_whole_for_every_rope_type():
+    for scaling in [*SCALINGS, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}]:
+        rope = {"rope_type": "default", **(scaling or {}), "rope_theta": 5000.0}
+        text = LlamaConfig(**{**TEXT.to_dict(), "rope_parameters": rope})
+        config, layers = configure(text, text)
+        assert check_config(config) == [] and layers == [2, 4, 5]
+        assert config["rope_theta"] == 5000.0
+        assert config["rope_scaling"] == (scaling if not scaling or scaling["factor"] else {**scaling, "factor": 4.0})
+
+
+def test_the_draft_reaches_as_far_as_its_target():
+    assert configure(TEXT, TEXT, {"max_position_embeddings": 128}, "draft.json")[0]["max_position_embeddings"] == 512
+    assert configure(TEXT, TEXT, {"max_position_embeddings": 999}, "draft.json")[0]["max_position_embeddings"] == 999
+
+
+def test_a_given_configuration_is_completed():
+    given = {"num_attention_heads": 2, "head_dim": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config = configure(TEXT, TEXT, given, "draft.json")[0]
+    assert config["head_dim"] == 8 and config["rope_theta"] == 10000.0
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    given = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}
+    config = configure(TEXT, TEXT, given, "draft.json")[0]
+    assert config["rope_theta"] == 7.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_a_given_configuration_that_cannot_be_trained_ends_with_one_line(capsys):
+    table = "training an embedding table is not available yet"
+    for given, message in (
+        ({"embed_requires_grad": True}, f'"embed_requires_grad": true: {table}'),
+        ({"target_hidden_size": 20}, f'"target_hidden_size": 20: {table}'),
+        ({"hidden_size": 32}, f"hidden_size 32 is not the target's 16: {table}"),
+        ({"hidden_size": "16"}, "hidden_size is '16', not a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"max_position_embeddings": "512"}, "max_position_embeddings is '512'"),
+        ({"vocab_size": 41}, "vocab_size 41 is not the target's 40"),
+        ({"num_aux_hidden_states": 4}, "num_aux_hidden_states 4 for the auxiliary layers [2, 4, 5]"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling is {'rope_type': 'longrope'}"),
+    ):
+        error = fails(capsys, configure, TEXT, TEXT, given, "draft.json")
+        assert error.startswith("error: draft.json: ") and message in error, given
 
 
 def test_a_whole_config_has_no_problem():
@@ -378,17 +459,6 @@ def test_the_speculators_config():
         "verifier": {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]},
     }
     assert layer["model_type"] == "llama" and layer["num_hidden_layers"] == 1
-
-
-SCALINGS = [
-    None,
-    {"rope_type": "linear", "factor": 2.0},
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-    {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
-    },
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"] if scaling else "default")
@@ -526,13 +596,13 @@ def test_null_keys_of_a_foreign_draft(tmp_path):
     assert read_draft(tmp_path)[0] == config
 
 
-def test_an_expected_config_is_compared(tmp_path, capsys):
-    config, tensors = draft()
-    put(tmp_path, config, tensors)
-    read_draft(tmp_path, {"hidden_size": 16, "norm_before_fc": False, "target_hidden_size": None})
-    error = fails(capsys, read_draft, tmp_path, {"hidden_size": 32, "vocab_size": 40, "fc_norm": True})
-    assert "hidden_size is 16, expected 32" in error and "fc_norm is None, expected True" in error
-    assert "vocab_size" not in error
+def test_the_older_spelling_of_a_rope_type(tmp_path, capsys):
+    config, tensors = draft(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    put(tmp_path, {**config, "rope_scaling": {"type": "linear", "factor": 2.0}}, tensors)
+    assert "rope_scaling is" in check_draft(tmp_path)[0]
+    assert read_draft(tmp_path)[0] == config
+    put(tmp_path, {**config, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, tensors)
+    assert "'dynamic'" in fails(capsys, read_draft, tmp_path)
 
 
 def test_folders_that_are_no_draft(tmp_path, capsys):
@@ -576,8 +646,6 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_eagle3, "load_file", lambda path: {n: t for n, t in tensors.items() if n != "fc.weight"})
     assert "other values than were written for fc.weight" in fails(capsys, write_draft, tmp_path, config, tensors)
     assert list(tmp_path.iterdir()) == []
-    write_draft(tmp_path, config, tensors, verify=False)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 # ---------------------------------------------------------------------- command line
@@ -660,4 +728,6 @@ def test_usage_errors(tmp_path, target, capsys):
     assert "no_draft" in fails(capsys, run, tmp_path / "no_draft", "--format", "flat", "--output", output)
     assert "no_draft" in fails(capsys, run, "--check", tmp_path / "no_draft")
     assert "needs a folder" in fails(capsys, run, "--check")
+    assert "--format" in fails(capsys, run, folder, "--format", "gguf")
+    assert "--unknown" in fails(capsys, run, folder, "--unknown")
     assert not output.exists()
