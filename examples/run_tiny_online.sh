@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 OUTPUT=${OUTPUT:-output/tiny}             # everything is written below it
 RANKS=${RANKS:-2}                         # processes of the draft's training
-TARGET_STEPS=${TARGET_STEPS:-400}         # optimizer steps of the target
+TARGET_STEPS=${TARGET_STEPS:-500}         # optimizer steps of the target
 NUM_EPOCHS=${NUM_EPOCHS:-1}               # of the draft's training
 MAX_LENGTH=${MAX_LENGTH:-256}             # tokens
 DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-1024}
@@ -49,7 +49,7 @@ train() {
         --data_path "$OUTPUT/data" \
         --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
         --learning_rate 2e-3 --num_epochs "$NUM_EPOCHS" --warmup_ratio 0.05 --max_length "$MAX_LENGTH" \
-        --batch_size 4 --draft_micro_batch_size 2 --draft_global_batch_size 16 --log_steps 20 "$@"
+        --batch_size 4 --draft_micro_batch_size 2 --draft_global_batch_size 8 --log_steps 40 "$@"
 }
 
 evaluate() {
