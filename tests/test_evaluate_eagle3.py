@@ -441,6 +441,55 @@ def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
     assert line.startswith("error: prompt 0: ") and f"at token {at}: " in line
 
 
+class Scripted:
+    """In place of a CachedTarget: these logits, whatever is fed."""
+
+    logits = None
+
+    def __init__(self, target):
+        pass
+
+    def feed(self, tokens, last=0):
+        return None, self.logits[None]
+
+
+def test_rounding_is_between_the_two_most_likely_tokens_of_a_half_precision_target(monkeypatch):
+    monkeypatch.setattr(evaluate_eagle3, "CachedTarget", Scripted)
+
+    def parts_by_rounding(dtype, reply, alone, at=1):
+        target = SimpleNamespace(embedding=torch.zeros(1, dtype=dtype))
+        return evaluate_eagle3.is_rounding(target, [0], reply, alone, at)
+
+    half = torch.bfloat16
+    monkeypatch.setattr(Scripted, "logits", torch.tensor([9.9, 10.0, 9.8, 9.0]))
+    assert parts_by_rounding(half, [5, 0], [5, 1]) and parts_by_rounding(torch.float16, [5, 1], [5, 0])
+    assert not parts_by_rounding(torch.float32, [5, 0], [5, 1])
+    assert not parts_by_rounding(half, [5, 3], [5, 1])  # 10 % apart
+    assert not parts_by_rounding(half, [5, 2], [5, 1])  # near enough, but the third of all
+    assert not parts_by_rounding(half, [5, 2], [5, 0])
+    assert not parts_by_rounding(half, [5], [5, 1])  # one ends, the other goes on
+    monkeypatch.setattr(Scripted, "logits", torch.tensor([10.0, 10.0, 10.0, 9.0]))
+    assert all(parts_by_rounding(half, [5, a], [5, b]) for a in range(3) for b in range(3) if a != b)  # a tie of three
+
+
+@pytest.mark.parametrize(("count", "parted", "ends"), [(8, 2, False), (8, 3, True), (3, 1, False), (3, 2, True)])
+def test_texts_that_part_by_rounding_are_few(count, parted, ends, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_eagle3, "is_rounding", lambda *_: True)
+    monkeypatch.setattr(evaluate_eagle3, "generate", lambda target, prompt, *_: [1, 2])
+    monkeypatch.setattr(evaluate_eagle3, "speculate", lambda target, draft, d2t, prompt, *_: ([1, 2 + prompt[0]], [1]))
+    args = parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p"])
+    target, prompts = SimpleNamespace(embedding=torch.zeros(1)), [[int(i < parted)] for i in range(count)]
+    if ends:
+        with pytest.raises(SystemExit) as stop:
+            measure(target, None, None, prompts, args, set())
+        line = capsys.readouterr().err
+        assert stop.value.code == 1 and line.count("\n") == 1
+        assert f"{parted} of {parted} drafted texts" in line and f"a quarter of {count}" in line
+    else:
+        rows = measure(target, None, None, prompts, args, set())
+        assert evaluate_eagle3.summarise(rows, args)["texts_parted_by_rounding"] == parted
+
+
 def test_summary_is_made_of_sums():
     rows = [
         {"passes": [2, 0, 1], "loss_mask": [0, 1, 1, 1], "seconds": 1.0, "tokens_alone": 3, "seconds_alone": 2.0},
@@ -527,6 +576,10 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     config = json.loads((paths["target_model_path"] / "config.json").read_text()) | {"num_hidden_layers": 6}
     (shallow / "config.json").write_text(json.dumps(config))
     tiny.tokenizer(VOCABULARY).save_pretrained(shallow)
+    tiny.tokenizer(VOCABULARY + 20).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps(config))
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    prepare(rows, tmp_path / "data", tmp_path / "tokenizer", num_proc=1)
     for options, words in (
         ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl does not exist"),
         ({"prompts": tmp_path / "file"}, "has no prompts"),
@@ -543,7 +596,11 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_prompts": 0}, "num_prompts is 0"),
         ({"temperature": -1}, "temperature -1"),
-        ({"output": tmp_path / "file"}, "is a file"),
+        ({"prompts": tmp_path / "data"}, "prepared with another tokenizer"),
+        ({"output": tmp_path / "file"}, "file cannot be a folder: File exists"),
+        ({"output": tmp_path / "file" / "out"}, "out cannot be a folder: Not a directory"),
+        ({"seed": "x"}, "--seed"),
+        ({"unknown": 1}, "--unknown"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
