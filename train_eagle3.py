@@ -666,6 +666,8 @@ def draft_config_for(args, model_dir):
     given, source = {}, args.resume_from_checkpoint or args.draft_model_config
     if args.resume_from_checkpoint:
         given, _ = read_draft(source)
+        if len(args.target_layer_ids or ()) not in (0, num_auxiliary(given)):
+            fail(f"target_layer_ids {args.target_layer_ids}: {source} reads {num_auxiliary(given)} layers")
     elif source:
         try:
             given = dict(json.loads(Path(source).read_text()))

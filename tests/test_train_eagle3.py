@@ -386,6 +386,9 @@ def bad_inputs(work, folder):
         "output in the way": ([*split, "--output_dir", empty], "is a file"),
         "layer that is not there": ([*split, "--target_layer_ids", 2, 4, 9], "[2, 4, 9]"),
         "earlier run": ([*split, "--output_dir", work / "first"], "holds a run"),
+        "other layers": (
+            [*model, "--resume_from_checkpoint", work / "first" / "final", "--target_layer_ids", 2, 4], "reads 3 layers"
+        ),
         "draft of another target": ([*split, "--resume_from_checkpoint", folder / "other"], "vocab_size"),
     }  # fmt: skip
 
