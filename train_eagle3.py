@@ -722,9 +722,7 @@ def set_schedule(args, rows):
         args.scheduler_warmup_steps = math.ceil(args.warmup_ratio * args.total_steps)
     args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
     if args.scheduler_warmup_steps > args.scheduler_total_steps:
-        fail(
-            f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps}: shorten it"
-        )
+        fail(f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps} steps")
 
 
 def vocabulary_mapping(args, config, data_folder):
@@ -848,12 +846,7 @@ def train(args, engine, target, data, d2t, record):
 # (name, type, default, help): a tuple of strings are choices, [int] takes several values, ... means required.
 FLAGS = {
     "target and data": [
-        (
-            "target_model_path",
-            str,
-            ...,
-            "folder or hub id: a Hugging Face snapshot, one nested model, or an MLflow model",
-        ),
+        ("target_model_path", str, ..., "folder or hub id; a folder may hold one nested model or an MLflow model"),
         ("dataset_train_split", str, None, "JSON Lines of conversations; prepared into output_dir/data"),
         ("dataset_validation_split", str, None, "the same, for evaluation; none: no evaluation"),
         ("data_path", str, None, "folder written by prepare_data.py, instead of the two above"),
@@ -864,19 +857,9 @@ FLAGS = {
     ],
     "draft": [
         ("draft_model_config", str, None, "JSON of the draft; none: derived from the target"),
-        (
-            "draft_vocab_size",
-            int,
-            None,
-            "tokens the draft can propose; none: the mapping's, or the target's vocabulary",
-        ),
+        ("draft_vocab_size", int, None, "tokens that the draft can propose; none: the mapping's, or all"),
         ("token_freq_path", str, None, "token counts to choose them by; none: the prepared data's token_freq.pt"),
-        (
-            "d2t_path",
-            str,
-            None,
-            "mapping written by build_vocab_mapping.py, with t2d_path; none: built from the counts",
-        ),
+        ("d2t_path", str, None, "mapping of build_vocab_mapping.py, with t2d_path; none: built from the counts"),
         ("t2d_path", str, None, "the other half of the mapping"),
         ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
         ("attention_backend", ("flex_attention", "sdpa"), "flex_attention", "this version computes both densely"),
