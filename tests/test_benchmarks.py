@@ -1,0 +1,234 @@
+"""The dense reference against the slot-by-slot statement; the benchmark's counts against counting one by one."""
+
+import re
+import subprocess
+import sys
+
+import dense
+import pytest
+import statement
+import tiny
+import torch
+
+sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
+
+import step
+
+from export_eagle3 import with_auxiliary_layers
+from prepare_hidden_states import Head
+from train_eagle3 import DraftModel
+
+LENGTHS, VOCABULARY, DRAFT_VOCABULARY, STEPS, DECAY, TARGET_HIDDEN = (9, 31, 1, 24), 8, 6, 4, 0.8, 16
+OPTIONS = {
+    "plain": {},
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True},
+    "norm_before_residual": {"norm_before_residual": True},
+    "four layers with norms": with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+}
+TINY = [
+    "--shares=50", "--lengths=48", "--ttt_lengths=3", "--draft_vocab_sizes=64", "--hidden_size=32", "--rounds=1",
+    "--intermediate_size=48", "--num_attention_heads=4", "--num_key_value_heads=2", "--head_dim=8", "--device=cpu",
+    "--threads=1",
+]  # fmt: skip
+
+
+def case(dtype=torch.float64, softcap=None, **options):
+    """Random draft, head and documents with two replies each: what dense.objective is called with."""
+    torch.manual_seed(3)
+    config = {
+        "hidden_size": 16, "target_hidden_size": TARGET_HIDDEN, "intermediate_size": 24, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "rope_scaling": None,
+        "max_position_embeddings": 64, "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY,
+        "hidden_act": "silu", **options,
+    }  # fmt: skip
+    draft = DraftModel(config, torch.randn(VOCABULARY, 16, dtype=dtype))
+    for parameter in draft.parameters():
+        scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+        parameter.data = torch.randn_like(parameter, dtype=dtype) * scale
+    head = Head(torch.randn(VOCABULARY, TARGET_HIDDEN, dtype=dtype), torch.randn(VOCABULARY, dtype=dtype), 0.7, softcap)
+    draft_ids = torch.randperm(VOCABULARY)[:DRAFT_VOCABULARY].sort().values
+    masks = [[0] * (n // 3) + [1] * (n // 4) + [0] * 2 + [1] * n for n in LENGTHS]
+    masks = [mask[:n] for mask, n in zip(masks, LENGTHS, strict=True)]
+    total = sum(LENGTHS)
+    return draft, masks, {
+        "input_ids": torch.randint(VOCABULARY, (total,)),
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS]),
+        "document_ids": torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)),
+        "auxiliary": torch.randn(total, config.get("num_aux_hidden_states", 3) * TARGET_HIDDEN, dtype=dtype),
+        "last": torch.randn(total, TARGET_HIDDEN, dtype=dtype), "head": head,
+        "supervised": torch.tensor(live_slots(masks, STEPS)),
+        "d2t": draft_ids - torch.arange(DRAFT_VOCABULARY), "decay": DECAY,
+    }  # fmt: skip
+
+
+def live_slots(masks, steps):
+    """[K][T] bool by the rule, slot by slot."""
+    return [[statement.supervised(m, j, i) for m in masks for j in range(len(m))] for i in range(steps)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_dense_reference_equals_the_statement(option):
+    draft, masks, arguments = case(softcap=5.0 if option == "fc_norm" else None, **OPTIONS[option])
+    head = arguments["head"]
+    logits = head.scale * (arguments["last"] @ head.weight.T + head.bias)
+    logits = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+    parts = [arguments["input_ids"], arguments["auxiliary"], logits]
+    documents = [
+        {"ids": ids, "mask": mask, "auxiliary": auxiliary, "logits": z}
+        for mask, ids, auxiliary, z in zip(masks, *(part.split(LENGTHS) for part in parts), strict=True)
+    ]
+    weights = {name: p.detach().clone().requires_grad_() for name, p in draft.named_parameters()}
+    draft_ids = (arguments["d2t"] + torch.arange(DRAFT_VOCABULARY)).tolist()
+    expected, expected_sums, accepted = statement.run(
+        draft.config, weights, draft.embedding, documents, draft_ids, STEPS, DECAY
+    )
+    expected.backward()
+
+    loss, sums, correct = dense.objective(draft, **arguments)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
+    assert correct.long().cumprod(0).sum(0).tolist() == sum(accepted, [])
+    assert correct.any(), "a case without any correct draft shows too little"
+    for name, parameter in draft.named_parameters():
+        wanted = weights[name].grad
+        assert wanted.norm() > 0 and (parameter.grad - wanted).norm() < 1e-6 * wanted.norm(), name
+
+
+def test_dense_reference_works_in_bf16():
+    draft, _, arguments = case()
+    exact = dense.objective(draft, **arguments)[0].item()
+    arguments |= {name: arguments[name].bfloat16() for name in ("auxiliary", "last")}
+    arguments["head"] = Head(arguments["head"].weight.bfloat16(), arguments["head"].bias.bfloat16(), 0.7)
+    draft.bfloat16().embedding = draft.embedding.bfloat16()
+    loss, sums, _ = dense.objective(draft, **arguments)
+    loss.backward()
+    assert loss.dtype == torch.float32 and sums.dtype == torch.float64
+    assert loss.item() == pytest.approx(exact, rel=0.02)
+
+
+def count_one_by_one(config, masks, steps, naive):
+    """Operations of every kind, forward and backward, with a loop over documents, slots and steps."""
+    size, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    a, g = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    half = 2 * size if naive else size  # width that every slot and step projects
+    done = dict.fromkeys(("fc", "q", "k, v", "attention", "o", "gate, up", "down", "head", "teacher"), 0)
+    embedded_q, embedded_k = set(), set()
+    for document, mask in enumerate(masks):
+        live = [[statement.supervised(mask, j, i) for i in range(steps)] for j in range(len(mask))]
+        for j, alive in enumerate(live):
+            if any(row[0] for row in live[j:]):  # a later query sees this slot's step-0 key
+                done["fc"] += 2 * 3 * config["target_hidden_size"] * size * 2
+                done["k, v"] += 2 * half * g * 2 * 3
+                embedded_k.add((document, j + 1))
+            for i in range(steps):
+                if not alive[i]:
+                    continue
+                done["q"] += 2 * half * a * 3
+                if i > 0:
+                    done["k, v"] += 2 * half * g * 2 * 3
+                for _ in range(j + 1 + i):  # step-0 keys of slots 0 .. j, own keys of steps 1 .. i
+                    done["attention"] += (2 * a + 2 * a) * 3
+                done["o"] += 2 * a * size * 3
+                done["gate, up"] += 2 * 2 * size * inner * 3
+                done["down"] += 2 * inner * size * 3
+                done["head"] += 2 * size * config["draft_vocab_size"] * 3
+                embedded_q.add((document, j + 1 + i))
+                embedded_k.add((document, j + 1 + i))
+    done["teacher"] = len(embedded_q) * 2 * config["target_hidden_size"] * config["vocab_size"]
+    if not naive:
+        done["q of embeddings"] = len(embedded_q) * 2 * size * a * 3
+        done["k, v of embeddings"] = len(embedded_k) * 2 * size * g * 2 * 3
+    return done
+
+
+@pytest.mark.parametrize("naive", [False, True])
+def test_counted_operations_equal_counting_one_by_one(naive):
+    args = step.parse_args(TINY)
+    config = step.draft_config(args, 40) | {"target_hidden_size": 24, "num_attention_heads": 6}
+    reply = [0] * 5 + [1] * 9
+    for masks in ([reply], [reply, [0] * 6, [1] * 4, [1], [1, 0] * 6, reply + reply + [0] * 3], [[0] * 8]):
+        supervised = step.supervised_of(masks, 4)
+        products = step.count_products(config, supervised, [len(mask) for mask in masks], naive)
+        counted = {product.name: product.operations * (1 + product.backward) for product in products}
+        assert counted == count_one_by_one(config, masks, 4, naive)
+        assert step.total_operations(products) == sum(counted.values())
+
+
+def test_counts_at_the_sizes_of_the_table():
+    """The weights' products alone are the prototype's 1.35, 0.69 and 0.21 TFLOP at 100, 50 and 15 per cent."""
+    args = step.parse_args(["--table"])
+    assert (args.lengths, args.ttt_lengths, args.draft_vocab_sizes) == ([1024], [7], [16000])
+    config = step.draft_config(args, 16000)
+    for share, published, attention in ((100.0, 1.35, 0.045), (50.0, 0.69, 0.034), (15.0, 0.21, 0.012)):
+        supervised = step.supervised_of([step.tail(1024, share)], 7)
+        strict, naive = (step.count_products(config, supervised, [1024], naive) for naive in (False, True))
+        attending = 3 * next(product.operations for product in naive if product.name == "attention") / 1e12
+        total = step.total_operations(naive) / 1e12
+        assert total - attending == pytest.approx(published, rel=0.03)
+        assert attending == pytest.approx(attention, rel=0.03)
+        assert 0.95 * total < step.total_operations(strict) / 1e12 < total
+
+
+def test_floor_is_operations_over_measured_rates():
+    products = [
+        step.Product("all", 12, 2, (1, 1, 1, 1)),
+        step.Product("no input gradient", 6, 1, (1, 1, 1, 2)),
+        step.Product("forward", 4, 0, (1, 1, 1, 2)),
+    ]
+    rates = {((1, 1, 1, 1), name): rate for name, rate in zip(step.PASSES, (1.0, 2.0, 4.0), strict=True)}
+    rates |= {((1, 1, 1, 2), "forward"): 2.0, ((1, 1, 1, 2), "weight gradient"): 3.0}
+    assert step.floor_seconds(products, rates) == 12 + 6 + 3 + 3 + 2 + 2
+
+
+def table(text):
+    """[{column: cell}] of the one Markdown table in a report."""
+    header, _, *rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_objective_writes_a_table_with_every_column(tmp_path):
+    command = [sys.executable, str(tiny.REPOSITORY / "benchmarks" / "step.py"), "objective", *TINY]
+    command += ["--output", str(tmp_path / "table.md")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = (tmp_path / "table.md").read_text()
+    (row,) = table(report)
+    assert list(row) == list(step.COLUMNS)
+    assert all(float(cell.replace(",", "")) >= 0 for cell in row.values()), row
+    assert (row["share %"], row["tokens"], row["K"], row["draft vocab"]) == ("50", "48", "3", "64")
+    assert float(row["dense/product"]) == pytest.approx(float(row["dense s"]) / float(row["product s"]), rel=0.02)
+    assert f"torch {torch.__version__}" in report and re.search(r"\d{4}-\d\d-\d\d", report)
+
+
+def test_dense_is_left_out_where_its_memory_does_not_suffice(monkeypatch):
+    monkeypatch.setattr(step, "proc_bytes", lambda *_: 1000)
+    args = step.parse_args([*TINY, "--skip_memory"])
+    args.threads = 1
+    row = step.measure(args, 50.0, 48, 3, 64)
+    assert row["dense s"] == "needs 0.0 GiB" and row["product s"] > 0 and "dense/product" not in row
+
+
+def test_prompt_and_end_to_end_write_their_tables(capsys):
+    flags = [*TINY, "--conversations", "2", "--prompt_length", "8", "--reply_length", "8", "--total_seq_len", "128"]
+    for mode in ("prompt", "end_to_end"):
+        step.main(step.parse_args([mode, *flags, "--steps", "1"]))
+        text = capsys.readouterr().out
+        rows = table(text)
+        if mode == "prompt":
+            assert [row["prompt tokens"] for row in rows] == ["8", "16"] and float(rows[1]["ratio"]) > 0
+        else:
+            assert list(rows[0]) == list(step.END_COLUMNS) and len(rows) == 1
+            shares = [float(rows[0][f"{phase} %"]) for phase in step.PHASES]
+            assert sum(shares) == pytest.approx(100, abs=5)
+            gaps = re.findall(r"loss (\S+), worst gradient (\S+)  ", text)
+            assert len(gaps) == 2 and all(float(gap) < 1e-4 for pair in gaps for gap in pair)
+
+
+def test_a_wrong_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        step.parse_args(["objective", "--shares", "much"])
+    assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
