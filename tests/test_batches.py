@@ -1,0 +1,226 @@
+"""How tokenised rows are read for training: which rank reads which row in which micro-batch of which optimizer step."""
+
+import math
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from prepare_data import Steps, deal, epoch_order, measure_rows
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("uint8")),
+        "length": datasets.Value("int32"),
+    }
+)
+
+
+def random_rows(count, seed=0, longest=40):
+    """[(input_ids, loss_mask)]; the first token of each row is its number, so that rows can be told apart."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        length = int(random.integers(1, longest + 1))
+        mask = (random.random(length) < random.choice([0.0, 0.2, 0.9, 1.0])).astype(int).tolist()
+        rows.append(([number, *random.integers(0, 100, length - 1).tolist()], mask))
+    return rows
+
+
+def as_dataset(rows):
+    ids, masks = zip(*rows, strict=True)
+    columns = {"input_ids": ids, "loss_mask": masks, "length": [len(part) for part in ids]}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
+
+
+def log_normal(count, random, longest=2048):
+    """(lengths, work) as chats have them: tokens, and tokens and supervised tokens together."""
+    lengths = np.clip(random.lognormal(6.0, 0.9, count), 2, longest).astype(np.int64)
+    return lengths, lengths + (lengths * random.uniform(0.1, 1.0, count)).astype(np.int64)
+
+
+def first_fit_decreasing(lengths, budget):
+    """How many bins it takes: the longest first, each into the first bin with room for it."""
+    bins = []
+    for length in sorted(lengths, reverse=True):
+        open_bins = [i for i, used in enumerate(bins) if used + length <= budget]
+        if open_bins:
+            bins[open_bins[0]] += length
+        else:
+            bins.append(length)
+    return len(bins)
+
+
+def cases(count):
+    """Random arguments of `deal`; also short steps, ranks without rows, equal rows, work unlike the lengths."""
+    random = np.random.default_rng(1)
+    for case in range(count):
+        total, size = int(random.integers(1, 200)), int(random.integers(1, 65))
+        lengths, work = log_normal(total, random) if case % 4 else (np.full(total, 7), np.full(total, 9))
+        work = random.permutation(work) if case % 4 == 1 else work
+        rows = random.permutation(total)[:size]
+        yield rows, lengths, work, int(random.integers(1, 12)), int(random.integers(1, 6)), random
+
+
+# ---------------------------------------------------------------------------- measuring
+def test_rows_are_measured_as_by_counting(tmp_path):
+    rows = random_rows(2300)
+    whole = as_dataset(rows)
+    parts = datasets.concatenate_datasets([as_dataset(rows[:3]), as_dataset(rows[3:1700]), as_dataset(rows[1700:])])
+    assert parts.data.column("loss_mask").num_chunks == 3
+    chosen = np.random.default_rng(0).permutation(len(rows))[:1500].tolist()
+    whole.save_to_disk(str(tmp_path / "disk"), num_shards=3)
+    for split, expected in (
+        (whole, rows),
+        (parts, rows),
+        (datasets.load_from_disk(str(tmp_path / "disk")), rows),
+        (parts.select(range(5, 1900)), rows[5:1900]),
+        (parts.select(chosen), [rows[i] for i in chosen]),
+        (
+            as_dataset([([1, 2], [1, 1]), ([], []), ([3], [0]), ([], [])]),
+            [("ab", [1, 1]), ("", []), ("c", [0]), ("", [])],
+        ),
+    ):
+        lengths, supervised = measure_rows(split)
+        assert lengths.dtype == supervised.dtype == np.int64
+        assert lengths.tolist() == [len(ids) for ids, _ in expected]
+        assert supervised.tolist() == [sum(mask) for _, mask in expected]
+
+
+# ---------------------------------------------------------------------------- dealing rows out
+def test_every_row_is_dealt_once_and_all_ranks_stay_in_step():
+    for rows, lengths, work, world, micro, random in cases(150):
+        for budget in (0, int(lengths.max() * random.uniform(1, 3))):
+            ranks = deal(rows, lengths, work, world, micro, budget)
+            assert len(ranks) == world and len({len(batches) for batches in ranks}) == 1
+            dealt = [row for batches in ranks for batch in batches for row in batch]
+            assert sorted(dealt) == sorted(rows.tolist()) and all(type(row) is int for row in dealt)
+            place = {row: i for i, row in enumerate(rows.tolist())}
+            for batches in ranks:
+                assert all([place[row] for row in batch] == sorted(place[row] for row in batch) for batch in batches)
+                filled = [bool(batch) for batch in batches]
+                assert filled == sorted(filled, reverse=True)  # the empty ones come last
+            assert any(batches[-1] for batches in ranks)  # and not on all ranks
+            assert ranks == deal(rows.copy(), lengths, work, world, micro, budget)
+
+
+def test_a_micro_batch_has_its_number_of_rows_and_a_step_no_more_micro_batches_than_it_takes():
+    for rows, lengths, work, world, micro, _ in cases(150):
+        ranks = deal(rows, lengths, work, world, micro)
+        assert len(ranks[0]) == math.ceil(len(rows) / (micro * world))
+        assert max(len(batch) for batches in ranks for batch in batches) <= micro
+    full = deal(np.arange(48), *log_normal(48, np.random.default_rng(0)), 4, 3)
+    assert {len(batch) for batches in full for batch in batches} == {3}
+
+
+def test_a_micro_batch_stays_within_the_token_budget_and_as_few_are_made_as_by_first_fit_decreasing():
+    tight = 0
+    for rows, lengths, work, world, micro, random in cases(150):
+        budget = int(lengths.max() * random.uniform(1, 3))
+        ranks = deal(rows, lengths, work, world, micro, budget)
+        assert max(lengths[batch].sum() for batches in ranks for batch in batches if batch) <= budget
+        shares = [[row for batch in batches for row in batch] for batches in ranks]
+        assert len(ranks[0]) == max(first_fit_decreasing(lengths[share], budget) for share in shares if share)
+        tight += sum(lengths[rows]) > 0.9 * budget * world * len(ranks[0])
+    assert tight > 5
+
+
+def test_a_budget_that_only_the_tightest_packing_meets():
+    lengths = np.array([6, 4, 5, 5, 7, 3])
+    work = np.array([9, 9, 1, 1, 5, 5])  # by work alone 6 + 5 or 7 + 4 would come together
+    ranks = deal(np.arange(6), lengths, work, 1, 1, 10)
+    assert sorted(lengths[batch].sum() for batch in ranks[0]) == [10, 10, 10]
+
+
+def test_a_row_beyond_the_budget_is_refused_with_the_numbers():
+    with pytest.raises(AssertionError, match="total_seq_len 9, but a row has 10 tokens"):
+        deal(np.arange(3), np.array([3, 10, 4]), np.ones(3), 2, 1, 9)
+    assert deal(np.array([0, 2]), np.array([3, 10, 4]), np.ones(3), 2, 1, 9) == [[[0]], [[2]]]  # row 1 is not in it
+
+
+@pytest.mark.parametrize("budget", [0, 4096])
+@pytest.mark.parametrize(("world", "micro"), [(2, 1), (8, 1), (8, 4), (16, 2)])
+def test_ranks_get_the_same_work(world, micro, budget):
+    random, ours, in_turn, slowest, cut = np.random.default_rng(2), [], [], [], []
+    for _ in range(10):
+        count = 16 * world
+        lengths, work = log_normal(5 * count, random)
+        rows = random.permutation(5 * count)[:count]
+        ranks = deal(rows, lengths, work, world, micro, budget)
+        mean = work[rows].sum() / world
+        ours.append(max(work[sum(batches, [])].sum() for batches in ranks) / mean)
+        in_turn.append(max(work[rows[rank::world]].sum() for rank in range(world)) / mean)
+        # Ranks in step wait for the slowest in each micro-batch. To compare: rows in turn, cut into micro-batches.
+        slowest.append(sum(max(work[batch].sum() for batch in batches) for batches in zip(*ranks, strict=True)) / mean)
+        shares = [work[rows[rank::world]] for rank in range(world)]
+        cut.append(sum(max(share[i : i + micro].sum() for share in shares) for i in range(0, 16, micro)) / mean)
+    assert max(ours) < 1.03 and np.mean(ours) - 1 < 0.1 * (np.mean(in_turn) - 1)
+    assert np.mean(slowest) < 1.15 and np.mean(slowest) - 1 < 0.25 * (np.mean(cut) - 1)
+
+
+# ---------------------------------------------------------------------------- steps
+def plain(batches):
+    return [[(ids.tolist(), mask.tolist()) for ids, mask in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("budget", [0, 90])
+def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
+    rows, world, size = random_rows(53), 3, 12
+    split = as_dataset(rows)
+    ranks = [Steps(split, 5, size, rank, world, 2, budget) for rank in range(world)]
+    assert {len(steps) for steps in ranks} == {5}
+    orders = []
+    for epoch in range(3):
+        read = []
+        for step in range(5 * epoch, 5 * epoch + 5):
+            parts = [steps[step] for steps in ranks]
+            assert len({len(part) for part in parts}) == 1
+            for part in parts:
+                assert all(tensor.dtype == torch.int64 for batch in part for pair in batch for tensor in pair)
+                assert all(sum(len(ids) for ids, _ in batch) <= budget or not budget for batch in part)
+            items = [item for part in parts for batch in plain(part) for item in batch]
+            assert len(items) == (size if step % 5 < 4 else 53 - 4 * size)
+            assert all(rows[ids[0]] == (ids, mask) for ids, mask in items)
+            assert {ids[0] for ids, _ in items} == set(epoch_order(53, 5, epoch)[len(read) : len(read) + size].tolist())
+            read += [ids[0] for ids, _ in items]
+        assert sorted(read) == list(range(53))
+        orders.append(read)
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_what_a_step_reads_does_not_depend_on_who_reads_it_and_when():
+    split = as_dataset(random_rows(31))
+    fresh = lambda: Steps(split, 0, 8, 1, 2, 2, 100)  # noqa: E731
+    expected = [plain(fresh()[step]) for step in range(9)]  # beyond two epochs of four steps
+    for workers in (0, 1, 3):
+        for first in (0, 6):
+            loader = torch.utils.data.DataLoader(
+                fresh(), sampler=range(first, 9), batch_size=None, num_workers=workers,
+                prefetch_factor=2 if workers else None, collate_fn=plain,
+            )  # fmt: skip
+            assert list(loader) == expected[first:], (workers, first)
+    copy = pickle.loads(pickle.dumps(fresh()))
+    assert [plain(copy[step]) for step in reversed(range(9))] == expected[::-1]
+
+
+def test_steps_balance_target_and_draft():
+    """Two rows are all prompt, two are all reply, of as many tokens each: a rank reads one of both."""
+    rows = [([number] * 10, [number % 2] * 10) for number in range(4)]
+    for seed in range(10):
+        for rank in (0, 1):
+            part = Steps(as_dataset(rows), seed, 4, rank, 2, 2)[0]
+            assert sum(int(mask.sum()) for batch in part for _, mask in batch) == 10
+
+
+def test_an_epoch_is_one_order_for_all_and_another_one_for_each_seed_and_epoch():
+    order = epoch_order(21, 5, 0)
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(21))
+    assert order.tolist() == [1, 13, 14, 8, 17, 6, 11, 18, 10, 5, 7, 4, 0, 3, 9, 12, 15, 19, 20, 2, 16]
+    others = [epoch_order(21, 5, 1), epoch_order(21, 6, 0), epoch_order(21, 6, 1)]
+    assert len({tuple(each.tolist()) for each in (order, *others)}) == 4
+    with pytest.raises(ValueError, match="read-only"):
+        order[0] = 1  # every later step of the epoch would read other rows
