@@ -236,7 +236,7 @@ class Steps(torch.utils.data.Dataset):
     """steps[s]: what this rank reads in optimizer step s >= 0, epoch after epoch; len(steps): the steps of one epoch.
 
     A list of micro-batches, which `deal` made: lists of (input_ids, loss_mask), int64 [S] each, on the CPU. A loader
-    whose workers return many should join them: each tensor on its way takes a file descriptor, of which 1,024 may be all.
+    whose workers return many should join them: each tensor on its way takes a file descriptor, often one of 1,024.
     """
 
     def __init__(self, split, seed, global_batch_size, rank, world_size, micro_batch_size, total_seq_len=0):
