@@ -142,11 +142,12 @@ def floor_seconds(products, rates):
 
 
 def dense_memory(config, tokens, steps, dtype):
-    """Bytes that the dense form needs above its inputs, estimated from what autograd keeps (measured: within 10 %).
+    """Bytes that the dense form needs above its inputs, estimated from what autograd keeps.
 
     A step keeps the attention weights [A, T, T] (in half precision the fp32 softmax and its rounded copy), the draft's
     log-probabilities and the shifted teacher [T, Vd] in fp32, and activations; at the peak come three more tensors of
     scores or logits, and the head's gradient twice. Before the first step the teacher holds the full logits twice.
+    Measured at 512 to 2,048 tokens on a CPU, it was between 13 % too low and 8 % too high.
     """
     scores, size = config["num_attention_heads"] * tokens**2, config["hidden_size"]
     columns, vocabulary = tokens * config["draft_vocab_size"], tokens * config["vocab_size"]
