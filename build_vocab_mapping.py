@@ -18,8 +18,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from prepare_data import fail, locate, normalise_argv, read_token_freq, write_atomic
+
+
+def target_ids(d2t):
+    """Target ids [Vd] of the draft vocabulary, from the offsets d2t [Vd] (a tensor)."""
+    return torch.arange(len(d2t), device=d2t.device) + d2t
 
 
 def build_mapping(token_freq, draft_vocab_size, target_vocab_size):
@@ -108,6 +114,19 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
     if problems:
         fail(f"the vocabulary mapping {d2t_path}, {t2d_path} is not whole: {'; '.join(problems)}")
     return d2t, t2d
+
+
+def choose_mapping(draft_vocab_size, target_vocab_size, token_freq_path, d2t_path=None, t2d_path=None):
+    """d2t, int64 [Vd] tensor: of the files, if given; else of the token counts; all zeros for the full vocabulary."""
+    if d2t_path:
+        d2t, _ = load_mapping(d2t_path, t2d_path, target_vocab_size)
+        if draft_vocab_size not in (target_vocab_size, len(d2t)):
+            fail(f"draft_vocab_size {draft_vocab_size}, but {d2t_path} has {len(d2t)} entries")
+    elif draft_vocab_size < target_vocab_size:
+        d2t, _ = build_mapping(read_token_freq(token_freq_path), draft_vocab_size, target_vocab_size)
+    else:
+        d2t = np.zeros(target_vocab_size, dtype=np.int64)
+    return torch.from_numpy(d2t)
 
 
 def read_vocab_size(target_model_path):

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from build_vocab_mapping import target_ids
 from export_eagle3 import auxiliary_layers, read_draft
 from prepare_data import (
     Rejected,
@@ -46,7 +47,7 @@ from prepare_data import (
     write_atomic,
 )
 from prepare_hidden_states import load_target, read_target_config, resolve_target
-from train_eagle3 import DraftModel, target_ids
+from train_eagle3 import DraftModel
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Target and draft with their key-value caches
@@ -90,15 +91,16 @@ class CachedDraft:
 
     def __init__(self, draft, d2t):
         self.draft, self.target_ids = draft, target_ids(d2t)
-        self.keys = self.values = None  # [G, slots, D]
+        self.keys = self.values = None  # [slots, G, D]
 
     def _attend(self, q, k, v):
         """q, k, v of n new slots behind the cached ones; each sees the cache and the new slots up to itself."""
-        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=1)
-        self.values = v if self.values is None else torch.cat([self.values, v], dim=1)
-        new, slots = q.shape[1], self.keys.shape[1]
+        self.keys = k if self.keys is None else torch.cat([self.keys, k])
+        self.values = v if self.values is None else torch.cat([self.values, v])
+        new, slots = len(q), len(self.keys)
         mask = torch.ones(new, slots, dtype=torch.bool, device=q.device).tril(slots - new)
-        return F.scaled_dot_product_attention(q[None], self.keys[None], self.values[None], mask, enable_gqa=True)[0]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, self.keys, self.values))
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
 
     def _step(self, tokens, feature, first):
         device = feature.device
@@ -113,7 +115,7 @@ class CachedDraft:
         states one position before each. Their slots stay in the cache, the chain's own are dropped again.
         choose(logits [Vd]) -> index into the draft vocabulary. Returns target ids [count] and logits [count, Vd].
         """
-        slots = 0 if self.keys is None else self.keys.shape[1]
+        slots = 0 if self.keys is None else len(self.keys)
         feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
         feature, logits = self._step(tokens, feature, slots)
         kept = slots + len(tokens)
@@ -123,7 +125,7 @@ class CachedDraft:
             drafted.append(int(self.target_ids[choose(rows[-1])]))
             if step + 1 < count:
                 feature, logits = self._step(drafted[-1:], feature[-1:], kept + step)
-        self.keys, self.values = self.keys[:, :kept], self.values[:, :kept]
+        self.keys, self.values = self.keys[:kept], self.values[:kept]
         return drafted, torch.stack(rows)
 
 

@@ -2,7 +2,7 @@
 
 In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); concatenated tokens.
 Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
-     latter the teacher: logits over the draft vocabulary, full-vocabulary argmax and logsumexp.
+     latter the teacher: the distribution over the draft vocabulary and the full-vocabulary argmax.
 
 train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text:
 
@@ -32,8 +32,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, normalise_argv
 
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
-VOCABULARY_CHUNK = 16384  # columns of the head at a time: with TOKEN_CHUNK rows 256 MiB of fp32 logits
-TOKEN_CHUNK = 4096
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
 LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -94,50 +92,24 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden, rows=slice(None)):
-        """fp32 logits [N, rows] of hidden states [N, Ht] (after the final norm) for some rows of the vocabulary."""
-        bias = None if self.bias is None else self.bias[rows]
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight[rows], bias).float() * self.scale
+    def logits(self, hidden):
+        """Logits [N, V] of hidden states [N, Ht] (after the final norm), in fp32 at least."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits * self.scale if self.scale != 1 else logits
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
+    def teach(self, hidden, draft_ids):
+        """What the target says about the next token: p [N, Vd] over the draft vocabulary, in fp32 at least; mass [N], the
+        share of the whole that this is; argmax [N] over the full vocabulary (the lowest id among equals).
 
-@torch.no_grad()
-def teacher(hidden, head, draft_ids=None):
-    """What the target says about the next token, without a [tokens × vocabulary] tensor.
-
-    hidden [N, Ht]: last hidden states. draft_ids [Vd] int64: target ids of the draft vocabulary, None for the full one.
-    Returns fp32 logits over the draft vocabulary [N, Vd], the full-vocabulary argmax [N] int64 (the lowest id among
-    equals, as torch.argmax), and the full-vocabulary logsumexp [N] fp32. The vocabulary is streamed in chunks.
-    """
-    count, vocabulary = hidden.shape[0], head.weight.shape[0]
-    draft_rows = slice(None) if draft_ids is None else draft_ids
-    columns = vocabulary if draft_ids is None else len(draft_ids)
-    logits = hidden.new_empty((count, columns), dtype=torch.float32)
-    argmax = torch.empty(count, dtype=torch.int64, device=hidden.device)
-    logsumexp = torch.empty(count, dtype=torch.float32, device=hidden.device)
-    for start in range(0, count, TOKEN_CHUNK):
-        tokens = slice(start, start + TOKEN_CHUNK)
-        logits[tokens] = head.logits(hidden[tokens], draft_rows)
-        best = best_id = total = None
-        for first in range(0, vocabulary, VOCABULARY_CHUNK):
-            part = head.logits(hidden[tokens], slice(first, first + VOCABULARY_CHUNK))
-            value, index = part.max(dim=-1)
-            part_total = part.logsumexp(dim=-1)
-            if best is None:
-                best, best_id, total = value, index, part_total
-            else:
-                best_id = torch.where(value > best, index + first, best_id)
-                best = torch.maximum(best, value)
-                total = torch.logaddexp(total, part_total)
-        argmax[tokens], logsumexp[tokens] = best_id, total
-    return logits, argmax, logsumexp
-
-
-def read_sequences(data, rows, device):
-    """[(input_ids [S] int64, loss_mask [S] int64)] of some rows of the tokenised data set."""
-    part = data[rows] if rows else {"input_ids": [], "loss_mask": []}
-    pairs = zip(part["input_ids"], part["loss_mask"], strict=True)
-    return [(torch.tensor(ids, device=device), torch.tensor(mask, device=device)) for ids, mask in pairs]
+        hidden [N, Ht]: few rows at a time, as [N, V] logits are formed. draft_ids [Vd]: target ids, ascending.
+        """
+        logits = self.logits(hidden)
+        best, total = logits.argmax(dim=-1), logits.logsumexp(dim=-1)
+        if len(draft_ids) < logits.shape[1]:
+            logits = logits[:, draft_ids]
+        return logits.softmax(dim=-1), (logits.logsumexp(dim=-1) - total).exp(), best
 
 
 def positions_of(lengths, device=None):
@@ -196,17 +168,20 @@ class Target:
         # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
         return self.auxiliary(keep), output.last_hidden_state[keep].clone()
 
-    def states(self, sequences, batch_size):
-        """Yield (input_ids [S], loss_mask [S], auxiliary [S, 3·Ht], last [S, Ht]) for each (input_ids, loss_mask).
+    def states(self, batches, batch_size):
+        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each of batches: {"input_ids" [T], "lengths": its sequences'}.
 
-        batch_size sequences share one forward.
+        batch_size sequences share one forward, across batches.
         """
-        for start in range(0, len(sequences), batch_size):
-            group = sequences[start : start + batch_size]
-            lengths = [len(ids) for ids, _ in group]
-            auxiliary, last = self.hidden_states(torch.cat([ids for ids, _ in group]), lengths)
-            for (ids, mask), *states in zip(group, auxiliary.split(lengths), last.split(lengths), strict=True):
-                yield ids, mask, *states
+        sequences = [ids for batch in batches for ids in batch["input_ids"].split(batch["lengths"])]
+        ready = []
+        for batch in batches:
+            while len(ready) < len(batch["lengths"]):
+                group, sequences = sequences[:batch_size], sequences[batch_size:]
+                lengths = [len(ids) for ids in group]
+                ready += zip(*(x.split(lengths) for x in self.hidden_states(torch.cat(group), lengths)), strict=True)
+            mine, ready = ready[: len(batch["lengths"])], ready[len(batch["lengths"]) :]
+            yield tuple(map(torch.cat, zip(*mine, strict=True)))
 
     def auxiliary(self, keep=0):
         """The auxiliary hidden states [T, 3·Ht] that the last forward left behind; keep: which of [batch, tokens]."""
@@ -367,11 +342,10 @@ def main(args):
     target = load_target(model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code)
     ids = torch.tensor(ids, device=device)
     auxiliary, last = target.hidden_states(ids, [len(ids)])
-    _, argmax, logsumexp = teacher(last, target.head)
-    best = torch.stack([target.head.logits(h[None])[0].max() for h in last])
+    best, argmax = target.head.logits(last).log_softmax(dim=-1).max(dim=-1)
     print(f"layers {target.layer_ids} of {target.config.num_hidden_layers}, logit scale {target.head.scale}, "
           f"soft cap {target.head.softcap}, auxiliary {tuple(auxiliary.shape)}, last {tuple(last.shape)}")  # fmt: skip
-    for token, follows, p in zip(ids.tolist(), argmax.tolist(), (best - logsumexp).tolist(), strict=True):
+    for token, follows, p in zip(ids.tolist(), argmax.tolist(), best.tolist(), strict=True):
         print(f"{tokenizer.decode([token])!r:>20} -> {tokenizer.decode([follows])!r:<20} {math.exp(p):.3f}")
 
 

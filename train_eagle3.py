@@ -16,7 +16,9 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 """
 
 import argparse
+import bisect
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -29,23 +31,26 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import LlamaConfig
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 from transformers.utils.logging import disable_progress_bar
 
-from build_vocab_mapping import build_mapping, load_mapping
+from build_vocab_mapping import choose_mapping, target_ids
 from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
 from prepare_data import (
+    Steps,
     boolean,
-    epoch_order,
     fail,
     hash_tokenizer,
     load_tokenizer,
@@ -53,21 +58,24 @@ from prepare_data import (
     open_data,
     prepare,
     read_token_freq,
-    step_rows,
     write_atomic,
-)
+)  # fmt: skip
 from prepare_hidden_states import (
     load_target,
     on_first_rank,
     positions_of,
-    read_sequences,
     read_target_config,
     resolve_target,
     start_distributed,
-    teacher,
 )  # fmt: skip
 
 REPOSITORY = Path(__file__).resolve().parent
+QUERY_CHUNK = 128  # slots whose attention is formed at a time
+QKV = ("q_proj", "k_proj", "v_proj")
+BLOCK = 128  # slots and keys of a block of FlexAttention
+HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
+MASKED_KERNEL = ("cpu",)  # devices with an attention kernel that takes any mask and returns the logsumexp
+COMPARE_ROWS = 64  # of these, compared at a time: they stay in a CPU core's cache
 ALIASES = {  # other trainers' names of the same thing
     "verifier_name_or_path": "target_model_path", "train_data_path": "dataset_train_split",
     "eval_data_path": "dataset_validation_split", "draft_config": "draft_model_config", "epochs": "num_epochs",
@@ -80,81 +88,66 @@ ALIASES = {  # other trainers' names of the same thing
 # ==================== The draft ======================================================================================
 
 
-def target_ids(d2t):
-    """Target ids [Vd] of the draft vocabulary, from the offsets d2t [Vd]."""
-    return torch.arange(len(d2t), device=d2t.device) + d2t
-
-
 def upcast(x):
     """x in fp32 at least: half-precision inputs are normalised and summed in fp32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension as Llama computes it: in fp32, rounded, then scaled."""
+class HalfLinear(nn.Linear):
+    """A projection of [embedding, feature] whose halves are applied one by one."""
 
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        wide = upcast(x)
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x, half, base=None):
+        """W[:, half] x for x [T, H], half 0: of the embedding, 1: of the feature; base [T, out] is added."""
+        weight = self.weight.chunk(2, dim=1)[half]
+        return F.linear(x, weight) if base is None else torch.addmm(base, x, weight.T)
 
 
-class DraftAttention(nn.Module):
-    """The four projections; what is attended to is decided by the caller's `attend`."""
+class DraftHead(nn.Linear):
+    """Logits, or if given what `HeadLoss` takes, the loss. A module's call, as ZeRO-3 gathers weights for such."""
 
-    def __init__(self, config):
-        super().__init__()
-        size, self.head_dim = config["hidden_size"], config["head_dim"]
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.q_proj = nn.Linear(2 * size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(2 * size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
-
-    def forward(self, x, cos, sin, attend):
-        """x [T, 2H], cos and sin [T, D]; attend(q [A, T, D], k [G, T, D], v [G, T, D]) -> [A, T, D]. Returns [T, H]."""
-
-        def heads(projection):
-            return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-
-        q, k = (part * cos + rotate_half(part) * sin for part in (heads(self.q_proj), heads(self.k_proj)))
-        return self.o_proj(attend(q, k, heads(self.v_proj)).transpose(0, 1).flatten(1))
-
-
-class DraftMLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        size, intermediate_size = config["hidden_size"], config["intermediate_size"]
-        self.act = ACT2FN[config["hidden_act"]]
-        self.gate_proj = nn.Linear(size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, hidden, *teaching):
+        return HeadLoss.apply(hidden, self.weight, *teaching) if teaching else super().forward(hidden)
 
 
 class DraftLayer(nn.Module):
-    """One Llama layer whose attention reads the token's embedding beside the feature."""
+    """One Llama layer whose attention reads the token's embedding beside the feature.
+
+    What the embedding adds to q, k and v is the same in each step that reads the token: it is formed once a token
+    (`token_parts`) and handed to every step.
+    """
 
     def __init__(self, config):
         super().__init__()
-        size, eps = config["hidden_size"], config["rms_norm_eps"]
-        self.input_layernorm, self.hidden_norm = RMSNorm(size, eps), RMSNorm(size, eps)
-        self.self_attn = DraftAttention(config)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-        self.mlp = DraftMLP(config)
-        self.norm_before_residual = config.get("norm_before_residual", False)
+        size, eps, self.head_dim = config.hidden_size, config.rms_norm_eps, config.head_dim
+        widths = [self.head_dim * n for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+        self.input_layernorm, self.hidden_norm = nn.RMSNorm(size, eps), nn.RMSNorm(size, eps)
+        linears = {name: HalfLinear(2 * size, width, bias=False) for name, width in zip(QKV, widths, strict=True)}
+        self.self_attn = nn.ModuleDict(linears | {"o_proj": nn.Linear(widths[0], size, bias=False)})
+        self.post_attention_layernorm, self.mlp = nn.RMSNorm(size, eps), LlamaMLP(config)
+        self.norm_before_residual = getattr(config, "norm_before_residual", False)
 
-    def forward(self, embeds, feature, cos, sin, attend):
-        """embeds, feature [T, H] -> hidden state [T, H]."""
+    def token_parts(self, embeds):
+        """What embeddings [T, H] add to q [T, A·D], k and v [T, G·D]."""
+        x = self.input_layernorm(embeds)
+        return [self.self_attn[name](x, half=0) for name in QKV]
+
+    def forward(self, parts, feature, cos, sin, attend, rows=None):
+        """Hidden states [n, H] of the slots `rows` (int64 [n], None: all) of feature [T, H]; keys and values for all.
+
+        parts: token parts of q [n, A·D], k and v [T, G·D]; cos, sin [T, D];
+        attend(q [n, A, D], k [T, G, D], v [T, G, D]) -> [n, A, D].
+        """
         normed = self.hidden_norm(feature)
-        residual = normed if self.norm_before_residual else feature
-        x = torch.cat([self.input_layernorm(embeds), normed], dim=-1)  # this order: the serving engines split it so
-        hidden = residual + self.self_attn(x, cos, sin, attend)
+
+        def project(i):
+            x = self.self_attn[QKV[i]](normed, half=1, base=parts[i]).unflatten(-1, (-1, self.head_dim))
+            return x * cos[:, None] + rotate_half(x) * sin[:, None] if i < 2 else x
+
+        k, v = project(1), project(2)
+        if rows is not None:
+            feature, normed, cos, sin = (x.index_select(0, rows) for x in (feature, normed, cos, sin))
+        mixed = self.self_attn["o_proj"](attend(project(0), k, v).flatten(1))
+        hidden = (normed if self.norm_before_residual else feature) + mixed
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -168,20 +161,24 @@ class DraftModel(nn.Module):
     def __init__(self, config, embedding):
         super().__init__()
         self.config, self.embedding = config, embedding
+        self.attention_backend, self.gradient_checkpointing = "sdpa", False
         size, eps = config["hidden_size"], config["rms_norm_eps"]
         features = config.get("target_hidden_size", size)
         count = num_auxiliary(config)
-        self.input_norm = RMSNorm(count * features, eps) if config.get("norm_before_fc") else None
-        self.fc_norm = nn.ModuleList(RMSNorm(features, eps) for _ in range(count)) if config.get("fc_norm") else None
+        self.input_norm = nn.RMSNorm(count * features, eps) if config.get("norm_before_fc") else None
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(features, eps) for _ in range(count)) if config.get("fc_norm") else None
         self.fc = nn.Linear(count * features, size, bias=False)
-        self.midlayer = DraftLayer(config)
-        self.norm = RMSNorm(size, eps)
-        self.lm_head = nn.Linear(size, config["draft_vocab_size"], bias=False)
+        rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+        names = ("hidden_size", "intermediate_size", "hidden_act", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+        sizes = {name: config[name] for name in (*names, "norm_before_residual") if name in config}
+        llama = LlamaConfig(rope_parameters=rope, **sizes)
+        self.midlayer = DraftLayer(llama)
+        self.norm = nn.RMSNorm(size, eps)
+        self.lm_head = DraftHead(size, config["draft_vocab_size"], bias=False)
         # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers
         # to bf16, whose 8 bits are an error of radians at long positions.
-        rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
-        sizes = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
-        rotary = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=rope, **{name: config[name] for name in sizes}))
+        rotary = LlamaRotaryEmbedding(llama)
         self.frequencies, self.rotary_scale = rotary.inv_freq.clone(), rotary.attention_scaling
 
     def initialise(self, head_rows):
@@ -211,8 +208,8 @@ class DraftModel(nn.Module):
 
     def step(self, tokens, feature, positions, attend):
         """One step: tokens [T] int64, feature [T, H], positions [T] -> the next feature [T, H] and logits [T, Vd]."""
-        embeds = F.embedding(tokens, self.embedding).to(feature.dtype)
-        hidden = self.midlayer(embeds, feature, *self.rotary(positions, feature.dtype), attend)
+        parts = self.midlayer.token_parts(F.embedding(tokens, self.embedding).to(feature.dtype))
+        hidden = self.midlayer(parts, feature, *self.rotary(positions, feature.dtype), attend)
         normed = self.norm(hidden)
         return (normed if self.config.get("norm_output") else hidden), self.lm_head(normed)
 
@@ -244,57 +241,295 @@ def supervised_slots(loss_mask, document_ids, steps):
     return torch.stack(rows)
 
 
-def dense_attention(q, keys, values, causal):
-    """One softmax over the step-0 keys that `causal` allows and the slot's own keys of the later steps.
+class Plan(NamedTuple):
+    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
 
-    q [A, T, D]; keys, values: one [G, T, D] per step so far; causal bool [T, T]. Returns [A, T, D].
+    Rows are the live slots of step 0, then of step 1, and so on: R in all.
     """
-    repeat = q.shape[0] // keys[0].shape[0]
-    keys, values = ([part.repeat_interleave(repeat, dim=0) for part in parts] for parts in (keys, values))
-    scores = (q @ keys[0].transpose(1, 2)).masked_fill(~causal, -math.inf)  # [A, T, T]
-    own = [(q * key).sum(-1, keepdim=True) for key in keys[1:]]  # [A, T, 1] each
-    weights = upcast(torch.cat([scores, *own], dim=-1) * q.shape[-1] ** -0.5).softmax(dim=-1).to(q.dtype)
-    output = weights[..., : q.shape[1]] @ values[0]
-    for step, value in enumerate(values[1:]):
-        output = output + weights[..., q.shape[1] + step, None] * value
-    return output
+
+    counts: list  # K ints n_i: live slots of each step
+    live: torch.Tensor  # [R]: the slots, ascending in each step
+    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
+    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
+    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
+    teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
+    order: torch.Tensor  # [R]: rows by the token of their teacher
+    places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
+    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
+
+    def to(self, *where, **options):
+        return Plan(*(x.to(*where, **options) if torch.is_tensor(x) else x for x in self))
 
 
-def objective(draft, input_ids, position_ids, document_ids, auxiliary, teaching, supervised, d2t, decay):
-    """The training-time test over concatenated documents, dense: every slot in every step.
+def plan_slots(supervised, lengths):
+    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
+    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
+    starts = torch.tensor(bounds)
+    live = [row.nonzero().flatten() for row in supervised]
+    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
+    spans, blocks = [], []
+    for slots in live:
+        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
+        pieces = zip(first_tokens, borders, strict=True)
+        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
+                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
+        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
+        head = torch.arange(0, len(slots), BLOCK)
+        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
+        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
+        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
+        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
+        full = torch.minimum(-(-begin[tail] // BLOCK), end)
+        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
+    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
+    teachers, places = tokens.unique_consecutive(return_inverse=True)
+    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
+    while first < len(teachers):
+        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
+        chunks.append((first, end, row, ends[end - 1]))
+        first, row = end, ends[end - 1]
+    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
+    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
 
-    input_ids, position_ids, document_ids [T] int64; auxiliary [T, n·Ht]; teaching: what `teacher` returns for every
-    token (logits [T, Vd], argmax [T], logsumexp [T]); supervised bool [K, T] (any rule; dead slots add nothing);
+
+def attend_keys(q, k, v, mask):
+    """softmax(q k^T / sqrt(D) + mask) v and its logsumexp; q [1, G, N, D], k and v [1, G, M, D], mask [1, 1, N, M]."""
+    if q.device.type in MASKED_KERNEL:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
+    scores = upcast(q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5 + mask
+    return scores.softmax(-1).to(q.dtype) @ v, scores.logsumexp(-1)
+
+
+def attend_keys_backward(grad, q, k, v, out, lse, mask):
+    """Gradients of q, k and v if these keys are part of a softmax with the whole output `out` and logsumexp `lse`."""
+    if q.device.type in MASKED_KERNEL:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+    scale = q.shape[-1] ** -0.5
+    weights = (upcast(q @ k.transpose(2, 3)) * scale + mask - lse[..., None]).exp()
+    delta = (upcast(grad) * out).sum(-1, keepdim=True)
+    scores = ((upcast(grad @ v.transpose(2, 3)) - delta) * weights * scale).to(q.dtype)
+    return scores @ k, scores.transpose(2, 3) @ q, weights.to(q.dtype).transpose(2, 3) @ grad
+
+
+def merge_own(q, out, lse, own):
+    """Attention over step-0 keys (out [n, A, D], lse [n, A]) and the slot's own keys, as one softmax with its logsumexp.
+
+    own: keys [n, G, i, D] and values [n, G, i, D] of i later steps.
+    """
+    groups = own[0].shape[1]
+    scores = upcast(q.unflatten(1, (groups, -1)) @ own[0].transpose(2, 3)).flatten(1, 2) * q.shape[-1] ** -0.5
+    whole = torch.logaddexp(lse, scores.logsumexp(-1))
+    weights = (scores - whole[..., None]).exp().to(q.dtype).unflatten(1, (groups, -1))
+    out = out * (lse - whole).exp()[..., None].to(q.dtype) + (weights @ own[1]).flatten(1, 2)
+    return out, whole
+
+
+class SlotAttention(torch.autograd.Function):
+    """One softmax over the step-0 keys up to the slot in its document and over the slot's own keys of later steps.
+
+    q [n, A, D]; k, v [T, G, D]; live [n]: the slots; own: keys and values of i later steps, [n, G, i, D] each. Chunk by
+    chunk of queries, nothing of n x T is kept. In the backward pass a part of a softmax needs no more than the whole's
+    output and logsumexp (ring attention, arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def chunks(q, k, v, live, spans):
+        """Per span its queries' slice, its keys' slice, q and k and v [1, G, ., D], and the mask."""
+        groups = k.shape[1]
+        for first, end, key, stop in spans:
+            hidden = torch.arange(key, stop, device=live.device) > live[first:end, None]
+            mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).repeat(q.shape[1] // groups, 1)
+            parts = [SlotAttention.grouped(q[first:end], groups)] + [x[None, key:stop].transpose(1, 2) for x in (k, v)]
+            yield slice(first, end), slice(key, stop), parts, mask[None, None]
+
+    @staticmethod
+    def grouped(x, groups):
+        """[N, A, ...] -> [1, G, A/G · N, ...]: the heads that share a key head are further queries of it."""
+        return x.unflatten(1, (groups, -1)).movedim(0, 2).flatten(1, 2)[None]
+
+    @staticmethod
+    def ungrouped(x, count):
+        """[1, G, A/G · N, ...] -> [N, A, ...]"""
+        return x[0].unflatten(1, (-1, count)).movedim(2, 0).flatten(1, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v, live, spans, *own):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for queries, _, parts, mask in SlotAttention.chunks(q, k, v, live, spans):
+            part, total = attend_keys(*parts, mask)
+            count = queries.stop - queries.start
+            out[queries], lse[queries] = SlotAttention.ungrouped(part, count), SlotAttention.ungrouped(total, count)
+        if own:
+            out, lse = merge_own(q, out, lse, own)
+        ctx.save_for_backward(q, k, v, live, out, lse, *own)
+        ctx.spans = spans
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, live, out, lse, *own = ctx.saved_tensors
+        groups, scale = k.shape[1], q.shape[-1] ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, parts, mask in SlotAttention.chunks(q, k, v, live, ctx.spans):
+            whole = [SlotAttention.grouped(x[queries], groups) for x in (grad, out, lse)]
+            parts = attend_keys_backward(whole[0], *parts, *whole[1:], mask)
+            dq[queries] = SlotAttention.ungrouped(parts[0], queries.stop - queries.start)
+            dk[keys] += parts[1][0].transpose(0, 1)
+            dv[keys] += parts[2][0].transpose(0, 1)
+        if own:
+            delta = (upcast(grad) * out).sum(-1, keepdim=True)
+            q, grad, delta, lse = (x.unflatten(1, (groups, -1)) for x in (q, grad, delta, lse[..., None]))
+            weights = (upcast(q @ own[0].transpose(2, 3)) * scale - lse).exp()
+            scores = ((upcast(grad @ own[1].transpose(2, 3)) - delta) * weights * scale).to(q.dtype)
+            dq += (scores @ own[0]).flatten(1, 2)
+            own = scores.transpose(2, 3) @ q, weights.to(q.dtype).transpose(2, 3) @ grad
+        return dq, dk, dv, None, None, *own
+
+
+@functools.cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_slots(q, k, v, own, live, begin, blocks):
+    """What SlotAttention computes, with FlexAttention's kernel for the step-0 keys; n > 0.
+
+    begin [n]: the first token of each slot's document; blocks: of the plan. Queries and keys are rounded up to whole
+    blocks, so that no length is special and the kernel is compiled once.
+    """
+    count, rows = len(q), torch.arange(-(-len(q) // BLOCK) * BLOCK, device=q.device).clamp(max=len(q) - 1)
+    live, begin = live[rows], begin[rows]
+    keys, values = (F.pad(x, (0, 0, 0, 0, 0, -len(x) % BLOCK)).transpose(0, 1)[None] for x in (k, v))
+    first, full, full_end, end = blocks.int()[:, None, None, :, None]  # [1, 1, query blocks, 1]
+    at = torch.arange(keys.shape[2] // BLOCK, device=q.device, dtype=torch.int32)
+    partial = torch.where(at < full - first, first + at, at + full_end - full + first)
+    mask = BlockMask.from_kv_blocks(
+        (full - first + end - full_end)[..., 0], partial.clamp(max=len(at) - 1),
+        (full_end - full)[..., 0], (full + at).clamp(max=len(at) - 1), BLOCK_SIZE=BLOCK,
+        mask_mod=lambda b, h, row, key: (key <= live[row]) & (key >= begin[row]), seq_lengths=(len(rows), keys.shape[2]),
+    )  # fmt: skip
+    attend = compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+    queries = q.index_select(0, rows).transpose(0, 1)[None]
+    out, aux = attend(queries, keys, values, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    out, lse = out[0].transpose(0, 1)[:count], aux.lse[0].transpose(0, 1)[:count]
+    return merge_own(q, out, lse, own)[0] if own else out
+
+
+def compare(logits, p, mass):
+    """A draft's logits against its teacher: both [N, Vd]; p over the draft vocabulary, mass [N]: its share of all.
+
+    Returns cross-entropy, argmax and acceptance (sum of min(p, q)), [N] each, and the first one's gradient, q - p.
+    """
+    best, index = logits.max(dim=-1)
+    q = logits.softmax(dim=-1)
+    total = best - q.gather(1, index[:, None])[:, 0].log()
+    entropy = total - torch.linalg.vecdot(p, logits)
+    return entropy, index, torch.minimum(p * mass[:, None], q).sum(dim=-1), q - p
+
+
+@functools.cache
+def compiled_compare():
+    return torch.compile(compare, dynamic=True)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head, softmax, soft cross-entropy and metrics chunk by chunk; gradients are formed at once, no logits kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, last, head, plan, known, factors):
+        """hidden [R, H]: normed outputs of the plan's rows; weight [Vd, H]: the draft's head; last [T, Ht], head: the
+        target's; known [Vd]: target ids of the draft vocabulary; factors [R]: the weight of each row's step.
+        Returns the weighted sum of the cross-entropies and [R, 3]: cross-entropy, right, acceptance.
+        """
+        wide, cuda = torch.promote_types(hidden.dtype, torch.float32), hidden.device.type == "cuda"
+        values = hidden.new_empty(len(hidden), 3, dtype=wide)
+        draws = torch.zeros(len(head.weight), dtype=torch.bool, device=hidden.device).index_fill_(0, known, True)
+        ctx.grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        logits = hidden.new_empty(max((stop - row for *_, row, stop in plan.chunks), default=0), len(weight))
+        work, most = (compiled_compare(), len(logits)) if cuda else (compare, COMPARE_ROWS)
+        for first, end, row, stop in plan.chunks:
+            rows, places = plan.order[row:stop], plan.places[row:stop] - first
+            p, mass, best = head.teach(last[plan.teachers[first:end]], known)
+            x, best = hidden[rows], best[places]
+            drawn = draws[best]  # elsewhere the draft cannot be right and learns nothing
+            chunk = torch.mm(x, weight.T, out=logits[: stop - row])
+            for at in range(0, stop - row, most):
+                part = slice(at, min(at + most, stop - row))
+                entropy, index, accept, grad = work(chunk[part].to(wide), p[places[part]], mass[places[part]])
+                entropy, right = torch.where(drawn[part], entropy, 0.0), known[index] == best[part]
+                values[rows[part]] = torch.stack([entropy, right.to(wide), accept], dim=-1)
+                chunk[part] = grad
+            if any(ctx.needs_input_grad):
+                scale = (factors[rows] * drawn)[:, None].to(x.dtype)
+                ctx.grads[0][rows] = (chunk @ weight).mul_(scale)
+                if wide == x.dtype:
+                    ctx.grads[1].addmm_(chunk.T, x.mul_(scale))
+                else:  # added up in fp32
+                    ctx.grads[1].add_(chunk.T @ x.mul_(scale))
+        return (values[:, 0] * factors).sum(), values
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight = (x.mul_(grad) for x in ctx.grads)
+        return hidden, weight.to(hidden.dtype), None, None, None, None, None
+
+
+def objective(draft, input_ids, position_ids, auxiliary, last, head, plan, d2t, decay):
+    """The training-time test over concatenated documents, for live slots only.
+
+    Later steps' keys are seen by their own slot alone. So at step 0 an unsupervised slot matters by its key and value
+    only, and later not at all: losses and gradients are those of computing every slot in every step.
+    input_ids, position_ids [T] int64; auxiliary [T, n·Ht], last [T, Ht] and head: the target's; plan: of `plan_slots`;
     d2t [Vd] int64 offsets; decay: the weight of step i is decay^i.
     Returns the loss summed over slots and steps (not yet divided by anything), the sums behind the metrics
     (float64 [K, 4]: cross-entropy, argmax correct, acceptance, count), and which predictions were right (bool [K, T]).
     """
-    teacher_logits, teacher_argmax, teacher_logsumexp = teaching
-    known = target_ids(d2t)
-    drawn = torch.isin(teacher_argmax, known)  # elsewhere the draft cannot be right and learns nothing
-    causal = (document_ids[:, None] == document_ids) & (position_ids[:, None] >= position_ids)
-    feature = draft.features(auxiliary.to(draft.fc.weight.dtype))
-    keys, values, loss, sums, correct = [], [], 0.0, [], []
+    layer, dtype = draft.midlayer, draft.fc.weight.dtype
+    lives, keeps = plan.live.split(plan.counts), plan.keep.split(plan.counts)
+    blocks = plan.blocks.split([-(-n // BLOCK) for n in plan.counts], dim=1)
+    tokens = layer.token_parts(F.embedding(input_ids, draft.embedding).to(dtype))
 
-    def attend(q, k, v):
-        keys.append(k)
-        values.append(v)
-        return dense_attention(q, keys, values, causal)
+    def run(i, parts, feature, first, own):
+        """Step i: hidden states, and keys and values: at step 0 of all slots (later given as `first`), after that the
+        live slots' own of steps 1 to i (given as `own` without the last)."""
+        live, state = lives[i], []
 
-    for i, live in enumerate(supervised):
-        feature, logits = draft.step(input_ids.roll(-1 - i), feature, position_ids + i, attend)
-        z, best, total = (part.roll(-1 - i, dims=0) for part in (teacher_logits, teacher_argmax, teacher_logsumexp))
-        z, log_q = upcast(z), upcast(logits).log_softmax(dim=-1)
-        entropy = -(z.softmax(dim=-1) * log_q).sum(dim=-1)
-        entropy = torch.where(live & drawn.roll(-1 - i), entropy, 0.0).sum()
-        loss = loss + decay**i * entropy
-        with torch.no_grad():
-            accepted = torch.minimum((z - upcast(total)[:, None]).exp(), log_q.exp()).sum(dim=-1)
-            right = live & (known[logits.argmax(dim=-1)] == best)
-            parts = (entropy, right.sum(), torch.where(live, accepted, 0.0).sum(), live.sum())
-            sums.append(torch.stack([part.double() for part in parts]))
-            correct.append(right)
-    return loss, torch.stack(sums), torch.stack(correct)
+        def attend(q, k, v):
+            if i == 0:
+                state[:] = k, v
+            else:
+                new = k[:, :, None], v[:, :, None]  # [n, G, 1, D]
+                state[:] = [torch.cat(pair, dim=2) for pair in zip(own, new, strict=True)] if own else new
+            pairs = (k, v, ()) if i == 0 else (*first, state)
+            if draft.attention_backend == "flex_attention" and len(live):
+                return flex_slots(q, *pairs, live, live - position_ids[live], blocks[i])
+            return SlotAttention.apply(q, *pairs[:2], live, plan.spans[i], *pairs[2])
+
+        rotary = draft.rotary(position_ids[live] + i if i else position_ids, dtype)
+        return layer(parts, feature, *rotary, attend, None if i else live), *state
+
+    feature, first, own, outputs = draft.features(auxiliary.to(dtype)), (), (), []
+    for i, live in enumerate(lives):
+        if i and len(live) < len(feature):
+            feature, *own = (x.index_select(0, keeps[i]) for x in (feature, *own))
+        parts = [x.index_select(0, live + 1 + i) if i or x is tokens[0] else x.roll(-1, dims=0) for x in tokens]
+        if draft.gradient_checkpointing and torch.is_grad_enabled():
+            hidden, *state = checkpoint(run, i, parts, feature, first, own, use_reentrant=False)
+        else:
+            hidden, *state = run(i, parts, feature, first, own)
+        first, own = (first, state) if i else (state, ())
+        outputs.append(draft.norm(hidden))
+        feature = outputs[-1] if draft.config.get("norm_output") else hidden
+
+    factors = [torch.full_like(live, decay**i, dtype=upcast(feature).dtype) for i, live in enumerate(lives)]
+    loss, values = draft.lm_head(torch.cat(outputs), last, head, plan, target_ids(d2t), torch.cat(factors))
+    parts = values.split(plan.counts)
+    sums = torch.stack([F.pad(part.double().sum(0), (0, 1), value=len(part)) for part in parts])
+    correct = torch.zeros(len(parts), len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for row, live, part in zip(correct, lives, parts, strict=True):
+        row[live] = part[:, 1] > 0
+    return loss, sums, correct
 
 
 def chain_lengths(correct):
@@ -308,19 +543,14 @@ def acceptance_walk(accepted, loss_mask):
     accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
     each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
     """
-    passes, length, start = [], len(loss_mask), 0
-    while start < length:
-        if not loss_mask[start]:
-            start += 1
-            continue
-        end = start
-        while end + 1 < length and loss_mask[end + 1]:
-            end += 1
+    passes, start = [], 0
+    for supervised, run in itertools.groupby(loss_mask):
+        end = start + len(list(run))
         slot = max(start - 1, 0)
-        while slot + 2 <= end:
+        while supervised and slot + 2 < end:
             passes.append(accepted[slot])
             slot += accepted[slot] + 1
-        start = end + 1
+        start = end
     return passes
 
 
@@ -344,10 +574,11 @@ def engine_config(args, device):
         fail(f"deepspeed_config {args.deepspeed_config} cannot be read: {error}")
     if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
         fail(f"deepspeed_config {args.deepspeed_config} must be a JSON object, and without fp16: bf16 is what trains")
+    micro, accumulated, world = args.draft_micro_batch_size, args.draft_accumulation_steps, args.dp_size
     decided = {
-        "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", args.draft_micro_batch_size),
-        "gradient_accumulation_steps": ("draft_accumulation_steps", args.draft_accumulation_steps),
-        "train_batch_size": ("draft_global_batch_size", args.draft_global_batch_size),
+        "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", micro),
+        "gradient_accumulation_steps": ("draft_accumulation_steps", accumulated),
+        "train_batch_size": ("draft_global_batch_size", micro * accumulated * world),
         "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
     }
     for key, (flag, value) in decided.items():
@@ -394,50 +625,59 @@ def learning_rate_at(step, args):
 # ==================== The data =======================================================================================
 
 
-def objective_inputs(items, target, d2t, args):
-    """The arguments of `objective` for one micro-batch, by name.
+def collate(micro_batches, steps):
+    """Micro-batches, lists of (input_ids [S], loss_mask [S]), as target and objective read them; on the CPU.
 
     An empty one becomes four unsupervised tokens: its gradient is zero, and the ranks stay in step.
     """
-    if not items:
-        weight = target.embedding
-        nothing = torch.zeros(4, dtype=torch.int64, device=weight.device)
-        states = weight.new_zeros(4, len(target.layer_ids) * weight.shape[1]), weight.new_zeros(4, weight.shape[1])
-        items = [(nothing, nothing, *states)]
-    lengths = [len(item[0]) for item in items]
-    input_ids, loss_mask, auxiliary, last = (torch.cat(parts) for parts in zip(*items, strict=True))
-    document_ids = torch.cat([torch.full_like(item[0], number) for number, item in enumerate(items)])
-    return {
-        "input_ids": input_ids,
-        "position_ids": positions_of(lengths, input_ids.device),
-        "document_ids": document_ids,
-        "auxiliary": auxiliary,
-        "teaching": teacher(last, target.head, target_ids(d2t)),
-        "supervised": supervised_slots(loss_mask, document_ids, args.ttt_length),
-        "d2t": d2t,
-        "decay": args.ttt_step_loss_decay,
-    }
+    batches, nothing = [], torch.zeros(4, dtype=torch.int64)
+    for sequences in micro_batches:
+        input_ids, masks = zip(*(sequences or [(nothing, nothing)]), strict=True)
+        lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
+        document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
+        batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
+        batches.append(batch | {"lengths": lengths, "plan": plan})
+    return batches
 
 
-def optimizer_step(engine, target, sequences, d2t, args):
-    """One optimizer step on this rank's sequences. Returns metric sums [K, 4], the sum of chain lengths, tokens read.
+def read_steps(split, args, device, steps=None, **sizes):
+    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes."""
+    data = Steps(split, args.seed, rank=dist.get_rank(), world_size=dist.get_world_size(), **sizes)
+    loader = DataLoader(
+        data, sampler=range(len(data)) if steps is None else steps, batch_size=None, num_workers=args.num_workers,
+        collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
+        prefetch_factor=args.prefetch_factor if args.num_workers else None,
+    )  # fmt: skip
+    for batches in loader:
+        yield [{name: x.to(device, non_blocking=True) if hasattr(x, "to") else x for name, x in batch.items()}
+               for batch in batches]  # fmt: skip
+
+
+def run_objective(draft, target, batches, d2t, args):
+    """Yield what the draft's objective returns for each of this rank's micro-batches."""
+    for batch, (auxiliary, last) in zip(batches, target.states(batches, args.batch_size), strict=True):
+        ids, positions, plan = batch["input_ids"], batch["position_ids"], batch["plan"]
+        yield draft(ids, positions, auxiliary, last, target.head, plan, d2t, args.ttt_step_loss_decay)
+
+
+def optimizer_step(engine, target, batches, d2t, args):
+    """One optimizer step on this rank's micro-batches. Returns metric sums [K, 4] and the sum of chain lengths.
 
     The loss is divided by the supervised step-0 slots of the whole step (all micro-batches, all ranks), so the gradient
     does not depend on how sequences are dealt out. DeepSpeed averages over ranks and micro-batches: hence the factors.
     """
-    masks = [mask for _, mask in sequences]
-    slots = sum(supervised_slots(mask, torch.zeros_like(mask), 1).sum() for mask in masks)
-    total = torch.as_tensor(slots, dtype=torch.float64, device=engine.device).clone()
+    slots = sum(batch["plan"].counts[0] for batch in batches)
+    total = torch.full((), slots, dtype=torch.float64, device=engine.device)
     dist.all_reduce(total)
-    scale = dist.get_world_size() * args.draft_accumulation_steps / total.clamp(min=1)
-    sums, chains, states = 0.0, 0.0, target.states(sequences, args.batch_size)
-    for _ in range(args.draft_accumulation_steps):
-        items = list(itertools.islice(states, args.draft_micro_batch_size))
-        loss, part, correct = engine(**objective_inputs(items, target, d2t, args))
+    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total.clamp(min=1)
+    sums, chains = 0.0, 0.0
+    for number, (loss, part, correct) in enumerate(run_objective(engine, target, batches, d2t, args), 1):
+        engine.set_gradient_accumulation_boundary(number == len(batches))  # steps differ in their number
         engine.backward(loss * scale.to(loss.dtype))
         engine.step()
         sums, chains = sums + part, chains + chain_lengths(correct).sum().double()
-    return sums, chains, sum(len(mask) for mask in masks)
+    return sums, chains
 
 
 # ==================== Measuring ======================================================================================
@@ -447,20 +687,17 @@ def optimizer_step(engine, target, sequences, d2t, args):
 def evaluate(engine, target, data, d2t, args):
     """Metrics of the validation rows over all ranks; acceptance_length from walking every reply as serving does."""
     engine.eval()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows = list(range(rank, len(data), world))
     sums, chains, walk = 0.0, 0.0, torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for start in range(0, math.ceil(len(data) / world), args.batch_size):  # as often on every rank: ZeRO-3 gathers
-        sequences = read_sequences(data, rows[start : start + args.batch_size], engine.device)
-        items = list(target.states(sequences, args.batch_size))
-        _, part, correct = engine.module(**objective_inputs(items, target, d2t, args))
-        accepted = chain_lengths(correct)
-        sums, chains = sums + part, chains + accepted.sum().double()
-        offset = 0
-        for ids, mask, *_ in items:
-            passes = acceptance_walk(accepted[offset : offset + len(ids)].tolist(), mask.tolist())
-            walk += torch.tensor([sum(passes) + len(passes), len(passes)], dtype=torch.float64, device=engine.device)
-            offset += len(ids)
+    sizes = {"global_batch_size": args.batch_size * dist.get_world_size(), "micro_batch_size": args.batch_size}
+    for batches in read_steps(data, args, engine.device, **sizes):
+        results = run_objective(engine.module, target, batches, d2t, args)
+        for batch, (_, part, correct) in zip(batches, results, strict=True):
+            accepted = chain_lengths(correct)
+            sums, chains = sums + part, chains + accepted.sum().double()
+            documents = (x.split(batch["lengths"]) for x in (accepted, batch["loss_mask"]))
+            for drafts, mask in zip(*documents, strict=True):
+                passes = acceptance_walk(drafts.tolist(), mask.tolist())
+                walk += torch.tensor([sum(passes) + len(passes), len(passes)]).to(walk)
     engine.train()
     values = reduced_metrics(sums, chains, args, walk)
     tokens, passes = values.pop("extra")
@@ -620,18 +857,9 @@ def run_settings(args, data_config):
 
 def check_flags(args, world):
     """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
-    for name in (
-        "num_epochs", "batch_size", "max_length", "ttt_length", "draft_global_batch_size", "draft_micro_batch_size",
-        "log_steps", "eval_interval", "save_interval", "build_dataset_num_proc",
-    ):  # fmt: skip
-        if getattr(args, name) < 1:
-            fail(f"{name} is {getattr(args, name)}; it must be at least 1")
-    for name in (
-        "eval_steps", "save_steps", "max_grad_norm", "weight_decay", "warmup_ratio", "learning_rate", "dist_timeout",
-        "ttt_step_loss_decay", "scheduler_warmup_steps", "scheduler_total_steps", "scheduler_num_cosine_cycles",
-    ):  # fmt: skip
-        if (getattr(args, name) or 0) < 0:
-            fail(f"{name} is {getattr(args, name)}; it must not be negative")
+    for name, *_, least in (row for rows in FLAGS.values() for row in rows if len(row) == 5):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            fail(f"{name} is {getattr(args, name)}; it must be at least {least}")
     output, validation = Path(args.output_dir), args.dataset_validation_split
     held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
     for wrong, message in (
@@ -643,22 +871,23 @@ def check_flags(args, world):
         (args.data_path and validation, "data_path brings its own validation split: drop dataset_validation_split"),
         (held, f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): give another one or remove it"),
         (output.is_file(), f"output_dir {output} is a file"),
-        (args.draft_vocab_size == 0, "draft_vocab_size is 0; leave it out for the full vocabulary"),
     ):  # fmt: skip
         if wrong:
             fail(message)
     if args.dp_size not in (None, world):
         print(f"dp_size {args.dp_size} is replaced by {world} (world size / tp_size)")
     args.dp_size = world
+    if args.total_seq_len:
+        args.draft_micro_batch_size = 1  # for the arithmetic of DeepSpeed, which knows no budget of tokens
     micro, batch = args.draft_micro_batch_size * world, args.draft_global_batch_size
-    if batch % micro:
+    if batch % micro and not args.total_seq_len:
         fits = [n for n in (batch // micro * micro, -(-batch // micro) * micro) if n]
         fail(f"draft_global_batch_size {batch} is not a multiple of draft_micro_batch_size "
              f"{args.draft_micro_batch_size} x {world} ranks = {micro}; nearest that fit: "
              f"{' or '.join(map(str, fits))}")  # fmt: skip
-    if args.draft_accumulation_steps not in (None, batch // micro):
+    if args.draft_accumulation_steps not in (None, -(-batch // micro)):
         print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {batch} / {micro}")
-    args.draft_accumulation_steps = batch // micro
+    args.draft_accumulation_steps = -(-batch // micro)
 
 
 def draft_config_for(args, model_dir):
@@ -705,9 +934,18 @@ def prepare_run(args, world):
         fail(f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again")
     if longest > args.max_length:
         fail(f"{folder} has rows of {longest} tokens, max_length is {args.max_length}: give --max_length {longest}")
+    if 0 < args.total_seq_len < longest:
+        fail(f"total_seq_len {args.total_seq_len} is less than the {longest} tokens of the longest row of {folder}")
     if len(data["train"]) < world:
         fail(f"{len(data['train'])} training sequences for {world} ranks: a rank would have none")
-    d2t, config = vocabulary_mapping(args, config, folder)
+    if args.resume_from_checkpoint:
+        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
+        if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
+            print(f"the vocabulary mapping of {args.resume_from_checkpoint} ({len(d2t)} tokens) is kept")
+    else:
+        counts = args.token_freq_path or Path(folder) / "token_freq.pt"
+        d2t = choose_mapping(config["draft_vocab_size"], config["vocab_size"], counts, args.d2t_path, args.t2d_path)
+    config["draft_vocab_size"] = len(d2t)
     set_schedule(args, len(data["train"]))
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return args, config, layers, folder, d2t
@@ -725,28 +963,15 @@ def set_schedule(args, rows):
         fail(f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps} steps")
 
 
-def vocabulary_mapping(args, config, data_folder):
-    """(d2t [Vd] int64, config): a checkpoint's own mapping first, then the files given, then built from the counts."""
-    vocabulary, counts = config["vocab_size"], args.token_freq_path or str(Path(data_folder) / "token_freq.pt")
-    if args.resume_from_checkpoint:
-        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(vocabulary, dtype=torch.int64))
-        if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
-            print(f"the vocabulary mapping of {args.resume_from_checkpoint} ({len(d2t)} tokens) is kept")
-    elif args.d2t_path:
-        d2t = torch.from_numpy(load_mapping(args.d2t_path, args.t2d_path, vocabulary)[0])
-        if config["draft_vocab_size"] not in (vocabulary, len(d2t)):
-            fail(f"draft_vocab_size {config['draft_vocab_size']}, but {args.d2t_path} has {len(d2t)} entries")
-    elif config["draft_vocab_size"] < vocabulary:
-        d2t = torch.from_numpy(build_mapping(read_token_freq(counts), config["draft_vocab_size"], vocabulary)[0])
-    else:
-        d2t = torch.zeros(vocabulary, dtype=torch.int64)
-    return d2t, config | {"draft_vocab_size": len(d2t)}
-
-
 def build_draft(args, config, target, d2t):
     """The draft, initialised from the seed or with a checkpoint's weights."""
     torch.manual_seed(args.seed)
     draft = DraftModel(config, target.embedding)
+    draft.gradient_checkpointing, draft.attention_backend = args.gradient_checkpointing, args.attention_backend
+    if args.attention_backend == "flex_attention" and target.embedding.device.type == "cpu":
+        draft.attention_backend = "sdpa"
+        if dist.get_rank() == 0:
+            print("attention_backend flex_attention has no backward pass on CPUs: sdpa computes the same numbers instead")
     draft.initialise(target.head.weight[target_ids(d2t)])
     if args.resume_from_checkpoint:
         tensors = read_draft(args.resume_from_checkpoint)[1]
@@ -762,14 +987,17 @@ def summary(args, config, layers, draft, data, data_config, share):
     world = dist.get_world_size()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     rows = {split: len(part) for split, part in data.items()}
+    batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
+    if args.total_seq_len:
+        batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
     return "\n".join([
         f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
         f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
-        f"batch       {args.draft_global_batch_size} sequences a step = {args.draft_micro_batch_size} x "
-        f"{args.draft_accumulation_steps} accumulated x {world} ranks; target forward {args.batch_size} sequences",
+        f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
         f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
         f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
+        f"attention   {draft.attention_backend}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
         f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
     ])  # fmt: skip
 
@@ -781,28 +1009,22 @@ def due(count, interval):
 
 def train(args, engine, target, data, d2t, record):
     """The loop: every optimizer step of every epoch; then logging, evaluating and saving where they are due."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows, output_dir = len(data["train"]), Path(args.output_dir)
-    steps_per_epoch = args.steps_per_epoch
-    step, started = 0, time.monotonic()
+    output_dir, steps_per_epoch, started = Path(args.output_dir), args.steps_per_epoch, time.monotonic()
     since, tokens, norms, pending = started, 0, [], None
+    batch_sizes = {"global_batch_size": args.draft_global_batch_size, "micro_batch_size": args.draft_micro_batch_size}
+    batch_sizes["total_seq_len"] = args.total_seq_len
 
-    while step < args.total_steps:
-        epoch, index = divmod(step, steps_per_epoch)
-        if index == 0:
-            order = epoch_order(rows, args.seed, epoch)
-
+    for step, batches in enumerate(
+        read_steps(data["train"], args, engine.device, range(args.total_steps), **batch_sizes), 1
+    ):
         # --- one optimizer step ---
-        mine = step_rows(order, index, args.draft_global_batch_size, rank, world)
-        sequences = read_sequences(data["train"], mine, engine.device)
-        rate = learning_rate_at(step, args)
+        rate = learning_rate_at(step - 1, args)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        sums, chains, count = optimizer_step(engine, target, sequences, d2t, args)
+        sums, chains = optimizer_step(engine, target, batches, d2t, args)
         pending = (sums, chains) if pending is None else (pending[0] + sums, pending[1] + chains)
-        tokens += count
+        tokens += sum(len(batch["input_ids"]) for batch in batches)
         norms.append(engine.get_global_grad_norm())
-        step += 1
         if record.first:
             record.bar.update()
         at, last = step / steps_per_epoch, step == args.total_steps
@@ -829,7 +1051,7 @@ def train(args, engine, target, data, d2t, record):
             since, tokens, norms, pending = time.monotonic(), 0, [], None
 
         # --- evaluate and save: by epochs, by steps, and always at the end ---
-        whole = epoch + 1 if index + 1 == steps_per_epoch else 0  # epochs finished with this step, 0 within one
+        whole = 0 if step % steps_per_epoch else step // steps_per_epoch  # epochs finished now, 0 within one
         paused = time.monotonic()
         if "validation" in data and (last or due(whole, args.eval_interval) or due(step, args.eval_steps)):
             values = evaluate(engine, target, data["validation"], d2t, args)
@@ -843,7 +1065,8 @@ def train(args, engine, target, data, d2t, record):
     record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
 
 
-# (name, type, default, help): a tuple of strings are choices, [int] takes several values, ... means required.
+# (name, type, default, help, least value if any): a tuple of strings are choices, [int] takes several values, ... means
+# required.
 FLAGS = {
     "target and data": [
         ("target_model_path", str, ..., "folder or hub id; a folder may hold one nested model or an MLflow model"),
@@ -851,56 +1074,60 @@ FLAGS = {
         ("dataset_validation_split", str, None, "the same, for evaluation; none: no evaluation"),
         ("data_path", str, None, "folder written by prepare_data.py, instead of the two above"),
         ("chat_template", str, "llama3", "llama3, qwen, gpt-oss, deepseek-r1-distill, or auto = the tokenizer's own"),
-        ("max_length", int, 2048, "tokens; longer conversations are cut at the right"),
-        ("build_dataset_num_proc", int, 96, "processes that tokenise, at most the cores available"),
+        ("max_length", int, 2048, "tokens; longer conversations are cut at the right", 1),
+        ("build_dataset_num_proc", int, 96, "processes that tokenise, at most the cores available", 1),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ],
     "draft": [
         ("draft_model_config", str, None, "JSON of the draft; none: derived from the target"),
-        ("draft_vocab_size", int, None, "tokens that the draft can propose; none: the mapping's, or all"),
+        ("draft_vocab_size", int, None, "tokens that the draft can propose; none: the mapping's, or all", 1),
         ("token_freq_path", str, None, "token counts to choose them by; none: the prepared data's token_freq.pt"),
         ("d2t_path", str, None, "mapping of build_vocab_mapping.py, with t2d_path; none: built from the counts"),
         ("t2d_path", str, None, "the other half of the mapping"),
         ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
-        ("attention_backend", ("flex_attention", "sdpa"), "flex_attention", "this version computes both densely"),
+        ("attention_backend", ("flex_attention", "sdpa"), "flex_attention", "the former on GPUs only; the same numbers"),
         ("dry_run", boolean, False, "initialise the draft, save it as step_00000000, and exit"),
     ],
     "objective and optimizer": [
-        ("ttt_length", int, 7, "steps K of the training-time test"),
-        ("ttt_step_loss_decay", float, 0.8, "the weight of step i is this to the power of i"),
-        ("learning_rate", float, 1e-4, "peak"),
-        ("weight_decay", float, 0.01, "of AdamW"),
-        ("max_grad_norm", float, 0.5, "global norm; 0 = no clipping"),
-        ("warmup_ratio", float, 0.015, "share of the total steps"),
+        ("ttt_length", int, 7, "steps K of the training-time test", 1),
+        ("ttt_step_loss_decay", float, 0.8, "the weight of step i is this to the power of i", 0),
+        ("learning_rate", float, 1e-4, "peak", 0),
+        ("weight_decay", float, 0.01, "of AdamW", 0),
+        ("max_grad_norm", float, 0.5, "global norm; 0 = no clipping", 0),
+        ("warmup_ratio", float, 0.015, "share of the total steps", 0),
         ("scheduler_type", ("cosine", "linear", "constant"), "cosine", "learning rate after the warm-up"),
-        ("scheduler_warmup_steps", int, None, "optimizer steps; none: from warmup_ratio"),
-        ("scheduler_total_steps", int, None, "optimizer steps until the schedule ends; none: with the training"),
-        ("scheduler_num_cosine_cycles", float, 0.5, "0.5 = once down"),
+        ("scheduler_warmup_steps", int, None, "optimizer steps; none: from warmup_ratio", 0),
+        ("scheduler_total_steps", int, None, "optimizer steps until the schedule ends; none: with the training", 0),
+        ("scheduler_num_cosine_cycles", float, 0.5, "0.5 = once down", 0),
     ],
     "length and batches": [
-        ("num_epochs", int, 2, "passes over the data"),
+        ("num_epochs", int, 2, "passes over the data", 1),
         ("total_steps", int, -1, "optimizer steps; positive: instead of num_epochs, the data repeats"),
-        ("batch_size", int, 2, "sequences per rank in one forward of the target, and in evaluation"),
-        ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks"),
-        ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft"),
+        ("batch_size", int, 2, "sequences per rank in one forward of the target, and in evaluation", 1),
+        ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks", 1),
+        ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft", 1),
+        ("total_seq_len", int, 0, "tokens in one forward of the draft instead: as many sequences as fit; 0 = by count", 0),
         ("draft_accumulation_steps", int, None, "derived: global / (micro x ranks); another value is replaced"),
+        ("num_workers", int, 2, "processes per rank that read ahead; 0 = none", 0),
+        ("prefetch_factor", int, 4, "optimizer steps that each of them reads ahead", 1),
+        ("gradient_checkpointing", boolean, False, "recompute the draft's layer in the backward pass, to save memory"),
         ("tp_size", int, 1, "ranks that share one copy of the target; more than 1 is not available yet"),
         ("dp_size", int, None, "derived: ranks / tp_size; another value is replaced"),
     ],
     "run": [
         ("output_dir", str, "./output", "where everything is written"),
-        ("log_steps", int, 50, "optimizer steps between two log lines"),
-        ("eval_interval", int, 1, "epochs; the end is always evaluated"),
-        ("save_interval", int, 1, "epochs; the end is always saved"),
-        ("eval_steps", int, 0, "optimizer steps; 0 = by epoch only"),
-        ("save_steps", int, 0, "optimizer steps; 0 = by epoch only"),
+        ("log_steps", int, 50, "optimizer steps between two log lines", 1),
+        ("eval_interval", int, 1, "epochs; the end is always evaluated", 1),
+        ("save_interval", int, 1, "epochs; the end is always saved", 1),
+        ("eval_steps", int, 0, "optimizer steps; 0 = by epoch only", 0),
+        ("save_steps", int, 0, "optimizer steps; 0 = by epoch only", 0),
         ("resume", boolean, False, "continue the newest checkpoint of output_dir; not available yet"),
         ("resume_from_checkpoint", str, None, "draft whose weights and vocabulary mapping to start from"),
         ("report_to", str, "none", "none, swanlab, tensorboard; several by comma"),
         ("run_name", str, None, "name of the run in the trackers; none: theirs"),
         ("log_dir", str, None, "folder of the trackers' files; none: output_dir/logs"),
         ("seed", int, 0, "of initialisation and data order"),
-        ("dist_timeout", float, 20, "minutes a collective may take; preparing conversations on the fly counts too"),
+        ("dist_timeout", float, 20, "minutes a collective may take; preparing conversations on the fly counts too", 0),
         ("deepspeed_config", str, str(REPOSITORY / "ds_configs" / "zero2.json"), "ZeRO, precision, offload"),
         ("local_rank", int, -1, "set by the launcher; -1 = from LOCAL_RANK"),
     ],
@@ -913,7 +1140,7 @@ def parse_args(argv=None):
     )
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for name, kind, default, text in rows:
+        for name, kind, default, text, *_ in rows:
             if default is ...:
                 options = {"required": True, "help": f"{text} (required)"}
             else:
@@ -957,7 +1184,6 @@ def main(args):
         counts = read_token_freq(Path(data_folder) / "token_freq.pt")
         share = sum(counts.get(token, 0) for token in target_ids(d2t).tolist()) / sum(counts.values())
         print(summary(args, config, layers, draft, data, data_config, share))
-        print(f"attention   dense in this version; {args.attention_backend} gives the same numbers", flush=True)
         write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
 
     engine, d2t = build_engine(args, draft, device), d2t.to(device)

@@ -4,6 +4,7 @@ import json
 import struct
 from types import SimpleNamespace
 
+import dense
 import pytest
 import tiny
 import torch
@@ -13,8 +14,8 @@ import evaluate_eagle3
 from evaluate_eagle3 import CachedDraft, CachedTarget, main, measure, parse_args, sampling, speculate, verify_greedy
 from export_eagle3 import derive_config, read_draft, write_draft
 from prepare_data import open_data, prepare
-from prepare_hidden_states import load_target, positions_of, read_target_config, teacher
-from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, dense_attention, objective, supervised_slots
+from prepare_hidden_states import load_target, positions_of, read_target_config
+from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, objective, plan_slots, supervised_slots
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 VOCABULARY, COUNT, NEW_TOKENS = 300, 4, 40
@@ -81,10 +82,10 @@ def objective_inputs(target, d2t, texts, steps):
     return {
         "input_ids": ids,
         "position_ids": positions_of(lengths),
-        "document_ids": document_ids,
         "auxiliary": auxiliary,
-        "teaching": teacher(last, target.head, torch.arange(len(d2t)) + d2t),
-        "supervised": supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps),
+        "last": last,
+        "head": target.head,
+        "plan": plan_slots(supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps), lengths),
         "d2t": d2t,
         "decay": 0.8,
     }, masks
@@ -112,7 +113,7 @@ def trained(folder, target):
     optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = objective(draft, **inputs)[0] / inputs["supervised"][0].sum()
+        loss = objective(draft, **inputs)[0] / inputs["plan"].counts[0]
         loss.backward()
         optimizer.step()
     return draft.eval(), d2t, texts[:-2], texts[-2:], set(eos_ids)
@@ -125,13 +126,14 @@ def dense_chain(draft, d2t, ids, auxiliary, count):
     auxiliary [n - 1, 3·Ht]. Returns target ids [count] and logits [count, Vd] of the last slot.
     """
     slots = len(ids) - 1
-    positions, causal = torch.arange(slots), torch.ones(slots, slots, dtype=torch.bool).tril()
+    positions, hidden_pairs = torch.arange(slots), torch.ones(slots, slots, dtype=torch.bool).triu(1)
     keys, values, drafted, rows = [], [], [], []
 
     def attend(q, k, v):
-        keys.append(k)
-        values.append(v)
-        return dense_attention(q, keys, values, causal)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        keys.append(k.repeat_interleave(len(q) // len(k), dim=0))
+        values.append(v.repeat_interleave(len(q) // len(v), dim=0))
+        return dense.attention(q, keys, values, hidden_pairs).transpose(0, 1)
 
     tokens, feature = ids[1:], draft.features(auxiliary)
     for i in range(count):

@@ -10,8 +10,8 @@ import torch
 
 from evaluate_eagle3 import load_draft
 from export_eagle3 import check_draft, read_draft
-from prepare_hidden_states import load_target, teacher
-from train_eagle3 import acceptance_walk, chain_lengths, objective, supervised_slots, target_ids
+from prepare_hidden_states import load_target
+from train_eagle3 import acceptance_walk, chain_lengths, plan_slots, supervised_slots
 
 pytestmark = pytest.mark.slow
 
@@ -53,12 +53,9 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
         row = json.loads(line)
         ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])
         auxiliary, last = target.hidden_states(ids, [len(ids)])
-        one_document = torch.zeros_like(ids)
+        plan = plan_slots(supervised_slots(mask, torch.zeros_like(ids), 7), [len(ids)])
         with torch.no_grad():
-            _, _, correct = objective(
-                draft, ids, torch.arange(len(ids)), one_document, auxiliary,
-                teacher(last, target.head, target_ids(d2t)), supervised_slots(mask, one_document, 7), d2t, 0.8,
-            )  # fmt: skip
+            _, _, correct = draft(ids, torch.arange(len(ids)), auxiliary, last, target.head, plan, d2t, 0.8)
         assert acceptance_walk(chain_lengths(correct).tolist(), mask.tolist()) == row["passes"]
 
 

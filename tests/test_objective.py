@@ -3,10 +3,12 @@
 import pytest
 import statement
 import torch
+from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
 import train_eagle3
 from export_eagle3 import FLAGS, with_auxiliary_layers
-from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, objective, supervised_slots
+from prepare_hidden_states import Head
+from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, objective, plan_slots, supervised_slots
 
 ROPES = {
     "default": None,
@@ -34,12 +36,15 @@ def draft_config(rope="default", **options):
     }  # fmt: skip
 
 
-def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=0, **options):
+def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options):
     """A draft with random weights; documents with two replies each and positions beyond max_position_embeddings / 2."""
     torch.manual_seed(seed)
     embedding = torch.randn(VOCABULARY, 24, dtype=torch.float64)
     draft = DraftModel(draft_config(rope, **options), embedding.to(dtype))
-    layers = options.get("num_aux_hidden_states", 3)
+    layers, head = (
+        options.get("num_aux_hidden_states", 3),
+        3 * torch.randn(VOCABULARY, TARGET_HIDDEN, dtype=torch.float64),
+    )
     for parameter in draft.parameters():
         scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
         parameter.data = (torch.randn_like(parameter, dtype=torch.float64) * scale).to(dtype)
@@ -49,30 +54,72 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=0, **options
         mask = torch.ones(length, dtype=torch.int64)
         mask[: length // 3] = 0
         mask[length // 2 : length // 2 + 2] = 0  # two replies
+        last = torch.randn(length, TARGET_HIDDEN, dtype=torch.float64) / TARGET_HIDDEN**0.5
         documents.append({
-            "ids": torch.randint(VOCABULARY, (length,)), "mask": mask,
+            "ids": torch.randint(VOCABULARY, (length,)), "mask": mask, "last": last, "head": head, "logits": last @ head.T,
             "auxiliary": torch.randn(length, layers * TARGET_HIDDEN, dtype=torch.float64),
-            "logits": 3 * torch.randn(length, VOCABULARY, dtype=torch.float64),
         })  # fmt: skip
     return draft, embedding, documents, draft_ids
 
 
 def inputs(documents, draft_ids, dtype, steps=STEPS):
     """The objective's arguments for documents put behind one another."""
-    joined = {name: torch.cat([document[name] for document in documents]) for name in documents[0]}
+    joined = {
+        name: torch.cat([document[name] for document in documents]) for name in ("ids", "mask", "auxiliary", "last")
+    }
     lengths = [len(document["ids"]) for document in documents]
     document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    logits = joined["logits"].to(dtype)
     return {
         "input_ids": joined["ids"],
         "position_ids": torch.cat([torch.arange(n) for n in lengths]),
-        "document_ids": document_ids,
         "auxiliary": joined["auxiliary"].to(dtype),
-        "teaching": (logits[:, draft_ids], logits.argmax(-1), logits.logsumexp(-1)),
-        "supervised": supervised_slots(joined["mask"], document_ids, steps),
+        "last": joined["last"].to(dtype),
+        "head": Head(documents[0]["head"].to(dtype)),
+        "plan": plan_slots(supervised_slots(joined["mask"], document_ids, steps), lengths),
         "d2t": draft_ids - torch.arange(len(draft_ids)),
         "decay": DECAY,
     }
+
+
+@pytest.fixture(params=["sdpa", "sdpa without a kernel", "flex_attention"])
+def backend(request, monkeypatch):
+    """Each way to attend, with chunks and blocks so small that documents have several of each."""
+    sizes = {"QUERY_CHUNK": 5, "BLOCK": 8, "HEAD_ROWS": 16, "HEAD_TOKENS": 7, "COMPARE_ROWS": 4}
+    for name, size in sizes.items():
+        monkeypatch.setattr(train_eagle3, name, size)
+    if request.param == "sdpa without a kernel":
+        monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())
+    monkeypatch.setattr(train_eagle3, "flex_attention", flex_in_plain_torch)
+    return request.param.split()[0]
+
+
+def visible(block_mask, queries, keys):
+    """bool [queries, keys]: what a BlockMask lets through, read off its tables of partial and full blocks."""
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    size = block_mask.BLOCK_SIZE[0]
+    tables = (
+        (block_mask.kv_num_blocks, block_mask.kv_indices, False),
+        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
+    )
+    for counts, indices, full in tables:
+        for row, count in enumerate(counts[0, 0].tolist()):
+            for column in indices[0, 0, row, :count].tolist():
+                here = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
+                assert not seen[here].any(), "a block is visited twice"
+                q, k = torch.arange(queries)[here[0], None], torch.arange(keys)[here[1]]
+                seen[here] = full or block_mask.mask_mod(0, 0, q, k)
+    return seen
+
+
+def flex_in_plain_torch(q, k, v, block_mask, enable_gqa, return_aux):
+    """FlexAttention has no backward on CPUs: this stands in for its kernel, and computes what its block mask says."""
+    assert enable_gqa and return_aux.lse
+    assert q.shape[2] % block_mask.BLOCK_SIZE[0] == k.shape[2] % block_mask.BLOCK_SIZE[1] == 0
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(
+        ~visible(block_mask, q.shape[2], k.shape[2]), -torch.inf
+    )
+    return scores.softmax(-1) @ v, AuxOutput(lse=scores.logsumexp(-1))
 
 
 def gradients(draft):
@@ -92,14 +139,19 @@ def compare_with_statement(case, dtype, tolerance):
     expected, expected_sums, expected_accepted = statement.run(
         draft.config, weights, embedding, documents, draft_ids.tolist(), STEPS, DECAY
     )
-    expected.backward()
+    expected = torch.as_tensor(expected)  # a float if there is nothing to learn from
+    if expected.requires_grad:
+        expected.backward()
 
     loss, sums, correct = objective(draft, **inputs(documents, draft_ids, dtype))
     loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
     assert sums.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
     assert chain_lengths(correct).tolist() == sum(expected_accepted, [])
     for name, gradient in gradients(draft).items():
+        if expected == 0:
+            assert not gradient.any(), name
+            continue
         assert relative(gradient, weights[name].grad) < tolerance, name
         assert gradient.norm() > 0, f"{name} gets no gradient"
     return expected.item(), sum(map(sum, expected_accepted))
@@ -122,6 +174,71 @@ def test_objective_and_gradients_with_an_option_equal_the_statement(option):
         weights = {name: p.detach() for name, p in draft.named_parameters()}
         loss = statement.run(without, weights, embedding, documents, draft_ids.tolist(), STEPS, DECAY)[0]
         assert abs(float(loss) / expected - 1) > 1e-4
+
+
+RAGGED = {  # loss masks of the documents of a micro-batch
+    "one reply each": ["0001111111", "00000111111111111111111"],
+    "everything": ["1" * 9, "1" * 17, "11"],
+    "several replies": ["0011111001110", "000111101", "0111110000"],
+    "one token": ["00010000", "0000"],
+    "two tokens": ["000110000"],
+    "every other token": ["01" * 9, "10" * 5],
+    "replies of two and three": ["011001110110", "0111"],
+    "unsupervised documents around": ["0000000", "00011111", "000", "01111111111", "00000"],
+    "nothing": ["00000000", "000"],
+    "a document of one token": ["1", "01111111111", "1"],
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("spans", RAGGED)
+def test_every_backend_with_ragged_spans_equals_the_statement(spans, backend, checkpointing):
+    masks = [torch.tensor([int(x) for x in mask]) for mask in RAGGED[spans]]
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        draft, embedding, documents, draft_ids = case(dtype=dtype, lengths=[len(mask) for mask in masks])
+        draft.attention_backend, draft.gradient_checkpointing = backend, checkpointing
+        for document, mask in zip(documents, masks, strict=True):
+            document["mask"] = mask
+        compare_with_statement((draft, embedding, documents, draft_ids), dtype, tolerance)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_backend_with_options_and_checkpointing_equals_the_statement(option, backend):
+    draft, *rest = case("llama3", **OPTIONS[option])
+    draft.attention_backend, draft.gradient_checkpointing = backend, True
+    compare_with_statement((draft, *rest), torch.float64, 1e-6)
+
+
+def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(monkeypatch):
+    """Forward only, which CPUs have; lengths of several blocks of the real size, several documents, ragged spans."""
+    torch.manual_seed(0)
+    lengths = (150, 7, 300, 129)
+    mask = torch.cat([(torch.rand(n) < 0.9).long() for n in lengths])
+    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    plan = plan_slots(supervised_slots(mask, document_ids, 3), lengths)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])
+    k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
+    blocks = plan.blocks.split([-(-n // train_eagle3.BLOCK) for n in plan.counts], dim=1)
+    for live, spans, block in zip(plan.live.split(plan.counts), plan.spans, blocks, strict=True):
+        q, own = torch.randn(len(live), 4, 16), [torch.randn(len(live), 2, 3, 16) for _ in range(2)]
+        begin = live - position_ids[live]
+        results = []
+        for flex in (flex_attention, flex_in_plain_torch):
+            monkeypatch.setattr(train_eagle3, "flex_attention", flex)
+            results.append(train_eagle3.flex_slots(q, k, v, own, live, begin, block))
+        results.append(train_eagle3.SlotAttention.apply(q, k, v, live, spans, *own))
+        assert torch.allclose(results[0], results[1], atol=1e-5)
+        assert torch.allclose(results[2], results[1], atol=1e-5)
+
+
+def test_compare_compiles_to_the_same_numbers():
+    """On GPUs it is compiled into one kernel; the compiler takes the same code here."""
+    torch.manual_seed(0)
+    arguments = 4 * torch.randn(5, 300), torch.randn(5, 300).softmax(-1), torch.rand(5)
+    for got, expected in zip(
+        train_eagle3.compiled_compare()(*arguments), train_eagle3.compare(*arguments), strict=True
+    ):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_statement_tells_ropes_and_alignment_apart():
@@ -184,7 +301,7 @@ def test_dead_slots_and_unsupervised_text_behind_a_reply_change_nothing():
     base = objective(draft, **inputs(documents, draft_ids, torch.float64))[0]
     documents[0]["auxiliary"][15:] = 7.0
     documents[0]["ids"][15:] = 3
-    documents[0]["logits"][15:] = 0.0
+    documents[0]["last"][15:] = 0.0
     assert float(objective(draft, **inputs(documents, draft_ids, torch.float64))[0]) == float(base)
 
 

@@ -11,9 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import prepare_hidden_states
@@ -22,10 +20,8 @@ from prepare_hidden_states import (
     Head,
     load_target,
     positions_of,
-    read_sequences,
     read_target_tensor,
     resolve_target,
-    teacher,
 )
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -145,15 +141,21 @@ def test_states_see_nothing_of_the_other_sequences(family):
     assert not close(*whole)
 
 
-def test_states_yields_the_sequences_in_order(llama_folder):
-    target = load_target(llama_folder)
-    sequences = [(torch.randint(400, (n,)), torch.ones(n, dtype=torch.int64)) for n in (5, 1, 30, 8, 2)]
-    found = list(target.states(sequences, 2))
-    assert len(found) == 5
-    for (ids, mask), (got_ids, got_mask, auxiliary, last) in zip(sequences, found, strict=True):
-        expected = target.hidden_states(ids, [len(ids)])
-        assert torch.equal(ids, got_ids) and torch.equal(mask, got_mask)
-        assert close(auxiliary, expected[0]) and close(last, expected[1])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
+def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, monkeypatch):
+    target, forwards = load_target(llama_folder), []
+    forward = target.hidden_states
+    monkeypatch.setattr(target, "hidden_states", lambda ids, n: forwards.append(n) or forward(ids, n), raising=False)
+    batches = [
+        {"input_ids": torch.randint(400, (sum(lengths),)), "lengths": lengths} for lengths in ([5, 1, 30], [8], [2, 3])
+    ]
+    found = list(target.states(batches, batch_size))
+    assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
+    for batch, (auxiliary, last) in zip(batches, found, strict=True):
+        expected = [forward(ids, [len(ids)]) for ids in batch["input_ids"].split(batch["lengths"])]
+        assert close(auxiliary, torch.cat([e[0] for e in expected])) and close(
+            last, torch.cat([e[1] for e in expected])
+        )
 
 
 def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
@@ -169,14 +171,6 @@ def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
 
 def test_positions_restart():
     assert positions_of([3, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
-
-
-def test_read_sequences():
-    data = Dataset.from_dict({"input_ids": [[5, 6], [7], [8, 9, 10]], "loss_mask": [[0, 1], [1], [0, 0, 1]]})
-    pairs = read_sequences(data, [2, 0], "cpu")
-    assert [(ids.tolist(), mask.tolist()) for ids, mask in pairs] == [([8, 9, 10], [0, 0, 1]), ([5, 6], [0, 1])]
-    assert all(part.dtype == torch.int64 for pair in pairs for part in pair)
-    assert read_sequences(data, [], "cpu") == []
 
 
 # ---------------------------------------------------------------------------- loading
@@ -295,67 +289,45 @@ def full_logits(head, hidden):
     return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
 
 
-@pytest.mark.parametrize("chunks", [(16384, 4096), (64, 7), (1, 1000), (250, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.125, "bias": True}])
-def test_teacher_equals_the_full_logits(options, chunks, monkeypatch):
-    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", chunks[0])
-    monkeypatch.setattr(prepare_hidden_states, "TOKEN_CHUNK", chunks[1])
+def test_head_teaches_what_the_full_logits_say(options, dtype):
     torch.manual_seed(0)
     bias = 3 * torch.randn(501) if options.get("bias") else None
     head, hidden = Head(torch.randn(501, 16), **{**options, "bias": bias}), torch.randn(23, 16)
-    full = full_logits(head, hidden)
-    for draft_ids in (torch.randperm(501)[:60].sort().values, None):
-        logits, argmax, logsumexp = teacher(hidden, head, draft_ids)
-        assert logits.dtype == logsumexp.dtype == torch.float32 and argmax.dtype == torch.int64
-        assert torch.allclose(logits.double(), full if draft_ids is None else full[:, draft_ids], atol=1e-5)
+    full, head.weight = full_logits(head, hidden), head.weight.to(dtype)
+    head.bias = None if bias is None else bias.to(dtype)
+    for draft_ids in (torch.randperm(501)[:60].sort().values, torch.arange(501)):
+        p, mass, argmax = head.teach(hidden, draft_ids)
+        assert p.dtype == mass.dtype == dtype and argmax.dtype == torch.int64
+        assert torch.allclose(p.double(), full[:, draft_ids].softmax(-1), atol=1e-6)
+        assert torch.allclose(mass.double(), full.softmax(-1)[:, draft_ids].sum(-1), atol=1e-6)
         assert torch.equal(argmax, full.argmax(-1))
-        assert torch.allclose(logsumexp.double(), full.logsumexp(-1), atol=1e-5)
+    assert head.teach(hidden.to(torch.bfloat16), draft_ids)[0].dtype == dtype
+
+
+def test_a_draft_vocabulary_that_the_target_never_says_is_no_division_by_zero():
+    head = Head(torch.tensor([[400.0], [0.0], [1.0]]))
+    p, mass, argmax = head.teach(torch.ones(1, 1), torch.tensor([1, 2]))
+    assert (
+        torch.allclose(p, torch.tensor([[0.0, 1.0]]).softmax(-1)) and mass.tolist() == [0.0] and argmax.tolist() == [0]
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
-def test_teacher_takes_the_lowest_of_equal_ids(softcap, monkeypatch):
-    """Equal rows of the head in one chunk and in several; a soft cap also makes all large logits equal."""
-    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", 10)
+def test_head_takes_the_lowest_of_equal_ids(softcap):
+    """Equal rows of the head; a soft cap also makes all large logits equal."""
     torch.manual_seed(0)
     weight = torch.randint(-3, 4, (100, 8)).float()  # whole numbers: no rounding
-    best = torch.full((8,), 4.0)
     for ids in ([37, 38], [12, 95], [99], [0, 9, 10]):
         head = Head(weight.clone(), softcap=softcap)
-        head.weight[ids] = best
-        hidden = torch.ones(5, 8)
-        assert teacher(hidden, head, torch.arange(3))[1].tolist() == [int(head.logits(hidden)[0].argmax())] * 5
-        assert softcap or teacher(hidden, head)[1].tolist() == [min(ids)] * 5
+        head.weight[ids] = torch.full((8,), 4.0)
+        argmax = head.teach(torch.ones(5, 8), torch.arange(3))[2].tolist()
+        assert argmax == [int(head.logits(torch.ones(1, 8)).argmax())] * 5
+        assert softcap or argmax == [min(ids)] * 5
     saturated = Head(torch.full((100, 8), 50.0), softcap=0.5)
     saturated.weight[:42] = -50.0
-    assert teacher(torch.ones(2, 8), saturated)[1].tolist() == [42, 42]
-
-
-class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation gives back."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for part in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(part, torch.Tensor):
-                self.elements = max(self.elements, part.numel())
-        return result
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_teacher_makes_no_tensor_of_tokens_by_vocabulary(softcap, monkeypatch):
-    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", 128)
-    monkeypatch.setattr(prepare_hidden_states, "TOKEN_CHUNK", 16)
-    count, vocabulary, size, columns = 64, 4096, 8, 32
-    head, hidden = Head(torch.randn(vocabulary, size), softcap=softcap), torch.randn(count, size)
-    with Largest() as largest:
-        teacher(hidden, head, torch.arange(columns))
-    assert largest.elements == max(count * columns, 16 * 128) < count * vocabulary / 100
-    monkeypatch.setattr(prepare_hidden_states, "VOCABULARY_CHUNK", vocabulary)
-    with Largest() as largest:  # the measurement sees what it should
-        teacher(hidden, head, torch.arange(columns))
-    assert largest.elements == 16 * vocabulary
+    assert saturated.teach(torch.ones(2, 8), torch.arange(100))[2].tolist() == [42, 42]
 
 
 # ---------------------------------------------------------------------------- command line
