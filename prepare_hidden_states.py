@@ -10,9 +10,13 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
 """
 
 import argparse
+import bisect
 import contextlib
+import ctypes
 import datetime
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +24,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,10 +32,14 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, normalise_argv
+from prepare_data import SMALL_FILES, Steps, boolean, fail, load_tokenizer, locate, normalise_argv
 
+QUERY_CHUNK = 128  # slots whose attention is formed at a time
+BLOCK = 128  # slots and keys of a block of FlexAttention
+HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
@@ -60,9 +69,68 @@ def start_distributed(timeout, local_rank=-1):
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout)
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     return device
+
+
+def keep_freed_memory():
+    """On CPUs: have glibc keep what is freed. It would give large blocks back and page them in anew in every step."""
+    with contextlib.suppress(AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def read_deepspeed_config(path, decided, device):
+    """DeepSpeed's configuration of a JSON file, completed by what flags decide: {key: (flag, value)}.
+
+    A value in the file that contradicts a flag ends the program.
+    """
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"deepspeed_config {path} cannot be read: {error}")
+    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
+        fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
+    for key, (flag, value) in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
+        config[key] = value
+    for key in {"optimizer", "scheduler"} & config.keys():
+        fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
+    half = config.setdefault("bf16", {})
+    if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
+        half["enabled"] = device.type == "cuda"
+    config.setdefault("steps_per_print", sys.maxsize)
+    return config
+
+
+def flag_parser(description, groups):
+    """The parser of {title: [(name, type, default, help, least value if any)]}.
+
+    type: a tuple lists choices, [int] takes several values; default ... means required.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text, *_ in rows:
+            shown = "none" if default is None else Path(default).name if name == "deepspeed_config" else default
+            options = {"default": default, "help": f"{text} (default: {shown})"}
+            if default is ...:
+                options = {"required": True, "help": f"{text} (required)"}
+            if isinstance(kind, tuple):
+                options["choices"] = kind
+            elif isinstance(kind, list):
+                options |= {"type": kind[0], "nargs": "+"}
+            else:
+                options |= {"type": kind} | ({"nargs": "?", "const": True} if kind is boolean else {})
+            group.add_argument(f"--{name}", **options)
+    parser.error = fail
+    return parser
 
 
 def on_first_rank(work):
@@ -83,6 +151,150 @@ def on_first_rank(work):
     return result[0]
 
 
+def on_each_node(work):
+    """Run work() on the first rank of each node, then on the others: they find what it downloaded."""
+    for turn in (True, False):
+        if turn == (os.environ["LOCAL_RANK"] == "0"):
+            result = work()
+        dist.barrier()
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches: concatenated documents, and which of their slots are supervised
+
+
+def positions_of(lengths, device=None):
+    """Position ids [sum(lengths)] int64 that restart with every sequence."""
+    return torch.cat([torch.arange(n, device=device) for n in lengths])
+
+
+def supervised_slots(loss_mask, document_ids, steps):
+    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
+
+    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
+    token that the target itself produced and ends with the reply; once dead it stays dead.
+    """
+
+    def ahead(n):
+        """loss_mask n tokens further on, 0 beyond the document."""
+        inside = torch.zeros_like(loss_mask, dtype=torch.bool)
+        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
+        return inside & loss_mask.bool().roll(-n)
+
+    alive, rows = ahead(1), []
+    for i in range(steps):
+        alive = alive & ahead(2 + i)
+        rows.append(alive)
+    return torch.stack(rows)
+
+
+def acceptance_walk(accepted, loss_mask):
+    """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
+
+    accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
+    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
+    """
+    passes, start = [], 0
+    for supervised, run in itertools.groupby(loss_mask):
+        end = start + len(list(run))
+        slot = max(start - 1, 0)
+        while supervised and slot + 2 < end:
+            passes.append(accepted[slot])
+            slot += accepted[slot] + 1
+        start = end
+    return passes
+
+
+class Plan(NamedTuple):
+    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
+
+    Rows are the live slots of step 0, then of step 1, and so on: R in all.
+    """
+
+    counts: list  # K ints n_i: live slots of each step
+    live: torch.Tensor  # [R]: the slots, ascending in each step
+    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
+    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
+    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
+    teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
+    order: torch.Tensor  # [R]: rows by the token of their teacher
+    places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
+    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
+
+
+def plan_slots(supervised, lengths):
+    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
+    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
+    starts = torch.tensor(bounds)
+    live = [row.nonzero().flatten() for row in supervised]
+    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
+    spans, blocks = [], []
+    for slots in live:
+        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
+        pieces = zip(first_tokens, borders, strict=True)
+        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
+                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
+        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
+        head = torch.arange(0, len(slots), BLOCK)
+        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
+        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
+        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
+        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
+        full = torch.minimum(-(-begin[tail] // BLOCK), end)
+        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
+    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
+    teachers, places = tokens.unique_consecutive(return_inverse=True)
+    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
+    while first < len(teachers):
+        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
+        chunks.append((first, end, row, ends[end - 1]))
+        first, row = end, ends[end - 1]
+    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
+    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
+
+
+def collate(micro_batches, steps):
+    """Micro-batches, lists of (input_ids [S], loss_mask [S]), as target and objective read them; on the CPU.
+
+    An empty one becomes four unsupervised tokens: its gradient is zero, and the ranks stay in step.
+    Returns (all tensors in one int64 [N], the batches with sizes in their place): a worker needs a file descriptor for
+    each tensor that it hands over, and one tensor is pinned and copied to the device at once.
+    """
+    batches, tensors, nothing = [], [], torch.zeros(4, dtype=torch.int64)
+    for sequences in micro_batches:
+        input_ids, masks = zip(*(sequences or [(nothing, nothing)]), strict=True)
+        lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
+        document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
+        batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
+        batch |= {"lengths": lengths, **plan._asdict()}
+        tensors += [x.flatten() for x in batch.values() if torch.is_tensor(x)]
+        batches.append({name: x.shape if torch.is_tensor(x) else x for name, x in batch.items()})
+    return torch.cat(tensors), batches
+
+
+def read_steps(split, args, device, steps=None, **sizes):
+    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes."""
+    data = Steps(split, args.seed, rank=dist.get_rank(), world_size=dist.get_world_size(), **sizes)
+    loader = DataLoader(
+        data, sampler=range(len(data)) if steps is None else steps, batch_size=None, num_workers=args.num_workers,
+        collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
+        prefetch_factor=args.prefetch_factor if args.num_workers else None,
+    )  # fmt: skip
+    for tensors, batches in loader:
+        sizes = [x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]
+        parts = iter(tensors.to(device, non_blocking=True).split(sizes))
+        yield [
+            {name: next(parts).view(x) if isinstance(x, torch.Size) else x for name, x in batch.items()}
+            for batch in batches
+        ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The target
+
+
 @dataclass
 class Head:
     """The target's output head: logits = scale · (W h + b), and with a soft cap c: c · tanh(logits / c)."""
@@ -100,21 +312,19 @@ class Head:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def teach(self, hidden, draft_ids):
-        """What the target says about the next token: p [N, Vd] over the draft vocabulary, in fp32 at least; mass [N], the
-        share of the whole that this is; argmax [N] over the full vocabulary (the lowest id among equals).
+        """What the target says about the next token: p [N, Vd] over the draft vocabulary, in fp32 at least; mass [N],
+        the share of the whole that this is; argmax [N] over the full vocabulary (the lowest id among equals).
 
         hidden [N, Ht]: few rows at a time, as [N, V] logits are formed. draft_ids [Vd]: target ids, ascending.
         """
         logits = self.logits(hidden)
-        best, total = logits.argmax(dim=-1), logits.logsumexp(dim=-1)
+        top, best = logits.max(dim=-1)
+        share = logits.softmax(dim=-1).gather(1, best[:, None])[:, 0]  # so the logsumexp is top - log(share)
         if len(draft_ids) < logits.shape[1]:
             logits = logits[:, draft_ids]
-        return logits.softmax(dim=-1), (logits.logsumexp(dim=-1) - total).exp(), best
-
-
-def positions_of(lengths, device=None):
-    """Position ids [sum(lengths)] int64 that restart with every sequence."""
-    return torch.cat([torch.arange(n, device=device) for n in lengths])
+        p = logits.softmax(dim=-1)
+        drafted, index = logits.max(dim=-1)
+        return p, (drafted - top).exp() * share / p.gather(1, index[:, None])[:, 0], best
 
 
 @dataclass
@@ -319,17 +529,18 @@ def read_target_tensor(model_dir, names):
     fail(f"{model_dir} holds none of the tensors {', '.join(names)}")
 
 
+FLAGS = {
+    "the target and a text": [
+        ("target_model_path", str, ..., "folder or hub id of the target"),
+        ("text", str, ..., "text to run the target on"),
+        ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
+        ("trust_remote_code", boolean, False, "run code that comes with the target"),
+    ]
+}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--target_model_path", required=True, help="folder or hub id of the target")
-    parser.add_argument("--text", required=True, help="text to run the target on")
-    parser.add_argument("--target_layer_ids", type=int, nargs="+", help="auxiliary layers (default: 2 L//2 L-3)")
-    parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False,
-                        help="run code that comes with the target (default: false)")  # fmt: skip
-    parser.error = fail
-    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+    return flag_parser(__doc__, FLAGS).parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
 
 
 def main(args):

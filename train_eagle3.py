@@ -15,15 +15,11 @@ Slots and steps: slot j of a document drafts x[j+2+i] at step i (0-based) from t
 target's hidden states at j, later its own output of the step before (EAGLE-3, arXiv 2503.01840).
 """
 
-import argparse
-import bisect
 import datetime
 import functools
 import importlib.metadata
-import itertools
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -31,7 +27,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -40,42 +35,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 from transformers.utils.logging import disable_progress_bar
 
+# isort: off
+# (it would give every name a line of its own)
 from build_vocab_mapping import choose_mapping, target_ids
 from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
-from prepare_data import (
-    Steps,
-    boolean,
-    fail,
-    hash_tokenizer,
-    load_tokenizer,
-    normalise_argv,
-    open_data,
-    prepare,
-    read_token_freq,
-    write_atomic,
-)  # fmt: skip
-from prepare_hidden_states import (
-    load_target,
-    on_first_rank,
-    positions_of,
-    read_target_config,
-    resolve_target,
-    start_distributed,
-)  # fmt: skip
+from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, normalise_argv, open_data, prepare
+from prepare_data import read_token_freq, write_atomic
+from prepare_hidden_states import BLOCK, Plan, acceptance_walk, flag_parser, load_target, on_each_node, on_first_rank
+from prepare_hidden_states import read_deepspeed_config, read_steps, read_target_config, resolve_target
+from prepare_hidden_states import start_distributed
+# isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
-QUERY_CHUNK = 128  # slots whose attention is formed at a time
 QKV = ("q_proj", "k_proj", "v_proj")
-BLOCK = 128  # slots and keys of a block of FlexAttention
-HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
 MASKED_KERNEL = ("cpu",)  # devices with an attention kernel that takes any mask and returns the logsumexp
-COMPARE_ROWS = 64  # of these, compared at a time: they stay in a CPU core's cache
+COMPARE_ROWS = 16  # of these, compared at a time: they stay in the cache of a CPU core
 ALIASES = {  # other trainers' names of the same thing
     "verifier_name_or_path": "target_model_path", "train_data_path": "dataset_train_split",
     "eval_data_path": "dataset_validation_split", "draft_config": "draft_model_config", "epochs": "num_epochs",
@@ -85,9 +64,8 @@ ALIASES = {  # other trainers' names of the same thing
     "output_model_path": "output_dir", "save_path": "output_dir", "logger": "report_to",
 }  # fmt: skip
 
+
 # ==================== The draft ======================================================================================
-
-
 def upcast(x):
     """x in fp32 at least: half-precision inputs are normalised and summed in fp32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -219,79 +197,6 @@ class DraftModel(nn.Module):
 
 
 # ==================== The objective ==================================================================================
-
-
-def supervised_slots(loss_mask, document_ids, steps):
-    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
-
-    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
-    token that the target itself produced and ends with the reply; once dead it stays dead.
-    """
-
-    def ahead(n):
-        """loss_mask n tokens further on, 0 beyond the document."""
-        inside = torch.zeros_like(loss_mask, dtype=torch.bool)
-        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
-        return inside & loss_mask.bool().roll(-n)
-
-    alive, rows = ahead(1), []
-    for i in range(steps):
-        alive = alive & ahead(2 + i)
-        rows.append(alive)
-    return torch.stack(rows)
-
-
-class Plan(NamedTuple):
-    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
-
-    Rows are the live slots of step 0, then of step 1, and so on: R in all.
-    """
-
-    counts: list  # K ints n_i: live slots of each step
-    live: torch.Tensor  # [R]: the slots, ascending in each step
-    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
-    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
-    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
-    teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
-    order: torch.Tensor  # [R]: rows by the token of their teacher
-    places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
-    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
-
-    def to(self, *where, **options):
-        return Plan(*(x.to(*where, **options) if torch.is_tensor(x) else x for x in self))
-
-
-def plan_slots(supervised, lengths):
-    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
-    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
-    starts = torch.tensor(bounds)
-    live = [row.nonzero().flatten() for row in supervised]
-    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
-    spans, blocks = [], []
-    for slots in live:
-        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
-        pieces = zip(first_tokens, borders, strict=True)
-        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
-                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
-        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
-        head = torch.arange(0, len(slots), BLOCK)
-        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
-        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
-        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
-        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
-        full = torch.minimum(-(-begin[tail] // BLOCK), end)
-        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
-    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
-    teachers, places = tokens.unique_consecutive(return_inverse=True)
-    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
-    while first < len(teachers):
-        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
-        chunks.append((first, end, row, ends[end - 1]))
-        first, row = end, ends[end - 1]
-    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
-    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
-
-
 def attend_keys(q, k, v, mask):
     """softmax(q k^T / sqrt(D) + mask) v and its logsumexp; q [1, G, N, D], k and v [1, G, M, D], mask [1, 1, N, M]."""
     if q.device.type in MASKED_KERNEL:
@@ -313,7 +218,7 @@ def attend_keys_backward(grad, q, k, v, out, lse, mask):
 
 
 def merge_own(q, out, lse, own):
-    """Attention over step-0 keys (out [n, A, D], lse [n, A]) and the slot's own keys, as one softmax with its logsumexp.
+    """Attention over step-0 keys (out [n, A, D], lse [n, A]) and the slot's own keys as one softmax, and its logsumexp.
 
     own: keys [n, G, i, D] and values [n, G, i, D] of i later steps.
     """
@@ -349,17 +254,15 @@ class SlotAttention(torch.autograd.Function):
         return x.unflatten(1, (groups, -1)).movedim(0, 2).flatten(1, 2)[None]
 
     @staticmethod
-    def ungrouped(x, count):
+    def ungrouped(x, queries):
         """[1, G, A/G · N, ...] -> [N, A, ...]"""
-        return x[0].unflatten(1, (-1, count)).movedim(2, 0).flatten(1, 2)
+        return x[0].unflatten(1, (-1, queries.stop - queries.start)).movedim(2, 0).flatten(1, 2)
 
     @staticmethod
     def forward(ctx, q, k, v, live, spans, *own):
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for queries, _, parts, mask in SlotAttention.chunks(q, k, v, live, spans):
-            part, total = attend_keys(*parts, mask)
-            count = queries.stop - queries.start
-            out[queries], lse[queries] = SlotAttention.ungrouped(part, count), SlotAttention.ungrouped(total, count)
+            out[queries], lse[queries] = (SlotAttention.ungrouped(x, queries) for x in attend_keys(*parts, mask))
         if own:
             out, lse = merge_own(q, out, lse, own)
         ctx.save_for_backward(q, k, v, live, out, lse, *own)
@@ -374,7 +277,7 @@ class SlotAttention(torch.autograd.Function):
         for queries, keys, parts, mask in SlotAttention.chunks(q, k, v, live, ctx.spans):
             whole = [SlotAttention.grouped(x[queries], groups) for x in (grad, out, lse)]
             parts = attend_keys_backward(whole[0], *parts, *whole[1:], mask)
-            dq[queries] = SlotAttention.ungrouped(parts[0], queries.stop - queries.start)
+            dq[queries] = SlotAttention.ungrouped(parts[0], queries)
             dk[keys] += parts[1][0].transpose(0, 1)
             dv[keys] += parts[2][0].transpose(0, 1)
         if own:
@@ -387,9 +290,7 @@ class SlotAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, *own
 
 
-@functools.cache
-def compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=True)
+compiled = functools.cache(functools.partial(torch.compile, dynamic=True))  # once, whatever lengths come
 
 
 def flex_slots(q, k, v, own, live, begin, blocks):
@@ -407,9 +308,9 @@ def flex_slots(q, k, v, own, live, begin, blocks):
     mask = BlockMask.from_kv_blocks(
         (full - first + end - full_end)[..., 0], partial.clamp(max=len(at) - 1),
         (full_end - full)[..., 0], (full + at).clamp(max=len(at) - 1), BLOCK_SIZE=BLOCK,
-        mask_mod=lambda b, h, row, key: (key <= live[row]) & (key >= begin[row]), seq_lengths=(len(rows), keys.shape[2]),
+        seq_lengths=(len(rows), keys.shape[2]), mask_mod=lambda b, h, q, key: (begin[q] <= key) & (key <= live[q]),
     )  # fmt: skip
-    attend = compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+    attend = compiled(flex_attention) if q.device.type == "cuda" else flex_attention
     queries = q.index_select(0, rows).transpose(0, 1)[None]
     out, aux = attend(queries, keys, values, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
     out, lse = out[0].transpose(0, 1)[:count], aux.lse[0].transpose(0, 1)[:count]
@@ -428,11 +329,6 @@ def compare(logits, p, mass):
     return entropy, index, torch.minimum(p * mass[:, None], q).sum(dim=-1), q - p
 
 
-@functools.cache
-def compiled_compare():
-    return torch.compile(compare, dynamic=True)
-
-
 class HeadLoss(torch.autograd.Function):
     """Head, softmax, soft cross-entropy and metrics chunk by chunk; gradients are formed at once, no logits kept."""
 
@@ -447,7 +343,7 @@ class HeadLoss(torch.autograd.Function):
         draws = torch.zeros(len(head.weight), dtype=torch.bool, device=hidden.device).index_fill_(0, known, True)
         ctx.grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
         logits = hidden.new_empty(max((stop - row for *_, row, stop in plan.chunks), default=0), len(weight))
-        work, most = (compiled_compare(), len(logits)) if cuda else (compare, COMPARE_ROWS)
+        work, most = (compiled(compare), len(logits)) if cuda else (compare, COMPARE_ROWS)
         for first, end, row, stop in plan.chunks:
             rows, places = plan.order[row:stop], plan.places[row:stop] - first
             p, mass, best = head.teach(last[plan.teachers[first:end]], known)
@@ -456,7 +352,8 @@ class HeadLoss(torch.autograd.Function):
             chunk = torch.mm(x, weight.T, out=logits[: stop - row])
             for at in range(0, stop - row, most):
                 part = slice(at, min(at + most, stop - row))
-                entropy, index, accept, grad = work(chunk[part].to(wide), p[places[part]], mass[places[part]])
+                of = places[part]
+                entropy, index, accept, grad = work(chunk[part].to(wide), p.index_select(0, of), mass[of])
                 entropy, right = torch.where(drawn[part], entropy, 0.0), known[index] == best[part]
                 values[rows[part]] = torch.stack([entropy, right.to(wide), accept], dim=-1)
                 chunk[part] = grad
@@ -471,8 +368,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight = (x.mul_(grad) for x in ctx.grads)
-        return hidden, weight.to(hidden.dtype), None, None, None, None, None
+        (hidden, weight), ctx.grads = ctx.grads, None  # or autograd would copy what is still referred to here
+        return hidden.mul_(grad), weight.mul_(grad).to(hidden.dtype), None, None, None, None, None
 
 
 def objective(draft, input_ids, position_ids, auxiliary, last, head, plan, d2t, decay):
@@ -537,23 +434,6 @@ def chain_lengths(correct):
     return correct.long().cumprod(dim=0).sum(dim=0)
 
 
-def acceptance_walk(accepted, loss_mask):
-    """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
-
-    accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
-    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
-    """
-    passes, start = [], 0
-    for supervised, run in itertools.groupby(loss_mask):
-        end = start + len(list(run))
-        slot = max(start - 1, 0)
-        while supervised and slot + 2 < end:
-            passes.append(accepted[slot])
-            slot += accepted[slot] + 1
-        start = end
-    return passes
-
-
 def metric_values(sums, chains, loss_weight_sum):
     """Metrics by name from sums [K, 4] and chains (sum of n_j), as floats. loss_weight_sum: decay^i per step."""
     counts = [max(row[3], 1.0) for row in sums]
@@ -564,34 +444,15 @@ def metric_values(sums, chains, loss_weight_sum):
 
 
 # ==================== The engine =====================================================================================
-
-
 def engine_config(args, device):
-    """DeepSpeed's configuration: the file's, with what the flags decide filled in; a contradiction ends the program."""
-    try:
-        config = json.loads(Path(args.deepspeed_config).read_text())
-    except (OSError, ValueError) as error:
-        fail(f"deepspeed_config {args.deepspeed_config} cannot be read: {error}")
-    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
-        fail(f"deepspeed_config {args.deepspeed_config} must be a JSON object, and without fp16: bf16 is what trains")
-    micro, accumulated, world = args.draft_micro_batch_size, args.draft_accumulation_steps, args.dp_size
-    decided = {
+    """DeepSpeed's configuration: the file's, with what the flags decide filled in."""
+    micro, accumulated = args.draft_micro_batch_size, args.draft_accumulation_steps
+    return read_deepspeed_config(args.deepspeed_config, {
         "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", micro),
         "gradient_accumulation_steps": ("draft_accumulation_steps", accumulated),
-        "train_batch_size": ("draft_global_batch_size", micro * accumulated * world),
+        "train_batch_size": ("draft_global_batch_size", micro * accumulated * args.dp_size),
         "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
-    }
-    for key, (flag, value) in decided.items():
-        if config.get(key, "auto") not in ("auto", value):
-            fail(f"{args.deepspeed_config}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
-        config[key] = value
-    for key in {"optimizer", "scheduler"} & config.keys():
-        fail(f"{args.deepspeed_config}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
-    half = config.setdefault("bf16", {})
-    if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
-        half["enabled"] = device.type == "cuda"
-    config.setdefault("steps_per_print", sys.maxsize)
-    return config
+    }, device)  # fmt: skip
 
 
 def build_engine(args, draft, device):
@@ -623,41 +484,10 @@ def learning_rate_at(step, args):
 
 
 # ==================== The data =======================================================================================
-
-
-def collate(micro_batches, steps):
-    """Micro-batches, lists of (input_ids [S], loss_mask [S]), as target and objective read them; on the CPU.
-
-    An empty one becomes four unsupervised tokens: its gradient is zero, and the ranks stay in step.
-    """
-    batches, nothing = [], torch.zeros(4, dtype=torch.int64)
-    for sequences in micro_batches:
-        input_ids, masks = zip(*(sequences or [(nothing, nothing)]), strict=True)
-        lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
-        document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
-        batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
-        batches.append(batch | {"lengths": lengths, "plan": plan})
-    return batches
-
-
-def read_steps(split, args, device, steps=None, **sizes):
-    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes."""
-    data = Steps(split, args.seed, rank=dist.get_rank(), world_size=dist.get_world_size(), **sizes)
-    loader = DataLoader(
-        data, sampler=range(len(data)) if steps is None else steps, batch_size=None, num_workers=args.num_workers,
-        collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
-        prefetch_factor=args.prefetch_factor if args.num_workers else None,
-    )  # fmt: skip
-    for batches in loader:
-        yield [{name: x.to(device, non_blocking=True) if hasattr(x, "to") else x for name, x in batch.items()}
-               for batch in batches]  # fmt: skip
-
-
 def run_objective(draft, target, batches, d2t, args):
     """Yield what the draft's objective returns for each of this rank's micro-batches."""
     for batch, (auxiliary, last) in zip(batches, target.states(batches, args.batch_size), strict=True):
-        ids, positions, plan = batch["input_ids"], batch["position_ids"], batch["plan"]
+        ids, positions, plan = batch["input_ids"], batch["position_ids"], Plan(*(batch[name] for name in Plan._fields))
         yield draft(ids, positions, auxiliary, last, target.head, plan, d2t, args.ttt_step_loss_decay)
 
 
@@ -667,7 +497,7 @@ def optimizer_step(engine, target, batches, d2t, args):
     The loss is divided by the supervised step-0 slots of the whole step (all micro-batches, all ranks), so the gradient
     does not depend on how sequences are dealt out. DeepSpeed averages over ranks and micro-batches: hence the factors.
     """
-    slots = sum(batch["plan"].counts[0] for batch in batches)
+    slots = sum(batch["counts"][0] for batch in batches)
     total = torch.full((), slots, dtype=torch.float64, device=engine.device)
     dist.all_reduce(total)
     scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total.clamp(min=1)
@@ -681,8 +511,6 @@ def optimizer_step(engine, target, batches, d2t, args):
 
 
 # ==================== Measuring ======================================================================================
-
-
 @torch.no_grad()
 def evaluate(engine, target, data, d2t, args):
     """Metrics of the validation rows over all ranks; acceptance_length from walking every reply as serving does."""
@@ -744,31 +572,27 @@ class Record:
 
     def __init__(self, args, settings):
         self.first = dist.get_rank() == 0
-        if not self.first:
-            return
-        self.file = (Path(args.output_dir) / "metrics.jsonl").open("w")
-        self.trackers = {}
-        for name in args.report_to:
-            self.trackers[name] = self.attempt(name, TRACKERS[name], args, settings)
-        self.bar = tqdm(total=args.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        if self.first:
+            self.file, self.trackers = (Path(args.output_dir) / "metrics.jsonl").open("w"), {}
+            self.attempt(args.report_to, lambda name: self.trackers.update({name: TRACKERS[name](args, settings)}))
+            self.bar = tqdm(total=args.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
-    def attempt(self, name, work, *args):
+    def attempt(self, names, work):
         """Foreign code and accounts must not cost the training: a tracker that fails is reported and left out."""
-        try:
-            return work(*args)
-        except Exception as error:
-            print(f"{name} fails, training goes on without it: {error}", file=sys.stderr)
-            self.trackers[name] = None
+        for name in list(names):
+            try:
+                work(name)
+            except Exception as error:
+                print(f"{name} fails, training goes on without it: {error}", file=sys.stderr)
+                self.trackers.pop(name, None)
 
     def row(self, split, step, epoch, values):
-        if not self.first:
-            return
-        values = {name: float(f"{value:.9g}") if isinstance(value, float) else value for name, value in values.items()}
-        self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
-        self.file.flush()
-        values = {f"{split}/{name}": value for name, value in values.items() if value is not None}
-        for name in [name for name, tracker in self.trackers.items() if tracker]:
-            self.attempt(name, self.trackers[name][0], values, step)
+        if self.first:
+            values = {name: float(f"{x:.9g}") if isinstance(x, float) else x for name, x in values.items()}
+            self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
+            self.file.flush()
+            values = {f"{split}/{name}": value for name, value in values.items() if value is not None}
+            self.attempt(self.trackers, lambda name: self.trackers[name][0](values, step))
 
     def line(self, text):
         if self.first:
@@ -779,8 +603,7 @@ class Record:
         if self.first:
             self.bar.close()
             self.file.close()
-            for name in [name for name, tracker in self.trackers.items() if tracker]:
-                self.attempt(name, self.trackers[name][1])
+            self.attempt(self.trackers, lambda name: self.trackers[name][1]())
 
 
 def metrics_line(values, steps):
@@ -790,8 +613,6 @@ def metrics_line(values, steps):
 
 
 # ==================== Keeping ========================================================================================
-
-
 def draft_tensors(engine, d2t):
     """The checkpoint's tensors on rank 0 (CPU), an empty dict elsewhere; under ZeRO-3 all ranks take part."""
     draft = engine.module
@@ -853,8 +674,6 @@ def run_settings(args, data_config):
 
 
 # ==================== The loop =======================================================================================
-
-
 def check_flags(args, world):
     """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
     for name, *_, least in (row for rows in FLAGS.values() for row in rows if len(row) == 5):
@@ -938,22 +757,15 @@ def prepare_run(args, world):
         fail(f"total_seq_len {args.total_seq_len} is less than the {longest} tokens of the longest row of {folder}")
     if len(data["train"]) < world:
         fail(f"{len(data['train'])} training sequences for {world} ranks: a rank would have none")
+    sizes, counts = (config["draft_vocab_size"], config["vocab_size"]), args.token_freq_path
+    d2t = choose_mapping(*sizes, counts or Path(folder) / "token_freq.pt", args.d2t_path, args.t2d_path)
     if args.resume_from_checkpoint:
-        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
+        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(sizes[1], dtype=torch.int64))
         if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
             print(f"the vocabulary mapping of {args.resume_from_checkpoint} ({len(d2t)} tokens) is kept")
-    else:
-        counts = args.token_freq_path or Path(folder) / "token_freq.pt"
-        d2t = choose_mapping(config["draft_vocab_size"], config["vocab_size"], counts, args.d2t_path, args.t2d_path)
     config["draft_vocab_size"] = len(d2t)
-    set_schedule(args, len(data["train"]))
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    return args, config, layers, folder, d2t
-
-
-def set_schedule(args, rows):
-    """Fill in the optimizer steps of an epoch, of the training, of its warm-up and of its schedule."""
-    args.steps_per_epoch = math.ceil(rows / args.draft_global_batch_size)
+    # --- the schedule ---
+    args.steps_per_epoch = math.ceil(len(data["train"]) / args.draft_global_batch_size)
     if args.total_steps <= 0:
         args.total_steps = args.num_epochs * args.steps_per_epoch
     if args.scheduler_warmup_steps is None:
@@ -961,6 +773,8 @@ def set_schedule(args, rows):
     args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
     if args.scheduler_warmup_steps > args.scheduler_total_steps:
         fail(f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps} steps")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    return args, config, layers, folder, d2t
 
 
 def build_draft(args, config, target, d2t):
@@ -971,7 +785,7 @@ def build_draft(args, config, target, d2t):
     if args.attention_backend == "flex_attention" and target.embedding.device.type == "cpu":
         draft.attention_backend = "sdpa"
         if dist.get_rank() == 0:
-            print("attention_backend flex_attention has no backward pass on CPUs: sdpa computes the same numbers instead")
+            print("attention_backend flex_attention has no backward pass on CPUs: sdpa computes the same numbers")
     draft.initialise(target.head.weight[target_ids(d2t)])
     if args.resume_from_checkpoint:
         tensors = read_draft(args.resume_from_checkpoint)[1]
@@ -997,7 +811,7 @@ def summary(args, config, layers, draft, data, data_config, share):
         f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
         f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"attention   {draft.attention_backend}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}",
+        f"attention   {draft.attention_backend}, gradient checkpointing {['off', 'on'][args.gradient_checkpointing]}",
         f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
     ])  # fmt: skip
 
@@ -1065,8 +879,7 @@ def train(args, engine, target, data, d2t, record):
     record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
 
 
-# (name, type, default, help, least value if any): a tuple of strings are choices, [int] takes several values, ... means
-# required.
+# (name, type, default, help, least value if any): see flag_parser
 FLAGS = {
     "target and data": [
         ("target_model_path", str, ..., "folder or hub id; a folder may hold one nested model or an MLflow model"),
@@ -1085,7 +898,7 @@ FLAGS = {
         ("d2t_path", str, None, "mapping of build_vocab_mapping.py, with t2d_path; none: built from the counts"),
         ("t2d_path", str, None, "the other half of the mapping"),
         ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
-        ("attention_backend", ("flex_attention", "sdpa"), "flex_attention", "the former on GPUs only; the same numbers"),
+        ("attention_backend", ("flex_attention", "sdpa"), "flex_attention", "the former on GPUs only; same numbers"),
         ("dry_run", boolean, False, "initialise the draft, save it as step_00000000, and exit"),
     ],
     "objective and optimizer": [
@@ -1106,7 +919,7 @@ FLAGS = {
         ("batch_size", int, 2, "sequences per rank in one forward of the target, and in evaluation", 1),
         ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks", 1),
         ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft", 1),
-        ("total_seq_len", int, 0, "tokens in one forward of the draft instead: as many sequences as fit; 0 = by count", 0),
+        ("total_seq_len", int, 0, "tokens in one forward of the draft: as many sequences as fit; 0 = by count", 0),
         ("draft_accumulation_steps", int, None, "derived: global / (micro x ranks); another value is replaced"),
         ("num_workers", int, 2, "processes per rank that read ahead; 0 = none", 0),
         ("prefetch_factor", int, 4, "optimizer steps that each of them reads ahead", 1),
@@ -1135,25 +948,7 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, text, *_ in rows:
-            if default is ...:
-                options = {"required": True, "help": f"{text} (required)"}
-            else:
-                shown = "none" if default is None else Path(default).name if name == "deepspeed_config" else default
-                options = {"default": default, "help": f"{text} (default: {shown})"}
-            if isinstance(kind, tuple):
-                options["choices"] = kind
-            elif isinstance(kind, list):
-                options |= {"type": kind[0], "nargs": "+"}
-            else:
-                options |= {"type": kind} | ({"nargs": "?", "const": True} if kind is boolean else {})
-            group.add_argument(f"--{name}", **options)
-    parser.error = fail
+    parser = flag_parser(__doc__, FLAGS)
     args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, ALIASES))
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in TRACKERS]
@@ -1170,10 +965,7 @@ def main(args):
         disable_progress_bar()
     args, config, layers, data_folder, d2t = on_first_rank(lambda: prepare_run(args, world))
     data, data_config = open_data(data_folder)
-    for turn in (True, False):  # the first rank of a node downloads what the others then find there
-        if turn == (os.environ["LOCAL_RANK"] == "0"):
-            model_dir = resolve_target(args.target_model_path)
-        dist.barrier()
+    model_dir = on_each_node(lambda: resolve_target(args.target_model_path))
 
     target = load_target(model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code)
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")

@@ -45,15 +45,18 @@ import dense  # noqa: E402  (neither the root nor tests/ is on the path of a scr
 
 from export_eagle3 import configure  # noqa: E402
 from prepare_data import fail  # noqa: E402
-from prepare_hidden_states import (  # noqa: E402
+from prepare_hidden_states import (  # noqa: E402  # noqa: E402
     Head,
     Target,
     default_layer_ids,
+    keep_freed_memory,
     load_target,
+    plan_slots,
     positions_of,
     resolve_target,
+    supervised_slots,
 )  # fmt: skip
-from train_eagle3 import DraftModel, plan_slots, supervised_slots  # noqa: E402
+from train_eagle3 import DraftModel  # noqa: E402
 
 DECAY = 0.8
 TABLE = {"shares": [100.0, 50.0, 15.0], "lengths": [1024], "ttt_lengths": [7], "draft_vocab_sizes": [16000]}
@@ -236,6 +239,11 @@ def supervised_of(masks, steps):
     return supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps)
 
 
+def place(plan, device):
+    """The plan's tensors on a device."""
+    return type(plan)(*(x.to(device) if torch.is_tensor(x) else x for x in plan))
+
+
 def make_case(args, config, masks, steps):
     """A random draft and the arguments of both sides for documents with these loss masks (lists of 0 and 1)."""
     torch.manual_seed(0)
@@ -250,7 +258,7 @@ def make_case(args, config, masks, steps):
     draft = DraftModel(config, embedding).to(device, dtype)
     draft.attention_backend, draft.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     return {
-        "draft": draft, "plan": plan_slots(supervised, lengths).to(device),
+        "draft": draft, "plan": place(plan_slots(supervised, lengths), device),
         "input_ids": torch.randint(vocabulary, (sum(lengths),)).to(device), "supervised": supervised.to(device),
         "position_ids": positions_of(lengths).to(device), "document_ids": document_ids.to(device),
         "auxiliary": torch.randn(sum(lengths), 3 * features).to(device, dtype),
@@ -458,7 +466,7 @@ def time_steps(args, training, batches):
         mark()
         for rows, masks in batches:
             lengths, supervised = [len(row) for row in rows], supervised_of(masks, args.ttt_lengths[-1])
-            slots, plan = max(int(supervised[0].sum()), 1), plan_slots(supervised, lengths).to(device)
+            slots, plan = max(int(supervised[0].sum()), 1), place(plan_slots(supervised, lengths), device)
             input_ids, positions = torch.tensor(sum(rows, []), device=device), positions_of(lengths).to(device)
             mark()
             auxiliary, last = target.hidden_states(input_ids, lengths)
@@ -590,6 +598,7 @@ def parse_args(argv=None):
 
 def main(args):
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as in training
     if args.output:
         Path(args.output).write_text("")
     MODES[args.mode](args)

@@ -10,8 +10,8 @@ import torch
 
 from evaluate_eagle3 import load_draft
 from export_eagle3 import check_draft, read_draft
-from prepare_hidden_states import load_target
-from train_eagle3 import acceptance_walk, chain_lengths, plan_slots, supervised_slots
+from prepare_hidden_states import acceptance_walk, load_target, plan_slots, supervised_slots
+from train_eagle3 import chain_lengths
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,11 @@ import statement
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
+import prepare_hidden_states
 import train_eagle3
 from export_eagle3 import FLAGS, with_auxiliary_layers
-from prepare_hidden_states import Head
-from train_eagle3 import DraftModel, acceptance_walk, chain_lengths, objective, plan_slots, supervised_slots
+from prepare_hidden_states import Head, acceptance_walk, plan_slots, supervised_slots
+from train_eagle3 import DraftModel, chain_lengths, objective
 
 ROPES = {
     "default": None,
@@ -56,8 +57,8 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options
         mask[length // 2 : length // 2 + 2] = 0  # two replies
         last = torch.randn(length, TARGET_HIDDEN, dtype=torch.float64) / TARGET_HIDDEN**0.5
         documents.append({
-            "ids": torch.randint(VOCABULARY, (length,)), "mask": mask, "last": last, "head": head, "logits": last @ head.T,
-            "auxiliary": torch.randn(length, layers * TARGET_HIDDEN, dtype=torch.float64),
+            "ids": torch.randint(VOCABULARY, (length,)), "mask": mask, "last": last, "head": head,
+            "logits": last @ head.T, "auxiliary": torch.randn(length, layers * TARGET_HIDDEN, dtype=torch.float64),
         })  # fmt: skip
     return draft, embedding, documents, draft_ids
 
@@ -86,7 +87,8 @@ def backend(request, monkeypatch):
     """Each way to attend, with chunks and blocks so small that documents have several of each."""
     sizes = {"QUERY_CHUNK": 5, "BLOCK": 8, "HEAD_ROWS": 16, "HEAD_TOKENS": 7, "COMPARE_ROWS": 4}
     for name, size in sizes.items():
-        monkeypatch.setattr(train_eagle3, name, size)
+        for module in (train_eagle3, prepare_hidden_states):
+            monkeypatch.setattr(module, name, size, raising=False)
     if request.param == "sdpa without a kernel":
         monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())
     monkeypatch.setattr(train_eagle3, "flex_attention", flex_in_plain_torch)
@@ -218,7 +220,7 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(monke
     plan = plan_slots(supervised_slots(mask, document_ids, 3), lengths)
     position_ids = torch.cat([torch.arange(n) for n in lengths])
     k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
-    blocks = plan.blocks.split([-(-n // train_eagle3.BLOCK) for n in plan.counts], dim=1)
+    blocks = plan.blocks.split([-(-n // prepare_hidden_states.BLOCK) for n in plan.counts], dim=1)
     for live, spans, block in zip(plan.live.split(plan.counts), plan.spans, blocks, strict=True):
         q, own = torch.randn(len(live), 4, 16), [torch.randn(len(live), 2, 3, 16) for _ in range(2)]
         begin = live - position_ids[live]
@@ -236,7 +238,7 @@ def test_compare_compiles_to_the_same_numbers():
     torch.manual_seed(0)
     arguments = 4 * torch.randn(5, 300), torch.randn(5, 300).softmax(-1), torch.rand(5)
     for got, expected in zip(
-        train_eagle3.compiled_compare()(*arguments), train_eagle3.compare(*arguments), strict=True
+        train_eagle3.compiled(train_eagle3.compare)(*arguments), train_eagle3.compare(*arguments), strict=True
     ):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
 
