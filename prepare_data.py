@@ -1,36 +1,35 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  a preset (sharegpt, ultrachat) or a JSON Lines file with rows {"conversations" or "messages":
+In:  a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file with rows {"conversations" or "messages":
      [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a tokenizer.
 Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = the assistant's, its
      end-of-turn token included; length int32), data_config.json (fingerprint, its ingredients, counts), token_freq.pt
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
+    python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import sys
+import sysconfig
 from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NoReturn
 
 import huggingface_hub
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, disable_progress_bars, load_dataset
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
 FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
@@ -63,12 +62,14 @@ def fail(message) -> NoReturn:
 
 def normalise_argv(argv, aliases=None):
     """Kebab-case flags to snake_case, then other trainers' names (aliases: {alias: name}); values stay untouched."""
-
-    def rename(flag):
-        name = flag[1].replace("-", "_")
-        return "--" + (aliases or {}).get(name, name)
-
-    return [re.sub(r"\A--([^=]+)", rename, word) for word in argv]
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            word = "--" + (aliases or {}).get(name, name) + equals + value
+        words.append(word)
+    return words
 
 
 def boolean(text):
@@ -140,6 +141,8 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
 
 def load_tokenizer(target_model_path, trust_remote_code=False):
     """The target's fast tokenizer; a slow one has no character offsets, so the loss mask could not be exact."""
+    from transformers import AutoTokenizer
+
     folder = locate(target_model_path, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -158,6 +161,8 @@ def hash_tokenizer(tokenizer):
 # ---------------------------------------------------------------------------- reading what this script wrote
 def open_data(folder):
     """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
+    from datasets import DatasetDict
+
     for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
         if not Path(folder, name).exists():
             fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")
@@ -169,6 +174,8 @@ def open_data(folder):
 
 def read_token_freq(path):
     """{token id: count} as written into token_freq.pt."""
+    import torch
+
     try:
         counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception as error:  # a file of another kind fails anywhere in the unpickler
@@ -176,84 +183,6 @@ def read_token_freq(path):
     if not counts or min(counts) < 0 or min(counts.values()) < 0:
         fail(f"token counts {path}: none in it, or a negative token id or count")
     return counts
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_rows, seed, epoch):
-    """Permutation of the rows in one epoch, int64 [num_rows], read-only; the same on every rank and machine."""
-    # RandomState, because NumPy promises that its stream never changes: a run resumed years later sees the same order.
-    order = np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows).astype(np.int64)
-    order.setflags(write=False)  # it is kept for the epoch's other steps
-    return order
-
-
-def measure_rows(split):
-    """(tokens, supervised tokens) of each row: int64 [rows] twice."""
-    lengths, supervised = [], []
-    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
-        mask = batch["loss_mask"].combine_chunks()
-        lengths.append(mask.value_lengths())
-        supervised.append(np.bincount(mask.value_parent_indices(), mask.flatten(), minlength=len(mask)))
-    return tuple(np.concatenate(parts).astype(np.int64) for parts in (lengths, supervised))
-
-
-def fill(rows, count, sizes, room, work):
-    """rows in `count` lists of sizes up to `room` in all: each in turn into that of least work; None if none fits."""
-    lists, load, free = [[] for _ in range(count)], np.zeros(count), np.full(count, room)
-    for row in rows:
-        fits = free >= sizes[row]
-        if not fits.any():
-            return None
-        least = np.where(fits, load, np.inf).argmin()  # the first of equals
-        lists[least].append(row)
-        load[least] += work[row]
-        free[least] -= sizes[row]
-    return lists
-
-
-def deal(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
-    """Micro-batches of every rank in an optimizer step on these rows: [rank][micro-batch], each a list of row numbers.
-
-    lengths (tokens), work (any unit): arrays by row number. A micro-batch has at most micro_batch_size rows or, if
-    total_seq_len is given, at most so many tokens. The ranks get about the same work and, to stay in step, the same
-    number of micro-batches, the last of which may be empty.
-    """
-    place, longest = {int(row): i for i, row in enumerate(rows)}, lengths[rows].max()
-    assert not 0 < total_seq_len < longest, f"total_seq_len {total_seq_len}, but a row has {longest} tokens"
-    one, nothing = np.ones_like(lengths), np.zeros_like(work)
-    sizes, room = (lengths, total_seq_len) if total_seq_len else (one, micro_batch_size)
-    most = len(rows) if total_seq_len else math.ceil(len(rows) / (room * world_size)) * room  # rows of a rank
-    shares = fill(sorted(place, key=lambda row: -work[row]), world_size, one, most, work)  # heaviest first
-    # First-fit decreasing, as among lists without work the first with room is taken, tells how many a rank needs. The
-    # same number of lists is then filled evenly if that fits as well.
-    packs = [fill(sorted(share, key=lambda row: -lengths[row]), len(rows), sizes, room, nothing) for share in shares]
-    count = max(sum(map(bool, lists)) for lists in packs)
-    dealt = [fill(share, count, sizes, room, work) or tight[:count] for share, tight in zip(shares, packs, strict=True)]
-    return [[sorted(part, key=place.get) for part in lists] for lists in dealt]
-
-
-class Steps(torch.utils.data.Dataset):
-    """steps[s]: what this rank reads in optimizer step s >= 0, epoch after epoch; len(steps): the steps of one epoch.
-
-    A list of micro-batches, which `deal` made: lists of (input_ids, loss_mask), int64 [S] each, on the CPU. A loader
-    whose workers return many should join them: each tensor on its way takes a file descriptor, often one of 1,024.
-    """
-
-    def __init__(self, split, seed, global_batch_size, rank, world_size, micro_batch_size, total_seq_len=0):
-        self.split = split.with_format("torch", columns=["input_ids", "loss_mask"])
-        self.lengths, supervised = measure_rows(split)
-        self.work = self.lengths + supervised  # the forward pass of an 8B target, seven steps of its draft: about equal
-        self.seed, self.size, self.rank = seed, global_batch_size, rank
-        self.dealing = world_size, micro_batch_size, total_seq_len
-
-    def __len__(self):
-        return math.ceil(len(self.split) / self.size)
-
-    def __getitem__(self, step):
-        epoch, index = divmod(step, len(self))
-        rows = epoch_order(len(self.split), self.seed, epoch)[index * self.size : (index + 1) * self.size]
-        mine = deal(rows, self.lengths, self.work, *self.dealing)[self.rank]
-        return [[(row["input_ids"], row["loss_mask"]) for row in map(self.split.__getitem__, part)] for part in mine]
 
 
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
@@ -300,8 +229,9 @@ def read_message(turn):
             raise Rejected("malformed message", "tool_calls is not a list of objects")
         for call in calls:  # their arguments are text on the wire, but templates want the object
             function = call.get("function", call)
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # what is no JSON text stays as it is
-                function["arguments"] = json.loads(function["arguments"])
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                with contextlib.suppress(ValueError):
+                    function["arguments"] = json.loads(function["arguments"])
         if not isinstance(content, str | None) or not (content or "").strip():
             if not calls and not reasoning:
                 raise Rejected("empty", "an assistant turn without content")
@@ -492,10 +422,51 @@ def make_chat(tokenizer, name, max_length, only_last):
 
 
 # ---------------------------------------------------------------------------- where rows come from: presets, files
+# Suites of tests, and programs that act on import or open windows: their docstrings explain nothing.
+NOT_DOCUMENTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "__main__", "idle_test", "lib2to3"}
+KINDS = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
+
+
+@functools.cache
+def pydoc_lines():
+    """Rows on the running Python's standard library: a question by name, the docstring as the answer.
+
+    The sources are parsed, nothing is imported. The first four docstrings of a class make one conversation.
+    """
+    library, seen, lines = Path(sysconfig.get_path("stdlib")), set(), []
+
+    def turns(name, node):
+        kind, short, doc = KINDS[type(node)], name.rpartition(".")[2], ast.get_docstring(node) or ""
+        if short.startswith("_") or len(doc) < 20 or doc in seen:  # private, hardly documented, or said already
+            return []
+        seen.add(doc)
+        answer = f"{short}({ast.unparse(node.args)})\n\n{doc}" if kind == "function" else f"{kind} {name}\n\n{doc}"
+        question = ("What does the {} {} do?", "Explain the {} {}.", "What is the {} {} for?")[len(name) % 3]
+        return [{"role": "user", "content": question.format(kind, name)}, {"role": "assistant", "content": answer}]
+
+    for module in sorted(sys.stdlib_module_names - NOT_DOCUMENTED):
+        for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
+            parts = path.relative_to(library).with_suffix("").parts
+            module_name = ".".join(parts).removesuffix(".__init__")
+            if not path.is_file() or NOT_DOCUMENTED & set(parts) or re.search(r"(^|\.)_", module_name):
+                continue
+            tree = ast.parse(path.read_bytes())
+            topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
+            for name, node in ({module_name: tree} | topics).items():
+                messages = turns(name, node)
+                for method in node.body if type(node) is ast.ClassDef else []:
+                    messages += turns(f"{name}.{method.name}", method) if type(method) in KINDS else []
+                for start in [0, *range(8, len(messages), 2)] if messages else []:
+                    row = {"id": f"pydoc {name}", "conversations": messages[start : start + 2 if start else 8]}
+                    lines.append(json.dumps(row).encode())
+    return lines
+
+
 PRESETS = {  # name: (repository on the hub, {split: file pattern})
     "sharegpt": ("Aeala/ShareGPT_Vicuna_unfiltered", {"train": "ShareGPT_V4.3_unfiltered_cleaned_split.json"}),
     "ultrachat": ("HuggingFaceH4/ultrachat_200k",
                   {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"}),
+    "pydoc": (None, {"train": ""}),
 }  # fmt: skip
 # max_rejected_ratio where not 0.01. ShareGPT is raw chats; assumed, so that only a wrong template or schema stops.
 TOLERATED = {"sharegpt": 0.1}
@@ -513,9 +484,13 @@ def find_files(name, dataset_path, split):
     repo, patterns = PRESETS[name]
     if split not in patterns:
         fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
+    if not repo:
+        return []
     folder = Path(dataset_path).expanduser() if dataset_path else download(repo, [patterns[split]], "dataset")
     files = sorted(folder.glob(patterns[split]))
-    return files or fail(f"preset {name}: {folder} has no {patterns[split]}, which {repo} has on the hub")
+    if not files:
+        fail(f"preset {name}: {folder} has no {patterns[split]}, which {repo} has on the hub")
+    return files
 
 
 def read_lines(path):
@@ -534,7 +509,11 @@ def read_rows(name, files, cache):
     """(row number from 1, bytes of the row as JSON)."""
     if name not in PRESETS:
         yield from read_lines(files[0])
+    elif not files:
+        yield from enumerate(pydoc_lines(), 1)
     else:
+        from datasets import load_dataset
+
         table = load_dataset(files[0].suffix[1:], data_files=list(map(str, files)), split="train", cache_dir=str(cache))
         for number, row in enumerate(table, 1):
             turns = row.get("conversations") or row.get("messages") or []
@@ -546,6 +525,8 @@ def read_rows(name, files, cache):
 # ---------------------------------------------------------------------------- building the prepared folder
 def build_split(source, files, chat, options, num_samples, num_proc, cache):
     """(Dataset of the rows kept, list of the rejected rows) of one source; cut: number of tokens cut off a row."""
+    from datasets import Dataset, Features, List, Value
+
     rows = lambda: ({"line": line, "raw": raw} for line, raw in read_rows(source, files, cache / "hub"))  # noqa: E731
     data = Dataset.from_generator(rows, cache_dir=str(cache / "raw"), fingerprint="raw")
     if num_samples and num_samples < len(data):
@@ -573,6 +554,9 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
 
 def build(sources, chat, options, num_proc, config, folder):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
+    import torch
+    from datasets import DatasetDict, disable_progress_bars
+
     if not sys.stderr.isatty():  # in a log file a bar is noise
         disable_progress_bars()
     splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
@@ -626,7 +610,8 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
         (not 0 <= (max_rejected_ratio or 0) <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
         (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
         (num_samples is not None and num_samples < 1, f"num_samples {num_samples}: at least 1, or leave it out"),
-        (dataset_path and not set(names.values()) & set(PRESETS), f"dataset_path: dataset {dataset} is not a preset"),
+        (dataset_path and not set(names.values()) & {"sharegpt", "ultrachat"},
+         f"dataset_path is a copy of a preset's hub repository, but dataset is {dataset}"),
         (foreign, f"output_path {output} holds something that is not a prepared data set: choose another folder"),
     ):  # fmt: skip
         if wrong:
@@ -639,7 +624,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     ingredients = options | {
         "format_version": FORMAT_VERSION,
         "presets": [name for name in names.values() if name in PRESETS],
-        "inputs": [list(map(hash_file, files)) for _, files in sources.values()],
+        "inputs": [list(map(hash_file, files)) or hash_of(pydoc_lines()) for _, files in sources.values()],
         "tokenizer": hash_tokenizer(tokenizer), "chat_template": [chat_template, *(chat.template or ())],
     }  # fmt: skip
     fingerprint = hash_of(ingredients)

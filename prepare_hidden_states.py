@@ -1,6 +1,7 @@
-"""The target model: which layers are read, how it is loaded, and what it says about a text.
+"""The target model: what it reads at a time, which of its layers are read, how it is loaded, what it says about a text.
 
-In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); concatenated tokens.
+In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); tokens and loss masks
+     of prepare_data.py, dealt to ranks and put behind one another without padding.
 Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
      latter the teacher: the distribution over the draft vocabulary and the full-vocabulary argmax.
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prepare_data import SMALL_FILES, Steps, boolean, fail, load_tokenizer, locate, normalise_argv
+from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, normalise_argv
 
 QUERY_CHUNK = 128  # slots whose attention is formed at a time
 BLOCK = 128  # slots and keys of a block of FlexAttention
@@ -162,6 +164,84 @@ def on_each_node(work):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches: concatenated documents, and which of their slots are supervised
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows, seed, epoch):
+    """Permutation of the rows in one epoch, int64 [num_rows], read-only; the same on every rank and machine."""
+    # RandomState, because NumPy promises that its stream never changes: a run resumed years later sees the same order.
+    order = np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows).astype(np.int64)
+    order.setflags(write=False)  # it is kept for the epoch's other steps
+    return order
+
+
+def measure_rows(split):
+    """(tokens, supervised tokens) of each row: int64 [rows] twice."""
+    lengths, supervised = [], []
+    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
+        mask = batch["loss_mask"].combine_chunks()
+        lengths.append(mask.value_lengths())
+        supervised.append(np.bincount(mask.value_parent_indices(), mask.flatten(), minlength=len(mask)))
+    return tuple(np.concatenate(parts).astype(np.int64) for parts in (lengths, supervised))
+
+
+def fill(rows, count, sizes, room, work):
+    """rows in `count` lists of sizes up to `room` in all: each in turn into that of least work; None if none fits."""
+    lists, load, free = [[] for _ in range(count)], np.zeros(count), np.full(count, room)
+    for row in rows:
+        fits = free >= sizes[row]
+        if not fits.any():
+            return None
+        least = np.where(fits, load, np.inf).argmin()  # the first of equals
+        lists[least].append(row)
+        load[least] += work[row]
+        free[least] -= sizes[row]
+    return lists
+
+
+def deal(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
+    """Micro-batches of every rank in an optimizer step on these rows: [rank][micro-batch], each a list of row numbers.
+
+    lengths (tokens), work (any unit): arrays by row number. A micro-batch has at most micro_batch_size rows or, if
+    total_seq_len is given, at most so many tokens. The ranks get about the same work and, to stay in step, the same
+    number of micro-batches, the last of which may be empty.
+    """
+    place, longest = {int(row): i for i, row in enumerate(rows)}, lengths[rows].max()
+    assert not 0 < total_seq_len < longest, f"total_seq_len {total_seq_len}, but a row has {longest} tokens"
+    one, nothing = np.ones_like(lengths), np.zeros_like(work)
+    sizes, room = (lengths, total_seq_len) if total_seq_len else (one, micro_batch_size)
+    most = len(rows) if total_seq_len else math.ceil(len(rows) / (room * world_size)) * room  # rows of a rank
+    shares = fill(sorted(place, key=lambda row: -work[row]), world_size, one, most, work)  # heaviest first
+    # First-fit decreasing, as among lists without work the first with room is taken, tells how many a rank needs. The
+    # same number of lists is then filled evenly if that fits as well.
+    packs = [fill(sorted(share, key=lambda row: -lengths[row]), len(rows), sizes, room, nothing) for share in shares]
+    count = max(sum(map(bool, lists)) for lists in packs)
+    dealt = [fill(share, count, sizes, room, work) or tight[:count] for share, tight in zip(shares, packs, strict=True)]
+    return [[sorted(part, key=place.get) for part in lists] for lists in dealt]
+
+
+class Steps(torch.utils.data.Dataset):
+    """steps[s]: what this rank reads in optimizer step s >= 0, epoch after epoch; len(steps): the steps of one epoch.
+
+    A list of micro-batches, which `deal` made: lists of (input_ids, loss_mask), int64 [S] each, on the CPU. A loader
+    whose workers return many should join them: each tensor on its way takes a file descriptor, often one of 1,024.
+    """
+
+    def __init__(self, split, seed, global_batch_size, rank, world_size, micro_batch_size, total_seq_len=0):
+        self.split = split.with_format("torch", columns=["input_ids", "loss_mask"])
+        self.lengths, supervised = measure_rows(split)
+        self.work = self.lengths + supervised  # the forward pass of an 8B target, seven steps of its draft: about equal
+        self.seed, self.size, self.rank = seed, global_batch_size, rank
+        self.dealing = world_size, micro_batch_size, total_seq_len
+
+    def __len__(self):
+        return math.ceil(len(self.split) / self.size)
+
+    def __getitem__(self, step):
+        epoch, index = divmod(step, len(self))
+        rows = epoch_order(len(self.split), self.seed, epoch)[index * self.size : (index + 1) * self.size]
+        mine = deal(rows, self.lengths, self.work, *self.dealing)[self.rank]
+        return [[(row["input_ids"], row["loss_mask"]) for row in map(self.split.__getitem__, part)] for part in mine]
 
 
 def positions_of(lengths, device=None):

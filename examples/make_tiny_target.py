@@ -1,13 +1,11 @@
 """Make a small Llama-style target that a CPU can train and serve: tokenizer first, then the weights.
 
-In:  for the tokenizer: the conversations that pydoc_chats.py writes;
+In:  for the tokenizer: the docstrings of Python's standard library (prepare_data.py's preset pydoc);
      for the weights: the training rows of a folder that prepare_data.py wrote with this tokenizer.
 Out: a Hugging Face model folder: tokenizer and chat template, config.json, and in the second step model.safetensors.
 
     python examples/make_tiny_target.py tokenizer --output tiny_target
-    python examples/pydoc_chats.py --output_path pydoc.jsonl
-    python prepare_data.py --dataset pydoc.jsonl --target_model_path tiny_target --output_path data \\
-        --validation_ratio 0.02
+    python prepare_data.py --dataset pydoc --target_model_path tiny_target --output_path data --validation_ratio 0.02
     python examples/make_tiny_target.py weights --output tiny_target --data_path data --steps 600
 """
 
@@ -24,9 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pydoc_chats import pydoc_lines
-
-from prepare_data import open_data
+from prepare_data import open_data, pydoc_lines
 
 # The markers and whitespace of Llama 3's instruct models, without their tool machinery.
 LLAMA3_CHAT_TEMPLATE = (

@@ -32,9 +32,8 @@ stage "1. the target's tokenizer"
 python examples/make_tiny_target.py tokenizer --output "$OUTPUT/target"
 
 stage "2. data: conversations to tokens and loss mask"
-python examples/pydoc_chats.py --output_path "$OUTPUT/pydoc.jsonl"
-python prepare_data.py --dataset "$OUTPUT/pydoc.jsonl" --target_model_path "$OUTPUT/target" \
-    --output_path "$OUTPUT/data" --max_length "$MAX_LENGTH" --validation_ratio 0.02
+python prepare_data.py --dataset pydoc --target_model_path "$OUTPUT/target" --output_path "$OUTPUT/data" \
+    --max_length "$MAX_LENGTH" --validation_ratio 0.02
 
 stage "3. the target's weights"
 OMP_NUM_THREADS=2 python examples/make_tiny_target.py weights --output "$OUTPUT/target" \

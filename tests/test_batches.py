@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prepare_data import Steps, deal, epoch_order, measure_rows
+from prepare_hidden_states import Steps, deal, epoch_order, measure_rows
 
 FEATURES = datasets.Features(
     {

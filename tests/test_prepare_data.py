@@ -1,5 +1,6 @@
 """From conversations to supervised tokens: forms of rows, templates, masks, rejected rows, the prepared folder."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ import pytest
 import tiny
 import torch
 from chat_templates import FAMILIES
-from pydoc_chats import pydoc_lines
 from tokenizers import processors
 
 import prepare_data
@@ -401,8 +401,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
     assert "leaves none of 4 rows" in stop(validation_ratio=0.9)
     assert "give one of them" in stop(validation_ratio=0.5, validation_dataset=path)
     assert "dataset_path" in stop(dataset_path=tmp_path)
-    assert "no validation split" in stop(validation_dataset="sharegpt")
-    assert "no such file, and not one of the presets sharegpt, ultrachat" in stop(validation_dataset="vicuna")
+    assert "no validation split" in stop(validation_dataset="pydoc")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("years of work")
     assert "not a prepared data set" in stop(output="precious")
@@ -488,17 +487,18 @@ def test_a_preset_without_hub_and_copy_ends_with_one_line(tmp_path, target, caps
     assert "no ShareGPT" in fails(capsys, prepare, "sharegpt", tmp_path / "out", target, dataset_path=tmp_path)
 
 
-def test_the_tiny_runs_conversations_are_many_partly_of_several_turns_and_always_the_same(tmp_path):
-    lines = pydoc_lines()
+def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
+    lines = prepare_data.pydoc_lines()
     rows = [json.loads(row) for row in lines]
     assert len(rows) > 2000 and sum(len(row["conversations"]) > 2 for row in rows) > 100
     chat = chat_for("llama3")
     assert all(tokenise(row, chat)[1].any() for row in lines[::100])
     answers = " ".join(message["content"] for row in rows for message in row["conversations"])
     assert "collections.OrderedDict" in answers and "Serialize ``obj`` to a JSON" in answers
-    command = [sys.executable, "examples/pydoc_chats.py", "--output_path", tmp_path / "pydoc.jsonl"]
-    subprocess.run(command, cwd=tiny.REPOSITORY, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
-    assert (tmp_path / "pydoc.jsonl").read_bytes().splitlines() == lines
+    code = "import hashlib, prepare_data; print(hashlib.sha256(b''.join(prepare_data.pydoc_lines())).hexdigest())"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY, env=environment, capture_output=True)
+    assert result.stdout.decode().strip() == hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 # ---------------------------------------------------------------------------- the prepared folder
