@@ -34,7 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
@@ -52,6 +52,8 @@ from prepare_hidden_states import start_distributed
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
+# Of the MLP only matrix products are kept for the backward pass; the activation, cheap and large, is formed again.
+KEEP_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
 QKV = ("q_proj", "k_proj", "v_proj")
 MASKED_KERNEL = ("cpu",)  # devices with an attention kernel that takes any mask and returns the logsumexp
 COMPARE_ROWS = 16  # of these, compared at a time: they stay in the cache of a CPU core
@@ -126,7 +128,8 @@ class DraftLayer(nn.Module):
             feature, normed, cos, sin = (x.index_select(0, rows) for x in (feature, normed, cos, sin))
         mixed = self.self_attn["o_proj"](attend(project(0), k, v).flatten(1))
         hidden = (normed if self.norm_before_residual else feature) + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        mlp = lambda x: self.mlp(self.post_attention_layernorm(x))  # noqa: E731 (what is recomputed as a whole)
+        return hidden + checkpoint(mlp, hidden, use_reentrant=False, context_fn=KEEP_PRODUCTS)
 
 
 class DraftModel(nn.Module):
@@ -341,7 +344,8 @@ class HeadLoss(torch.autograd.Function):
         wide, cuda = torch.promote_types(hidden.dtype, torch.float32), hidden.device.type == "cuda"
         values = hidden.new_empty(len(hidden), 3, dtype=wide)
         draws = torch.zeros(len(head.weight), dtype=torch.bool, device=hidden.device).index_fill_(0, known, True)
-        ctx.grads = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        hidden = hidden.detach()  # its gradient takes its place, row by row: the caller has no use for it any more
+        ctx.grads = hidden, torch.zeros_like(weight, dtype=wide)
         logits = hidden.new_empty(max((stop - row for *_, row, stop in plan.chunks), default=0), len(weight))
         work, most = (compiled(compare), len(logits)) if cuda else (compare, COMPARE_ROWS)
         for first, end, row, stop in plan.chunks:
@@ -359,7 +363,7 @@ class HeadLoss(torch.autograd.Function):
                 chunk[part] = grad
             if any(ctx.needs_input_grad):
                 scale = (factors[rows] * drawn)[:, None].to(x.dtype)
-                ctx.grads[0][rows] = (chunk @ weight).mul_(scale)
+                hidden[rows] = (chunk @ weight).mul_(scale)
                 if wide == x.dtype:
                     ctx.grads[1].addmm_(chunk.T, x.mul_(scale))
                 else:  # added up in fp32
@@ -420,7 +424,9 @@ def objective(draft, input_ids, position_ids, auxiliary, last, head, plan, d2t, 
         feature = outputs[-1] if draft.config.get("norm_output") else hidden
 
     factors = [torch.full_like(live, decay**i, dtype=upcast(feature).dtype) for i, live in enumerate(lives)]
-    loss, values = draft.lm_head(torch.cat(outputs), last, head, plan, target_ids(d2t), torch.cat(factors))
+    hidden = torch.cat(outputs)
+    outputs.clear()  # twice the memory otherwise
+    loss, values = draft.lm_head(hidden, last, head, plan, target_ids(d2t), torch.cat(factors))
     parts = values.split(plan.counts)
     sums = torch.stack([F.pad(part.double().sum(0), (0, 1), value=len(part)) for part in parts])
     correct = torch.zeros(len(parts), len(input_ids), dtype=torch.bool, device=input_ids.device)
