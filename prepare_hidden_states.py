@@ -107,6 +107,7 @@ def read_deepspeed_config(path, decided, device):
     if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
         half["enabled"] = device.type == "cuda"
     config.setdefault("steps_per_print", sys.maxsize)
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in every micro-batch
     return config
 
 
@@ -454,6 +455,8 @@ class Target:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
         with torch.inference_mode():
+            # Without positions, which one sequence does not need, transformers neither looks for borders nor waits.
+            positions = None if len(lengths) == 1 else positions
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
         return self.auxiliary(keep), output.last_hidden_state[keep].clone()

@@ -54,6 +54,7 @@ from prepare_hidden_states import start_distributed
 REPOSITORY = Path(__file__).resolve().parent
 # Of the MLP only matrix products are kept for the backward pass; the activation, cheap and large, is formed again.
 KEEP_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the draft is random
 QKV = ("q_proj", "k_proj", "v_proj")
 MASKED_KERNEL = ("cpu",)  # devices with an attention kernel that takes any mask and returns the logsumexp
 COMPARE_ROWS = 16  # of these, compared at a time: they stay in the cache of a CPU core
@@ -129,7 +130,7 @@ class DraftLayer(nn.Module):
         mixed = self.self_attn["o_proj"](attend(project(0), k, v).flatten(1))
         hidden = (normed if self.norm_before_residual else feature) + mixed
         mlp = lambda x: self.mlp(self.post_attention_layernorm(x))  # noqa: E731 (what is recomputed as a whole)
-        return hidden + checkpoint(mlp, hidden, use_reentrant=False, context_fn=KEEP_PRODUCTS)
+        return hidden + checkpoint(mlp, hidden, context_fn=KEEP_PRODUCTS, **RECOMPUTED)
 
 
 class DraftModel(nn.Module):
@@ -276,7 +277,7 @@ class SlotAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, live, out, lse, *own = ctx.saved_tensors
         groups, scale = k.shape[1], q.shape[-1] ** -0.5
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=upcast(x[:0]).dtype) for x in (k, v))
         for queries, keys, parts, mask in SlotAttention.chunks(q, k, v, live, ctx.spans):
             whole = [SlotAttention.grouped(x[queries], groups) for x in (grad, out, lse)]
             parts = attend_keys_backward(whole[0], *parts, *whole[1:], mask)
@@ -290,22 +291,23 @@ class SlotAttention(torch.autograd.Function):
             scores = ((upcast(grad @ own[1].transpose(2, 3)) - delta) * weights * scale).to(q.dtype)
             dq += (scores @ own[0]).flatten(1, 2)
             own = scores.transpose(2, 3) @ q, weights.to(q.dtype).transpose(2, 3) @ grad
-        return dq, dk, dv, None, None, *own
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, *own
 
 
-compiled = functools.cache(functools.partial(torch.compile, dynamic=True))  # once, whatever lengths come
+compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True))
 
 
 def flex_slots(q, k, v, own, live, begin, blocks):
     """What SlotAttention computes, with FlexAttention's kernel for the step-0 keys; n > 0.
 
     begin [n]: the first token of each slot's document; blocks: of the plan. Queries and keys are rounded up to whole
-    blocks, so that no length is special and the kernel is compiled once.
+    blocks, and to two of them, so that no length is special and none has the kernel compiled anew.
     """
-    count, rows = len(q), torch.arange(-(-len(q) // BLOCK) * BLOCK, device=q.device).clamp(max=len(q) - 1)
+    count, rows = len(q), torch.arange(max(-(-len(q) // BLOCK), 2) * BLOCK, device=q.device).clamp(max=len(q) - 1)
     live, begin = live[rows], begin[rows]
-    keys, values = (F.pad(x, (0, 0, 0, 0, 0, -len(x) % BLOCK)).transpose(0, 1)[None] for x in (k, v))
-    first, full, full_end, end = blocks.int()[:, None, None, :, None]  # [1, 1, query blocks, 1]
+    missing = max(-len(k) % BLOCK, 2 * BLOCK - len(k))
+    keys, values = (F.pad(x, (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None] for x in (k, v))
+    first, full, full_end, end = blocks[:, None, None, rows[::BLOCK] // BLOCK, None].int()  # [1, 1, query blocks, 1]
     at = torch.arange(keys.shape[2] // BLOCK, device=q.device, dtype=torch.int32)
     partial = torch.where(at < full - first, first + at, at + full_end - full + first)
     mask = BlockMask.from_kv_blocks(
@@ -345,7 +347,8 @@ class HeadLoss(torch.autograd.Function):
         values = hidden.new_empty(len(hidden), 3, dtype=wide)
         draws = torch.zeros(len(head.weight), dtype=torch.bool, device=hidden.device).index_fill_(0, known, True)
         hidden = hidden.detach()  # its gradient takes its place, row by row: the caller has no use for it any more
-        ctx.grads = hidden, torch.zeros_like(weight, dtype=wide)
+        learns = ctx.needs_input_grad[0]  # not while evaluating
+        ctx.grads = hidden, torch.zeros_like(weight, dtype=wide) if learns else None
         logits = hidden.new_empty(max((stop - row for *_, row, stop in plan.chunks), default=0), len(weight))
         work, most = (compiled(compare), len(logits)) if cuda else (compare, COMPARE_ROWS)
         for first, end, row, stop in plan.chunks:
@@ -361,13 +364,14 @@ class HeadLoss(torch.autograd.Function):
                 entropy, right = torch.where(drawn[part], entropy, 0.0), known[index] == best[part]
                 values[rows[part]] = torch.stack([entropy, right.to(wide), accept], dim=-1)
                 chunk[part] = grad
-            if any(ctx.needs_input_grad):
+            if learns:
                 scale = (factors[rows] * drawn)[:, None].to(x.dtype)
                 hidden[rows] = (chunk @ weight).mul_(scale)
                 if wide == x.dtype:
                     ctx.grads[1].addmm_(chunk.T, x.mul_(scale))
                 else:  # added up in fp32
                     ctx.grads[1].add_(chunk.T @ x.mul_(scale))
+        ctx.mark_non_differentiable(values)
         return (values[:, 0] * factors).sum(), values
 
     @staticmethod
@@ -410,15 +414,13 @@ def objective(draft, input_ids, position_ids, auxiliary, last, head, plan, d2t, 
         rotary = draft.rotary(position_ids[live] + i if i else position_ids, dtype)
         return layer(parts, feature, *rotary, attend, None if i else live), *state
 
+    wrapped = functools.partial(checkpoint, **RECOMPUTED) if draft.gradient_checkpointing else lambda f, *x: f(*x)
     feature, first, own, outputs = draft.features(auxiliary.to(dtype)), (), (), []
     for i, live in enumerate(lives):
         if i and len(live) < len(feature):
             feature, *own = (x.index_select(0, keeps[i]) for x in (feature, *own))
         parts = [x.index_select(0, live + 1 + i) if i or x is tokens[0] else x.roll(-1, dims=0) for x in tokens]
-        if draft.gradient_checkpointing and torch.is_grad_enabled():
-            hidden, *state = checkpoint(run, i, parts, feature, first, own, use_reentrant=False)
-        else:
-            hidden, *state = run(i, parts, feature, first, own)
+        hidden, *state = wrapped(run, i, parts, feature, first, own)
         first, own = (first, state) if i else (state, ())
         outputs.append(draft.norm(hidden))
         feature = outputs[-1] if draft.config.get("norm_output") else hidden
@@ -711,7 +713,7 @@ def check_flags(args, world):
              f"{args.draft_micro_batch_size} x {world} ranks = {micro}; nearest that fit: "
              f"{' or '.join(map(str, fits))}")  # fmt: skip
     if args.draft_accumulation_steps not in (None, -(-batch // micro)):
-        print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {batch} / {micro}")
+        print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {-(-batch // micro)}")
     args.draft_accumulation_steps = -(-batch // micro)
 
 
@@ -753,14 +755,14 @@ def prepare_run(args, world):
             seed=args.seed, trust_remote_code=args.trust_remote_code,
         )  # fmt: skip
     data, data_config = open_data(folder)
-    longest = max(part["longest"] for part in data_config["splits"].values())
+    longest = {split: part["longest"] for split, part in data_config["splits"].items()}
     tokenizer = hash_tokenizer(load_tokenizer(args.target_model_path, args.trust_remote_code))
     if data_config["ingredients"]["tokenizer"] != tokenizer:
         fail(f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again")
-    if longest > args.max_length:
-        fail(f"{folder} has rows of {longest} tokens, max_length is {args.max_length}: give --max_length {longest}")
-    if 0 < args.total_seq_len < longest:
-        fail(f"total_seq_len {args.total_seq_len} is less than the {longest} tokens of the longest row of {folder}")
+    if (most := max(longest.values())) > args.max_length:
+        fail(f"{folder} has rows of {most} tokens, max_length is {args.max_length}: give --max_length {most}")
+    if 0 < args.total_seq_len < longest["train"]:
+        fail(f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}")
     if len(data["train"]) < world:
         fail(f"{len(data['train'])} training sequences for {world} ranks: a rank would have none")
     sizes, counts = (config["draft_vocab_size"], config["vocab_size"]), args.token_freq_path
@@ -770,7 +772,6 @@ def prepare_run(args, world):
         if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
             print(f"the vocabulary mapping of {args.resume_from_checkpoint} ({len(d2t)} tokens) is kept")
     config["draft_vocab_size"] = len(d2t)
-    # --- the schedule ---
     args.steps_per_epoch = math.ceil(len(data["train"]) / args.draft_global_batch_size)
     if args.total_steps <= 0:
         args.total_steps = args.num_epochs * args.steps_per_epoch
@@ -790,8 +791,6 @@ def build_draft(args, config, target, d2t):
     draft.gradient_checkpointing, draft.attention_backend = args.gradient_checkpointing, args.attention_backend
     if args.attention_backend == "flex_attention" and target.embedding.device.type == "cpu":
         draft.attention_backend = "sdpa"
-        if dist.get_rank() == 0:
-            print("attention_backend flex_attention has no backward pass on CPUs: sdpa computes the same numbers")
     draft.initialise(target.head.weight[target_ids(d2t)])
     if args.resume_from_checkpoint:
         tensors = read_draft(args.resume_from_checkpoint)[1]
@@ -810,6 +809,8 @@ def summary(args, config, layers, draft, data, data_config, share):
     batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
     if args.total_seq_len:
         batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
+    fallen = draft.attention_backend != args.attention_backend
+    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers" if fallen else ""
     return "\n".join([
         f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
         f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
@@ -817,7 +818,7 @@ def summary(args, config, layers, draft, data, data_config, share):
         f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
         f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"attention   {draft.attention_backend}, gradient checkpointing {['off', 'on'][args.gradient_checkpointing]}",
+        f"attention   {draft.attention_backend}{instead}; checkpointing {['off', 'on'][args.gradient_checkpointing]}",
         f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
     ])  # fmt: skip
 
@@ -925,7 +926,7 @@ FLAGS = {
         ("batch_size", int, 2, "sequences per rank in one forward of the target, and in evaluation", 1),
         ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks", 1),
         ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft", 1),
-        ("total_seq_len", int, 0, "tokens in one forward of the draft: as many sequences as fit; 0 = by count", 0),
+        ("total_seq_len", int, 0, "tokens of a micro-batch, instead of draft_micro_batch_size: what fits; 0 = off", 0),
         ("draft_accumulation_steps", int, None, "derived: global / (micro x ranks); another value is replaced"),
         ("num_workers", int, 2, "processes per rank that read ahead; 0 = none", 0),
         ("prefetch_factor", int, 4, "optimizer steps that each of them reads ahead", 1),

@@ -45,7 +45,7 @@ import dense  # noqa: E402  (neither the root nor tests/ is on the path of a scr
 
 from export_eagle3 import configure  # noqa: E402
 from prepare_data import fail  # noqa: E402
-from prepare_hidden_states import (  # noqa: E402  # noqa: E402
+from prepare_hidden_states import (  # noqa: E402
     Head,
     Target,
     default_layer_ids,
