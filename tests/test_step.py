@@ -2,6 +2,7 @@
 recomputing and the ranks; and what it keeps, waits for and multiplies, as far as a CPU can count it.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,22 +11,22 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from test_train_eagle3 import arguments, furthest, recorded_gradients, run, weights
 from torch.nn.attention.flex_attention import AuxOutput
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
 import step
 
 import train_eagle3
-from prepare_data import epoch_order, open_data
+from prepare_data import open_data
 
 ZERO = {name: str(tiny.REPOSITORY / "ds_configs" / f"{name}.json") for name in ("zero2", "zero3")}
 EVERY = ("--total_steps", 4, "--draft_global_batch_size", 4, "--weight_decay", 0)  # so that only a gradient moves
@@ -34,13 +35,20 @@ ROWS, TOKENS, QUERIES = 1024, 512, 128  # of draft logits, teacher logits and at
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a tiny target, prepared conversations in data/, and in bare/ rows most of which supervise no slot."""
+    """A folder with a tiny target, prepared conversations in data/, and in bare/ rows that mostly supervise no slot."""
     folder = tmp_path_factory.mktemp("step")
     tiny.write_target(folder / "target")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(14, 1) + tiny.conversations(3, 4))
+    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(14, 1) + tiny.conversations(3, 2))
     tiny.write_jsonl(folder / "bare.jsonl", bare_rows())
     for name, out in (("train", "data"), ("bare", "bare")):
-        run(folder, folder / "initial" / name, "--dry_run", "--dataset_train_split", folder / f"{name}.jsonl", data=False)
+        run(
+            folder,
+            folder / "initial" / name,
+            "--dry_run",
+            "--dataset_train_split",
+            folder / f"{name}.jsonl",
+            data=False,
+        )
         (folder / "initial" / name / "data").rename(folder / out)
     return folder
 
@@ -52,7 +60,7 @@ def bare_rows():
     """
     live = [0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 1]
     rows = [None] * len(live)
-    for place, number in enumerate(epoch_order(len(live), 0, 0)):
+    for place, number in enumerate(np.random.RandomState([0, 0]).permutation(len(live))):
         ids = torch.randint(5, 400, (20 + 5 * place,), generator=torch.Generator().manual_seed(place)).tolist()
         mask = [0] * 10 + [1] * (len(ids) - 10) if live[place] else [0] * (len(ids) - 1) + [1]
         rows[number] = {"input_ids": ids, "loss_mask": mask}
@@ -82,11 +90,10 @@ def ranks(work, tmp_path_factory):
     folder, budget = tmp_path_factory.mktemp("ranks"), longest(work)
     runs = {
         "plain": arguments(work, folder / "plain", *EVERY, "--deepspeed_config", ZERO["zero3"]),
-        "recomputed": arguments(
-            work, folder / "recomputed", *EVERY, "--gradient_checkpointing", "--deepspeed_config", ZERO["zero3"]
-        ),
+        "recomputed": arguments(work, folder / "recomputed", *EVERY, "--deepspeed_config", ZERO["zero3"],
+                                "--gradient_checkpointing"),
         "odd": arguments(work, folder / "odd", *EVERY, "--draft_global_batch_size", 3, "--total_seq_len", budget),
-    }
+    }  # fmt: skip
     runs |= {name: bare(work, folder / name, "--deepspeed_config", path) for name, path in ZERO.items()}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     several = [argv + ["--dist_timeout", "1"] for argv in runs.values()]
@@ -115,7 +122,7 @@ def test_a_token_budget_gives_the_gradients_of_one_sequence_at_a_time(work, tmp_
         flags = *EVERY, "--total_steps", 5, "--total_seq_len", budget, "--batch_size", 3
         found[name] = recorded_gradients(work, tmp_path / name, monkeypatch, *flags)
     assert counts[:5] == [4, 4, 4, 4, 1]
-    assert 1 < len(set(counts[5:10])) and 1 < sum(counts[10:]) < sum(counts[5:10]) < 17, "steps must differ in number"
+    assert counts[5] < 4 and len(set(counts[5:9])) > 1 and sum(counts[10:]) < sum(counts[5:10]), "steps must differ"
     for name in ("longest", "larger"):
         assert losses(metrics(tmp_path / name)) == pytest.approx(losses(metrics(tmp_path / "one")), rel=1e-5)
         assert found[name].keys() == found["one"].keys()
@@ -139,6 +146,7 @@ def test_too_small_a_token_budget_is_one_line_with_both_numbers(work, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_any_number_of_workers_gives_the_same_run_to_the_last_bit(work, tmp_path):
     for name, budget in (("rows", 0), ("tokens", longest(work))):
         runs = []
@@ -239,42 +247,172 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kernel", [("cpu",), ()], ids=["kernel", "plain"])
 def test_nothing_of_tokens_times_tokens_or_tokens_times_vocabulary_exists(kernel, monkeypatch):
     monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", kernel)
-    vocabulary, columns, heads, seen = 1600, 700, 4, []
-    for times in (1, 2):
+    vocabulary, columns, heads = 801, 301, 4
+    for times, steps in ((1, 4), (2, 4), (2, 1)):  # what is as wide as a vocabulary does not grow with the length
         lengths = [900 * times, 500 * times, 100 * times]
         masks = [step.tail(n, share) for n, share in zip(lengths, (95, 60, 100), strict=True)]
-        case = make_case(masks, 4, columns, f"--vocab_size={vocabulary}")
-        tokens, rows = sum(lengths), int(case["supervised"].sum())
-        largest = {}
-        for side in ("product", "dense")[: 3 - times]:
+        case = make_case(masks, steps, columns, f"--vocab_size={vocabulary}")
+        tokens, scores = sum(lengths), QUERIES * heads * max(lengths)
+        with Largest() as mode:
+            step.forward_backward(case, "product")
+        largest = mode.elements
+        assert max(largest.values()) <= scores < tokens**2 / 4
+        assert kernel or max(largest.values()) > scores / 2, "the mode must see the scores"
+        assert ROWS * columns / 2 <= largest[columns] <= ROWS * columns < case["supervised"].sum() * columns / 2
+        assert TOKENS * vocabulary / 2 < largest[vocabulary] <= TOKENS * vocabulary < tokens * vocabulary / 2
+        if times == 1:  # the dense form has what is looked for
             with Largest() as mode:
-                step.forward_backward(case, side)
-            largest[side] = mode.elements
-        if times == 1:  # the other form shows that the mode sees such tensors
-            dense = largest["dense"]
-            assert dense[tokens] >= heads * tokens**2 and dense[vocabulary] >= tokens * vocabulary
-            assert dense[columns] >= tokens * columns
-        product = largest["product"]
-        assert max(product.values()) <= max(QUERIES * heads * max(lengths), ROWS * columns, TOKENS * vocabulary)
-        assert max(product.values()) < tokens**2 and rows > 2 * ROWS and tokens > 2 * TOKENS
-        assert ROWS * columns / 2 < product[columns] <= ROWS * columns
-        assert TOKENS * vocabulary / 2 < product[vocabulary] <= TOKENS * vocabulary
-        seen.append((product[columns], product[vocabulary]))
-    assert seen[1][0] <= ROWS * columns and seen[1][1] <= TOKENS * vocabulary
+                step.forward_backward(case, "dense")
+            assert mode.elements[tokens] >= heads * tokens**2
+            assert mode.elements[columns] >= tokens * columns and mode.elements[vocabulary] >= tokens * vocabulary
 
 
 def peak(side, length, *flags):
-    """MiB that one forward and backward adds at its peak; the process should be a fresh one, but may measure several."""
-    sizes = ["--hidden_size=192", "--intermediate_size=384", "--num_attention_heads=6", "--num_key_value_heads=3"]
-    args = step.parse_args(["--device=cpu", "--threads=1", "--head_dim=32", "--vocab_size=600", *sizes, *flags])
-    mask = step.tail(length, 100)
-    return step.memory_alone(args, step.draft_config(args, 500), mask, 4, side) / 2**20
+    """MiB that one forward and backward adds at its peak; for a process in which nothing else has run."""
+    sizes = ["--hidden_size=192", "--intermediate_size=512", "--num_attention_heads=6", "--num_key_value_heads=3"]
+    sizes += ["--head_dim=32", "--vocab_size=600", "--shares=100"]
+    args = step.parse_args(["--device=cpu", "--threads=1", *sizes, *flags])
+    return step.memory_alone(args, step.draft_config(args, 500), step.tail(length, args.shares[0]), 5, side) / 2**20
 
 
-def test_peak_memory_grows_as_the_length_does():
-    """At four times the length; the dense form's grows faster, which shows that it is the peak that is measured."""
+@pytest.fixture(scope="module")
+def peaks():
+    """MiB by what is measured, in a process of its own."""
+    cases = {
+        "short": ("product", 512), "long": ("product", 2048), "half": ("product", 2048, "--shares=50"),
+        "recomputed": ("product", 2048, "--gradient_checkpointing"), "dense short": ("dense", 512),
+        "dense long": ("dense", 2048),
+    }  # fmt: skip
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-        work = (("product", 768), ("dense", 768), ("product", 3072), ("dense", 3072))
-        mebibytes = [alone.submit(peak, *one).result() for one in work]
-        recomputed = alone.submit(peak, "product", 3072, "--gradient_checkpointing").result()
-    print(mebibytes, recomputed)
+        return {name: alone.submit(peak, *case).result() for name, case in cases.items()}
+
+
+def test_peak_memory_grows_as_the_length_does(peaks):
+    """At four times the length; the dense form's grows faster, which shows that it is the peak that is measured."""
+    assert peaks["short"] > 40 and peaks["long"] < 4.6 * peaks["short"], peaks
+    assert peaks["dense long"] > 6 * peaks["dense short"], peaks
+    assert peaks["half"] < peaks["dense long"] / 4, peaks
+
+
+@pytest.mark.xfail(strict=True, reason="the MLP's own recomputing keeps its products within the layer's as well")
+def test_gradient_checkpointing_lowers_the_peak(peaks):
+    assert peaks["recomputed"] < 0.85 * peaks["long"], peaks
+
+
+# --- waiting for the device ---
+
+WAITING_OPERATIONS = {  # their result, or its size, is needed on the CPU before the program can go on
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_consecutive", "unique_dim",
+    "equal", "bincount", "repeat_interleave",
+}  # fmt: skip
+WAITING_CALLS = ("tolist", "numpy", "__array__", "cpu")  # on a CPU no operation tells of them
+
+
+class NoWaitingOperation(TorchDispatchMode):
+    """Refuses operations, also those of the backward pass, that on a GPU make the program wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in WAITING_OPERATIONS or "output_size" in (kwargs or {}), name
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            masked = any(index is not None and index.dtype == torch.bool for index in args[1])
+            assert not masked, f"{name} with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """In here a program fails that would wait for a GPU."""
+    with pytest.MonkeyPatch.context() as patch, NoWaitingOperation():
+        for name in WAITING_CALLS:
+            patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(name))
+        yield
+
+
+def unwatched(call):
+    """call without that watch: what other libraries do is not looked at."""
+
+    def wrapper(*args, **kwargs):
+        with _disable_current_modes():
+            return call(*args, **kwargs)
+
+    return wrapper
+
+
+def flex_by_mask(q, k, v, block_mask, enable_gqa, return_aux):
+    """FlexAttention has no backward on CPUs: its mask's rule for every pair, in plain torch."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    seen = block_mask.mask_mod(0, 0, torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2]))
+    scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v, AuxOutput(lse=scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("backend", ["sdpa", "sdpa without a kernel", "flex_attention"])
+def test_the_objective_never_waits_for_the_device(backend, checkpointing, monkeypatch):
+    monkeypatch.setattr(train_eagle3, "flex_attention", flex_by_mask)
+    if backend == "sdpa without a kernel":
+        monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())
+    masks = [step.tail(150, 90), step.tail(40, 50), [0] * 9, [1, 1, 1, 0] * 10]
+    case = make_case(masks, 4, 60, f"--attention_backend={backend.split()[0]}")
+    case["draft"].gradient_checkpointing = checkpointing == "true"
+    with no_waiting():
+        step.forward_backward(case, "product")
+    assert all(p.grad.norm() > 0 for p in case["draft"].parameters())
+
+
+def test_an_optimizer_step_never_waits_for_the_device(work, tmp_path, monkeypatch):
+    """Apart from what transformers does in the target's layers and DeepSpeed in the backward pass and the update."""
+    optimizer_step, seen = train_eagle3.optimizer_step, []
+
+    def watched(engine, target, batches, d2t, args):
+        seen.append(len(batches))
+        with monkeypatch.context() as patch, no_waiting():
+            for owner, name in ((target.decoder, "forward"), (engine, "backward"), (engine, "step")):
+                patch.setattr(owner, name, unwatched(getattr(owner, name)))
+            return optimizer_step(engine, target, batches, d2t, args)
+
+    monkeypatch.setattr(train_eagle3, "optimizer_step", watched)
+    run(work, tmp_path / "out", *EVERY, "--draft_micro_batch_size", 2)
+    assert seen == [2] * 4
+
+
+def test_the_watch_notices_what_waits():
+    x = torch.arange(4.0)
+    for wait in (
+        lambda: x[0].item(), lambda: x.tolist(), lambda: bool(x[0]), lambda: int(x[0]), lambda: float(x[0]),
+        lambda: range(9)[x.long()[1]], lambda: x.nonzero(), lambda: x[x > 1], lambda: x.masked_select(x > 1),
+        lambda: x.unique(), lambda: x.numpy(), lambda: np.asarray(x), lambda: x.cpu(), lambda: torch.where(x > 1),
+        lambda: x.repeat_interleave(x.long()), lambda: x.index_put((x > 1,), x[0]),
+    ):  # fmt: skip
+        with pytest.raises((AssertionError, pytest.fail.Exception)), no_waiting():
+            wait()
+
+
+# --- work ---
+
+
+def operations(case, side):
+    """Floating-point operations of the matrix products of forward and backward."""
+
+    def in_place(base, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        step.forward_backward(case, side)
+    return counter.get_total_flops()
+
+
+def test_only_what_the_loss_needs_is_multiplied(monkeypatch):
+    """Doubling the prompts adds little, and few supervised tokens are little work; for the dense form neither holds."""
+    monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())  # the kernel's products are not counted
+    sizes, done = ["--hidden_size=64", "--intermediate_size=256", "--head_dim=16", "--vocab_size=4000"], []
+    for masks in ([step.tail(128, 50)] * 4, [[0] * 64 + step.tail(128, 50)] * 4, [step.tail(512, 15)]):
+        case = make_case(masks, 7, 2000, *sizes)
+        lengths = [len(mask) for mask in masks]
+        needed = step.total_operations(step.count_products(case["draft"].config, case["supervised"], lengths))
+        done.append({side: operations(case, side) for side in ("product", "dense")})
+        assert needed <= done[-1]["product"] < 1.1 * needed, "less would be a count that misses something"
+    short, long, few = done
+    assert long["product"] < 1.1 * short["product"] and long["dense"] > 1.5 * short["dense"]
+    assert few["product"] < few["dense"] / 4
