@@ -105,7 +105,7 @@ class DraftLayer(nn.Module):
         linears = {name: HalfLinear(2 * size, width, bias=False) for name, width in zip(QKV, widths, strict=True)}
         self.self_attn = nn.ModuleDict(linears | {"o_proj": nn.Linear(widths[0], size, bias=False)})
         self.post_attention_layernorm, self.mlp = nn.RMSNorm(size, eps), LlamaMLP(config)
-        self.norm_before_residual = getattr(config, "norm_before_residual", False)
+        self.norm_before_residual, self.gradient_checkpointing = getattr(config, "norm_before_residual", False), False
 
     def token_parts(self, embeds):
         """What embeddings [T, H] add to q [T, A·D], k and v [T, G·D]."""
@@ -130,7 +130,8 @@ class DraftLayer(nn.Module):
         mixed = self.self_attn["o_proj"](attend(project(0), k, v).flatten(1))
         hidden = (normed if self.norm_before_residual else feature) + mixed
         mlp = lambda x: self.mlp(self.post_attention_layernorm(x))  # noqa: E731 (what is recomputed as a whole)
-        return hidden + checkpoint(mlp, hidden, context_fn=KEEP_PRODUCTS, **RECOMPUTED)
+        options = {"context_fn": KEEP_PRODUCTS, **RECOMPUTED}  # else all of the layer is formed again
+        return hidden + (mlp(hidden) if self.gradient_checkpointing else checkpoint(mlp, hidden, **options))
 
 
 class DraftModel(nn.Module):
@@ -143,7 +144,7 @@ class DraftModel(nn.Module):
     def __init__(self, config, embedding):
         super().__init__()
         self.config, self.embedding = config, embedding
-        self.attention_backend, self.gradient_checkpointing = "sdpa", False
+        self.attention_backend = "sdpa"
         size, eps = config["hidden_size"], config["rms_norm_eps"]
         features = config.get("target_hidden_size", size)
         count = num_auxiliary(config)
@@ -414,7 +415,7 @@ def objective(draft, input_ids, position_ids, auxiliary, last, head, plan, d2t, 
         rotary = draft.rotary(position_ids[live] + i if i else position_ids, dtype)
         return layer(parts, feature, *rotary, attend, None if i else live), *state
 
-    wrapped = functools.partial(checkpoint, **RECOMPUTED) if draft.gradient_checkpointing else lambda f, *x: f(*x)
+    wrapped = functools.partial(checkpoint, **RECOMPUTED) if layer.gradient_checkpointing else lambda f, *x: f(*x)
     feature, first, own, outputs = draft.features(auxiliary.to(dtype)), (), (), []
     for i, live in enumerate(lives):
         if i and len(live) < len(feature):
@@ -788,7 +789,7 @@ def build_draft(args, config, target, d2t):
     """The draft, initialised from the seed or with a checkpoint's weights."""
     torch.manual_seed(args.seed)
     draft = DraftModel(config, target.embedding)
-    draft.gradient_checkpointing, draft.attention_backend = args.gradient_checkpointing, args.attention_backend
+    draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     if args.attention_backend == "flex_attention" and target.embedding.device.type == "cpu":
         draft.attention_backend = "sdpa"
     draft.initialise(target.head.weight[target_ids(d2t)])
@@ -809,8 +810,7 @@ def summary(args, config, layers, draft, data, data_config, share):
     batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
     if args.total_seq_len:
         batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
-    fallen = draft.attention_backend != args.attention_backend
-    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers" if fallen else ""
+    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
     return "\n".join([
         f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
         f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
@@ -818,7 +818,7 @@ def summary(args, config, layers, draft, data, data_config, share):
         f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
         f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
         f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"attention   {draft.attention_backend}{instead}; checkpointing {['off', 'on'][args.gradient_checkpointing]}",
+        f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
         f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
     ])  # fmt: skip
 

@@ -256,7 +256,7 @@ def make_case(args, config, masks, steps):
     supervised = supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps)
     embedding = torch.randn(vocabulary, config["hidden_size"]).to(device, dtype)
     draft = DraftModel(config, embedding).to(device, dtype)
-    draft.attention_backend, draft.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
+    draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     return {
         "draft": draft, "plan": place(plan_slots(supervised, lengths), device),
         "input_ids": torch.randint(vocabulary, (sum(lengths),)).to(device), "supervised": supervised.to(device),
@@ -418,7 +418,7 @@ def make_training(args):
     columns = min(args.draft_vocab_sizes[-1], vocabulary)
     config, _ = configure(target.config, target.config, draft_vocab_size=columns)
     draft = DraftModel(config, target.embedding).to(args.device, args.dtype)
-    draft.attention_backend, draft.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
+    draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     d2t = (torch.randperm(vocabulary)[:columns].sort().values - torch.arange(columns)).to(args.device)
     weights = list(draft.parameters())
     masters = [weight.detach().float().clone() for weight in weights]  # fp32, as DeepSpeed keeps them

@@ -198,7 +198,7 @@ def test_every_backend_with_ragged_spans_equals_the_statement(spans, backend, ch
     masks = [torch.tensor([int(x) for x in mask]) for mask in RAGGED[spans]]
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
         draft, embedding, documents, draft_ids = case(dtype=dtype, lengths=[len(mask) for mask in masks])
-        draft.attention_backend, draft.gradient_checkpointing = backend, checkpointing
+        draft.attention_backend, draft.midlayer.gradient_checkpointing = backend, checkpointing
         for document, mask in zip(documents, masks, strict=True):
             document["mask"] = mask
         compare_with_statement((draft, embedding, documents, draft_ids), dtype, tolerance)
@@ -207,7 +207,7 @@ def test_every_backend_with_ragged_spans_equals_the_statement(spans, backend, ch
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_backend_with_options_and_checkpointing_equals_the_statement(option, backend):
     draft, *rest = case("llama3", **OPTIONS[option])
-    draft.attention_backend, draft.gradient_checkpointing = backend, True
+    draft.attention_backend, draft.midlayer.gradient_checkpointing = backend, True
     compare_with_statement((draft, *rest), torch.float64, 1e-6)
 
 
