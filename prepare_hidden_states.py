@@ -455,8 +455,6 @@ class Target:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
         with torch.inference_mode():
-            # Without positions, which one sequence does not need, transformers neither looks for borders nor waits.
-            positions = None if len(lengths) == 1 else positions
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
         return self.auxiliary(keep), output.last_hidden_state[keep].clone()
