@@ -121,7 +121,8 @@ def flag_parser(description, groups):
     for title, rows in groups.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text, *_ in rows:
-            shown = "none" if default is None else Path(default).name if name == "deepspeed_config" else default
+            # Of a path only the name: the help is the same wherever the repository lies.
+            shown = "none" if default is None else Path(default).name if str(default).startswith("/") else default
             options = {"default": default, "help": f"{text} (default: {shown})"}
             if default is ...:
                 options = {"required": True, "help": f"{text} (required)"}
@@ -364,8 +365,8 @@ def read_steps(split, args, device, steps=None, **sizes):
         prefetch_factor=args.prefetch_factor if args.num_workers else None,
     )  # fmt: skip
     for tensors, batches in loader:
-        sizes = [x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]
-        parts = iter(tensors.to(device, non_blocking=True).split(sizes))
+        counts = [x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]
+        parts = iter(tensors.to(device, non_blocking=True).split(counts))
         yield [
             {name: next(parts).view(x) if isinstance(x, torch.Size) else x for name, x in batch.items()}
             for batch in batches

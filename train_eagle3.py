@@ -766,12 +766,13 @@ def prepare_run(args, world):
         fail(f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}")
     if len(data["train"]) < world:
         fail(f"{len(data['train'])} training sequences for {world} ranks: a rank would have none")
-    sizes, counts = (config["draft_vocab_size"], config["vocab_size"]), args.token_freq_path
-    d2t = choose_mapping(*sizes, counts or Path(folder) / "token_freq.pt", args.d2t_path, args.t2d_path)
     if args.resume_from_checkpoint:
-        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(sizes[1], dtype=torch.int64))
+        d2t = read_draft(args.resume_from_checkpoint)[1].get("d2t", torch.zeros(config["vocab_size"], dtype=torch.long))
         if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
             print(f"the vocabulary mapping of {args.resume_from_checkpoint} ({len(d2t)} tokens) is kept")
+    else:
+        files = args.token_freq_path or Path(folder) / "token_freq.pt", args.d2t_path, args.t2d_path
+        d2t = choose_mapping(config["draft_vocab_size"], config["vocab_size"], *files)
     config["draft_vocab_size"] = len(d2t)
     args.steps_per_epoch = math.ceil(len(data["train"]) / args.draft_global_batch_size)
     if args.total_steps <= 0:
@@ -830,14 +831,13 @@ def due(count, interval):
 
 def train(args, engine, target, data, d2t, record):
     """The loop: every optimizer step of every epoch; then logging, evaluating and saving where they are due."""
-    output_dir, steps_per_epoch, started = Path(args.output_dir), args.steps_per_epoch, time.monotonic()
+    output_dir, started = Path(args.output_dir), time.monotonic()
     since, tokens, norms, pending = started, 0, [], None
-    batch_sizes = {"global_batch_size": args.draft_global_batch_size, "micro_batch_size": args.draft_micro_batch_size}
-    batch_sizes["total_seq_len"] = args.total_seq_len
-
-    for step, batches in enumerate(
-        read_steps(data["train"], args, engine.device, range(args.total_steps), **batch_sizes), 1
-    ):
+    steps = read_steps(
+        data["train"], args, engine.device, range(args.total_steps), total_seq_len=args.total_seq_len,
+        global_batch_size=args.draft_global_batch_size, micro_batch_size=args.draft_micro_batch_size,
+    )  # fmt: skip
+    for step, batches in enumerate(steps, 1):
         # --- one optimizer step ---
         rate = learning_rate_at(step - 1, args)
         for group in engine.optimizer.param_groups:
@@ -848,7 +848,7 @@ def train(args, engine, target, data, d2t, record):
         norms.append(engine.get_global_grad_norm())
         if record.first:
             record.bar.update()
-        at, last = step / steps_per_epoch, step == args.total_steps
+        at, last = step / args.steps_per_epoch, step == args.total_steps
 
         # --- log: the values cover all steps since the last line ---
         if step % args.log_steps == 0 or last:
@@ -872,7 +872,7 @@ def train(args, engine, target, data, d2t, record):
             since, tokens, norms, pending = time.monotonic(), 0, [], None
 
         # --- evaluate and save: by epochs, by steps, and always at the end ---
-        whole = 0 if step % steps_per_epoch else step // steps_per_epoch  # epochs finished now, 0 within one
+        whole = 0 if step % args.steps_per_epoch else step // args.steps_per_epoch  # epochs finished now, 0 within one
         paused = time.monotonic()
         if "validation" in data and (last or due(whole, args.eval_interval) or due(step, args.eval_steps)):
             values = evaluate(engine, target, data["validation"], d2t, args)

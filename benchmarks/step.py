@@ -233,10 +233,14 @@ def draft_config(args, columns):
     }  # fmt: skip
 
 
+def documents_of(lengths):
+    """The number of its document for every token, int64 [T], on the CPU."""
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
 def supervised_of(masks, steps):
     """bool [K, T] of loss masks behind one another, on the CPU."""
-    document_ids = torch.arange(len(masks)).repeat_interleave(torch.tensor([len(mask) for mask in masks]))
-    return supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps)
+    return supervised_slots(torch.tensor(sum(masks, [])), documents_of([len(mask) for mask in masks]), steps)
 
 
 def place(plan, device):
@@ -252,8 +256,7 @@ def make_case(args, config, masks, steps):
     draft_ids = torch.randperm(vocabulary)[:columns].sort().values
     weight = torch.randn(vocabulary, features) * features**-0.5
     weight[draft_ids] *= 4  # a real draft vocabulary holds almost every token that the target puts first
-    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    supervised = supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps)
+    document_ids, supervised = documents_of(lengths), supervised_of(masks, steps)
     embedding = torch.randn(vocabulary, config["hidden_size"]).to(device, dtype)
     draft = DraftModel(config, embedding).to(device, dtype)
     draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
