@@ -11,16 +11,25 @@ Out: d2t.npy  int64 [Vd]  offsets: target id = draft id + d2t[draft id], the tar
         --target_vocab_size 400 --output_path ./vocab_mapping
 """
 
-import argparse
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from prepare_data import fail, locate, normalise_argv, read_token_freq, write_atomic
+from prepare_data import fail, locate, parse_flags, write_atomic
+
+
+def read_token_freq(path):
+    """{token id: count} as prepare_data.py writes it into token_freq.pt."""
+    try:
+        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
+    except Exception as error:  # a file of another kind fails anywhere in the unpickler
+        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
+    if not counts or min(counts) < 0 or min(counts.values()) < 0:
+        fail(f"token counts {path}: none in it, or a negative token id or count")
+    return counts
 
 
 def target_ids(d2t):
@@ -35,18 +44,12 @@ def build_mapping(token_freq, draft_vocab_size, target_vocab_size):
     token is one with count 0. Ends the program if the sizes or the ids do not fit.
     """
     if not 0 < draft_vocab_size <= target_vocab_size:
-        fail(
-            f"draft_vocab_size {draft_vocab_size} must be at least 1 and at most the target's vocabulary of "
-            f"{target_vocab_size}"
-        )
-    ids = np.fromiter(token_freq.keys(), np.int64, len(token_freq))
-    counts = np.fromiter(token_freq.values(), np.int64, len(token_freq))
+        fail(f"draft_vocab_size {draft_vocab_size} must be at least 1 and at most {target_vocab_size}, the target's")
+    ids, counts = (np.fromiter(column, np.int64) for column in (token_freq.keys(), token_freq.values()))
     wrong = ids[(ids < 0) | (ids >= target_vocab_size)]
     if len(wrong):
-        fail(
-            f"{len(wrong)} token ids of the counts are outside the target's vocabulary of {target_vocab_size} "
-            f"(such as {wrong[0]}): the counts were made with another tokenizer"
-        )
+        fail(f"{len(wrong)} token ids of the counts are outside the target's vocabulary of {target_vocab_size} "
+             f"(such as {wrong[0]}): the counts were made with another tokenizer")  # fmt: skip
     frequency = np.zeros(target_vocab_size, np.int64)
     frequency[ids] = counts
     by_count = np.argsort(-frequency, kind="stable")  # stable: equal counts stay in the order of their ids
@@ -79,10 +82,8 @@ def mapping_problems(d2t, t2d):
     falling = np.flatnonzero(np.diff(target_ids) <= 0)
     if len(falling):
         first = falling[0] + 1
-        problems.append(
-            f"d2t is not ascending: draft token {first} is target token {target_ids[first]}, the one before "
-            f"{target_ids[first - 1]}"
-        )
+        pair = f"draft token {first} is target token {target_ids[first]}, the one before {target_ids[first - 1]}"
+        problems.append(f"d2t is not ascending: {pair}")
     if not problems and not np.array_equal(np.flatnonzero(t2d), target_ids):
         different = np.setxor1d(np.flatnonzero(t2d), target_ids)
         problems.append(f"t2d disagrees with d2t on {len(different)} tokens, such as {different[0]}")
@@ -139,24 +140,22 @@ def read_vocab_size(target_model_path):
     return size
 
 
+FLAGS = {
+    "the draft vocabulary": [
+        ("token_freq_path", str, "./token_freq.pt", "counts of the supervised tokens"),
+        ("draft_vocab_size", int, 32000, "tokens of the draft vocabulary", 1),
+        ("target_vocab_size", int, None, "tokens of the target's vocabulary; none: give target_model_path", 1),
+        ("target_model_path", str, None, "folder or hub id of the target, whose config.json has the size"),
+        ("output_path", str, "./vocab_mapping", "folder for d2t.npy and t2d.npy"),
+    ]
+}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail  # one line, without the usage
-    parser.add_argument(
-        "--token_freq_path", default="./token_freq.pt", help="counts of the supervised tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--draft_vocab_size", type=int, default=32000, help="tokens of the draft vocabulary (default: %(default)s)"
-    )
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--target_vocab_size", type=int, help="tokens of the target's vocabulary")
-    size.add_argument("--target_model_path", help="folder or hub id of the target, whose config.json has the size")
-    parser.add_argument(
-        "--output_path", default="./vocab_mapping", help="folder for d2t.npy and t2d.npy (default: %(default)s)"
-    )
-    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+    args = parse_flags(__doc__, FLAGS, argv)
+    if (args.target_vocab_size is None) == (args.target_model_path is None):
+        fail("give one of --target_vocab_size and --target_model_path")
+    return args
 
 
 def main(args):
@@ -166,10 +165,8 @@ def main(args):
         target_vocab_size = read_vocab_size(args.target_model_path)
     d2t, t2d = build_mapping(token_freq, args.draft_vocab_size, target_vocab_size)
     save_mapping(args.output_path, d2t, t2d)
-    print(
-        f"draft vocabulary: {len(d2t):,} of {len(t2d):,} tokens, "
-        f"{coverage(token_freq, t2d):.3%} of {sum(token_freq.values()):,} supervised tokens covered"
-    )
+    print(f"draft vocabulary: {len(d2t):,} of {len(t2d):,} tokens, "
+          f"{coverage(token_freq, t2d):.3%} of {sum(token_freq.values()):,} supervised tokens covered")  # fmt: skip
     unused = len(d2t) - sum(count > 0 and bool(t2d[token]) for token, count in token_freq.items())
     if unused:
         print(f"{unused:,} tokens of the draft vocabulary never occur: filled with the lowest unused ids")

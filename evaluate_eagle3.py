@@ -19,7 +19,6 @@ With a higher temperature drafts are accepted by speculative sampling (arXiv 221
 distribution as it is.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -39,8 +38,8 @@ from prepare_data import (
     fail,
     hash_tokenizer,
     load_tokenizer,
-    normalise_argv,
     open_data,
+    parse_flags,
     read_conversation,
     read_lines,
     render,
@@ -366,33 +365,29 @@ def plot(figures):
     return image.getvalue()
 
 
+FLAGS = {
+    "target, draft and prompts": [
+        ("target_model_path", str, ..., "folder or hub id of the target"),
+        ("draft_model_path", str, ..., "draft checkpoint, flat or speculators form"),
+        ("prompts", str, ..., 'JSON Lines of conversations or {"prompt": text}, or a prepared folder'),
+        ("num_prompts", int, None, "use only the first so many; none: all", 1),
+        ("trust_remote_code", boolean, False, "run code that comes with the target"),
+    ],
+    "generation and output": [
+        ("num_draft_tokens", int, 7, "drafts a pass", 1),
+        ("max_new_tokens", int, 128, "tokens a reply", 1),
+        ("temperature", float, 0.0, "0 = greedy", 0),
+        ("seed", int, 0, "of sampling with a temperature"),
+        ("output", str, None, "folder for the figures, texts and plot; none: only printed"),
+    ],
+}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail  # one line, without the usage
-    parser.add_argument("--target_model_path", required=True, help="folder or hub id of the target")
-    parser.add_argument("--draft_model_path", required=True, help="draft checkpoint, flat or speculators form")
-    parser.add_argument(
-        "--prompts", required=True, help='JSON Lines of conversations or {"prompt": text}, or a prepared folder'
-    )
-    parser.add_argument("--num_prompts", type=int, help="use only the first so many (default: all)")
-    parser.add_argument("--num_draft_tokens", type=int, default=7, help="drafts a pass (default: 7)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens a reply (default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling with a temperature (default: 0)")
-    parser.add_argument("--output", help="folder for the figures, texts and plot (default: only printed)")
-    parser.add_argument("--trust_remote_code", type=boolean, nargs="?", const=True, default=False,
-                        help="run code that comes with the target (default: false)")  # fmt: skip
-    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+    return parse_flags(__doc__, FLAGS, argv)
 
 
 def main(args):
-    for name in ("num_draft_tokens", "max_new_tokens", "num_prompts"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"{name} is {getattr(args, name)}; it must be at least 1")
-    if args.temperature < 0:
-        fail(f"temperature {args.temperature} must not be negative")
     model_dir = resolve_target(args.target_model_path)
     tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts)

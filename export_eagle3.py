@@ -606,9 +606,8 @@ def read_embedding(model_dir):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = fail  # one line, without the usage
     parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
     parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if not whole")
@@ -616,9 +615,8 @@ def parse_args(argv=None):
     export.add_argument("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
     export.add_argument("--output", help="folder to write")
     export.add_argument("--target_model_path", help="folder or hub id of the target; needed for speculators")
-    export.add_argument(
-        "--speculative_tokens", type=int, default=5, help="tokens an engine drafts, speculators (default: %(default)s)"
-    )
+    tokens = "tokens an engine drafts, speculators (default: %(default)s)"
+    export.add_argument("--speculative_tokens", type=int, default=5, help=tokens)
     return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
 
 
@@ -663,14 +661,9 @@ def export(args):
         architectures = json.loads((model_dir / "config.json").read_text()).get("architectures") or []
         embedding = None if own else read_embedding(model_dir)
         write_speculators(
-            args.output,
-            config,
-            tensors,
-            target_model_path=args.target_model_path,
-            target_architectures=architectures,
-            embed_tokens=embedding,
-            speculative_tokens=args.speculative_tokens,
-        )
+            args.output, config, tensors, target_model_path=args.target_model_path, target_architectures=architectures,
+            embed_tokens=embedding, speculative_tokens=args.speculative_tokens,
+        )  # fmt: skip
     for note in serving_notes(config):
         print(f"note: {note}")
     print(f"written to {args.output} ({args.format} form)")

@@ -62,28 +62,52 @@ def fail(message) -> NoReturn:
 
 def normalise_argv(argv, aliases=None):
     """Kebab-case flags to snake_case, then other trainers' names (aliases: {alias: name}); values stay untouched."""
-    words = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            word = "--" + (aliases or {}).get(name, name) + equals + value
-        words.append(word)
-    return words
+
+    def normalise(flag):
+        name = flag[1].replace("-", "_")
+        return "--" + (aliases or {}).get(name, name)
+
+    return [re.sub(r"\A--([^=]+)", normalise, word) for word in argv]
 
 
 def boolean(text):
-    """argparse type of flags that take a value or none; for `type=boolean, nargs="?", const=True, default=False`."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
+    """Type of flags that take a value or none, which means true."""
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_flags(description, groups, argv=None, aliases=None):
+    """The flags' values, for {title: [(name, type, default, help, least value if any)]}; ends with one line if wrong.
+
+    type: a tuple lists choices, [int] takes several values; default ... means required.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
+    parser.error = fail  # one line, without the usage
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text, *_ in rows:
+            # Of a path only the name: the help is the same wherever the repository lies.
+            shown = "none" if default is None else Path(default).name if str(default).startswith("/") else default
+            shown = "required" if default is ... else f"default: {shown}"
+            options = {"required": default is ..., "default": default, "help": f"{text} ({shown})"}
+            options |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            if isinstance(kind, list):
+                options |= {"type": kind[0], "nargs": "+"}
+            elif kind is boolean:
+                options |= {"nargs": "?", "const": True}
+            group.add_argument(f"--{name}", **options)
+    args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, aliases))
+    for name, *_, least in (row for rows in groups.values() for row in rows if len(row) == 5):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            fail(f"{name} is {getattr(args, name)}; it must be at least {least}")
+    return args
 
 
 def write_atomic(path, data):
     """Write bytes or str so that a reader sees the old file or the whole new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
@@ -172,19 +196,6 @@ def open_data(folder):
     return DatasetDict.load_from_disk(str(folder)), config
 
 
-def read_token_freq(path):
-    """{token id: count} as written into token_freq.pt."""
-    import torch
-
-    try:
-        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
-    except Exception as error:  # a file of another kind fails anywhere in the unpickler
-        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
-    if not counts or min(counts) < 0 or min(counts.values()) < 0:
-        fail(f"token counts {path}: none in it, or a negative token id or count")
-    return counts
-
-
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
 class Rejected(Exception):
     """A row that cannot be used. Arguments: the cause, by which it is counted, and a short detail."""
@@ -212,8 +223,7 @@ def read_conversation(row):
 
 def read_message(turn):
     """A message with role and content; an assistant's also with reasoning (None if it has none) and tool_calls."""
-    role = ROLES.get(str(turn.get("role") or turn.get("from")).lower())
-    if role is None:
+    if (role := ROLES.get(str(turn.get("role") or turn.get("from")).lower())) is None:
         raise Rejected("unknown role", repr(turn.get("role") or turn.get("from")))
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -222,18 +232,17 @@ def read_message(turn):
         content = json.dumps(content, ensure_ascii=False)
     message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name") if turn.get(key)} | {"role": role}
     if role == "assistant":
-        reasoning = [turn[key] for key in REASONING_FIELDS if isinstance(turn.get(key), str) and turn[key].strip()]
-        message["reasoning"] = reasoning[0] if reasoning else None
+        texts = (turn[key] for key in REASONING_FIELDS if isinstance(turn.get(key), str) and turn[key].strip())
+        message["reasoning"] = next(texts, None)
         calls = message.get("tool_calls", [])
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise Rejected("malformed message", "tool_calls is not a list of objects")
         for call in calls:  # their arguments are text on the wire, but templates want the object
             function = call.get("function", call)
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                with contextlib.suppress(ValueError):
-                    function["arguments"] = json.loads(function["arguments"])
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # an object already, none, or no JSON
+                function["arguments"] = json.loads(function["arguments"])
         if not isinstance(content, str | None) or not (content or "").strip():
-            if not calls and not reasoning:
+            if not calls and not message["reasoning"]:
                 raise Rejected("empty", "an assistant turn without content")
             content = None if calls else ""  # some templates drop the calls of a message that has content
     if not isinstance(content, str) and "tool_calls" not in message:
@@ -453,9 +462,8 @@ def pydoc_lines():
             tree = ast.parse(path.read_bytes())
             topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
             for name, node in ({module_name: tree} | topics).items():
-                messages = turns(name, node)
-                for method in node.body if type(node) is ast.ClassDef else []:
-                    messages += turns(f"{name}.{method.name}", method) if type(method) in KINDS else []
+                methods = [part for part in node.body if type(node) is ast.ClassDef and type(part) in KINDS]
+                messages = sum((turns(f"{name}.{method.name}", method) for method in methods), turns(name, node))
                 for start in [0, *range(8, len(messages), 2)] if messages else []:
                     row = {"id": f"pydoc {name}", "conversations": messages[start : start + 2 if start else 8]}
                     lines.append(json.dumps(row).encode())
@@ -475,8 +483,7 @@ TOLERATED = {"sharegpt": 0.1}
 def find_files(name, dataset_path, split):
     """Files behind the name of a preset or file; missing and empty ones end here, before anything is loaded."""
     if name not in PRESETS:
-        path = Path(name).expanduser()
-        if not path.is_file():
+        if not (path := Path(name).expanduser()).is_file():
             fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
         if next(read_lines(path), None) is None:
             fail(f"dataset {name} is empty: no row in it")
@@ -487,8 +494,7 @@ def find_files(name, dataset_path, split):
     if not repo:
         return []
     folder = Path(dataset_path).expanduser() if dataset_path else download(repo, [patterns[split]], "dataset")
-    files = sorted(folder.glob(patterns[split]))
-    if not files:
+    if not (files := sorted(folder.glob(patterns[split]))):
         fail(f"preset {name}: {folder} has no {patterns[split]}, which {repo} has on the hub")
     return files
 
@@ -498,9 +504,8 @@ def read_lines(path):
     blank = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            blank.append((number, line))
-            if line:
+            blank.append((number, line.removeprefix(b"\xef\xbb\xbf").strip()))
+            if blank[-1][1]:
                 yield from blank
                 blank = []
 
@@ -566,8 +571,7 @@ def build(sources, chat, options, num_proc, config, folder):
         splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache)
     if options["validation_ratio"]:
         data, rows = splits["train"], len(splits["train"])
-        size = max(1, round(rows * options["validation_ratio"]))
-        if size >= rows:
+        if (size := max(1, round(rows * options["validation_ratio"]))) >= rows:
             fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
         order = np.random.RandomState(options["seed"]).permutation(rows)
         splits = {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
@@ -605,11 +609,9 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     foreign = output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir()))
     for wrong, message in (
         (chat_template not in known, f"chat_template {chat_template}: known are {', '.join(known)}"),
-        (max_length < 2, f"max_length {max_length}: at least 2 tokens, since each predicts the next"),
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
         (not 0 <= (max_rejected_ratio or 0) <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
         (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
-        (num_samples is not None and num_samples < 1, f"num_samples {num_samples}: at least 1, or leave it out"),
         (dataset_path and not set(names.values()) & {"sharegpt", "ultrachat"},
          f"dataset_path is a copy of a preset's hub repository, but dataset is {dataset}"),
         (foreign, f"output_path {output} holds something that is not a prepared data set: choose another folder"),
@@ -652,28 +654,30 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
 
 
 # ---------------------------------------------------------------------------- command line
+FLAGS = {
+    "input": [
+        ("dataset", str, ..., f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file"),
+        ("dataset_path", str, None, "local copy of the preset's hub repository, instead of a download"),
+        ("validation_dataset", str, None, "JSON Lines file, or ultrachat for its test split"),
+        ("target_model_path", str, ..., "folder or hub id; only the tokenizer is loaded"),
+        ("trust_remote_code", boolean, False, "let the tokenizer run code of its own"),
+    ],
+    "what becomes of it": [
+        ("output_path", str, ..., "folder to write"),
+        ("chat_template", str, "llama3", f"{', '.join(TEMPLATES)} or auto, which finds it out"),
+        ("max_length", int, 2048, "tokens; longer rows are truncated at the right", 2),
+        ("num_samples", int, None, "rows of the training input, taken at random; none: all", 1),
+        ("train_only_last_turn", boolean, False, "supervise only the last assistant turn of each row"),
+        ("validation_ratio", float, 0.0, "share of the rows kept back for validation"),
+        ("max_rejected_ratio", float, None, "share of unusable rows; none: 0.01, sharegpt 0.1"),
+        ("seed", int, 0, "of num_samples and validation_ratio"),
+        ("num_proc", int, None, "processes, at most one a core; none: one a core", 1),
+    ],
+}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.error = fail  # one line, without the usage
-    switch = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    group = parser.add_argument_group("input")
-    group.add_argument("--dataset", required=True, help=f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file")
-    group.add_argument("--dataset_path", help="local copy of the preset's hub repository, instead of a download")
-    group.add_argument("--validation_dataset", help="JSON Lines file, or ultrachat for its test split; default: none")
-    group.add_argument("--target_model_path", required=True, help="folder or hub id; only the tokenizer is loaded")
-    group.add_argument("--trust_remote_code", **switch, help="let the tokenizer run code of its own")
-    group = parser.add_argument_group("what becomes of it")
-    group.add_argument("--output_path", required=True, help="folder to write")
-    group.add_argument("--chat_template", default="llama3", help=f"{', '.join(TEMPLATES)} or auto, which finds it out")
-    group.add_argument("--max_length", type=int, default=2048, help="tokens; longer rows are truncated at the right")
-    group.add_argument("--num_samples", type=int, help="rows of the training input, taken at random; default: all")
-    group.add_argument("--train_only_last_turn", **switch, help="supervise only the last assistant turn of each row")
-    group.add_argument("--validation_ratio", type=float, default=0.0, help="share of the rows kept back for validation")
-    group.add_argument("--max_rejected_ratio", type=float, help="share of unusable rows; default 0.01, sharegpt 0.1")
-    group.add_argument("--seed", type=int, default=0, help="of num_samples and validation_ratio")
-    group.add_argument("--num_proc", type=int, help="processes, at most one a core; default: one a core")
-    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+    return parse_flags(__doc__, FLAGS, argv)
 
 
 def main(args):

@@ -10,7 +10,6 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
     python prepare_hidden_states.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
 """
 
-import argparse
 import bisect
 import contextlib
 import ctypes
@@ -37,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, normalise_argv
+from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
 
 QUERY_CHUNK = 128  # slots whose attention is formed at a time
 BLOCK = 128  # slots and keys of a block of FlexAttention
@@ -109,32 +108,6 @@ def read_deepspeed_config(path, decided, device):
     config.setdefault("steps_per_print", sys.maxsize)
     config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in every micro-batch
     return config
-
-
-def flag_parser(description, groups):
-    """The parser of {title: [(name, type, default, help, least value if any)]}.
-
-    type: a tuple lists choices, [int] takes several values; default ... means required.
-    """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
-    for title, rows in groups.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, text, *_ in rows:
-            # Of a path only the name: the help is the same wherever the repository lies.
-            shown = "none" if default is None else Path(default).name if str(default).startswith("/") else default
-            options = {"default": default, "help": f"{text} (default: {shown})"}
-            if default is ...:
-                options = {"required": True, "help": f"{text} (required)"}
-            if isinstance(kind, tuple):
-                options["choices"] = kind
-            elif isinstance(kind, list):
-                options |= {"type": kind[0], "nargs": "+"}
-            else:
-                options |= {"type": kind} | ({"nargs": "?", "const": True} if kind is boolean else {})
-            group.add_argument(f"--{name}", **options)
-    parser.error = fail
-    return parser
 
 
 def on_first_rank(work):
@@ -622,7 +595,7 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    return flag_parser(__doc__, FLAGS).parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+    return parse_flags(__doc__, FLAGS, argv)
 
 
 def main(args):

@@ -42,11 +42,10 @@ from transformers.utils.logging import disable_progress_bar
 
 # isort: off
 # (it would give every name a line of its own)
-from build_vocab_mapping import choose_mapping, target_ids
+from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
 from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
-from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, normalise_argv, open_data, prepare
-from prepare_data import read_token_freq, write_atomic
-from prepare_hidden_states import BLOCK, Plan, acceptance_walk, flag_parser, load_target, on_each_node, on_first_rank
+from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
+from prepare_hidden_states import BLOCK, Plan, acceptance_walk, load_target, on_each_node, on_first_rank
 from prepare_hidden_states import read_deepspeed_config, read_steps, read_target_config, resolve_target
 from prepare_hidden_states import start_distributed
 # isort: on
@@ -685,9 +684,6 @@ def run_settings(args, data_config):
 # ==================== The loop =======================================================================================
 def check_flags(args, world):
     """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
-    for name, *_, least in (row for rows in FLAGS.values() for row in rows if len(row) == 5):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            fail(f"{name} is {getattr(args, name)}; it must be at least {least}")
     output, validation = Path(args.output_dir), args.dataset_validation_split
     held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
     for wrong, message in (
@@ -886,7 +882,7 @@ def train(args, engine, target, data, d2t, record):
     record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
 
 
-# (name, type, default, help, least value if any): see flag_parser
+# (name, type, default, help, least value if any): see parse_flags
 FLAGS = {
     "target and data": [
         ("target_model_path", str, ..., "folder or hub id; a folder may hold one nested model or an MLflow model"),
@@ -894,7 +890,7 @@ FLAGS = {
         ("dataset_validation_split", str, None, "the same, for evaluation; none: no evaluation"),
         ("data_path", str, None, "folder written by prepare_data.py, instead of the two above"),
         ("chat_template", str, "llama3", "llama3, qwen, gpt-oss, deepseek-r1-distill, or auto = the tokenizer's own"),
-        ("max_length", int, 2048, "tokens; longer conversations are cut at the right", 1),
+        ("max_length", int, 2048, "tokens; longer conversations are cut at the right", 2),
         ("build_dataset_num_proc", int, 96, "processes that tokenise, at most the cores available", 1),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ],
@@ -955,12 +951,11 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    parser = flag_parser(__doc__, FLAGS)
-    args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, ALIASES))
+    args = parse_flags(__doc__, FLAGS, argv, ALIASES)
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in TRACKERS]
     if unknown:
-        parser.error(f"report_to {','.join(unknown)}: choose from none, {', '.join(TRACKERS)}")
+        fail(f"report_to {','.join(unknown)}: choose from none, {', '.join(TRACKERS)}")
     args.log_dir = args.log_dir or str(Path(args.output_dir) / "logs")
     return args
 

@@ -604,7 +604,7 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_prompts": 0}, "num_prompts is 0"),
-        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": -1}, "temperature is -1.0; it must be at least 0"),
         ({"prompts": tmp_path / "data"}, "prepared with another tokenizer"),
         ({"output": tmp_path / "file"}, "file cannot be a folder: File exists"),
         ({"output": tmp_path / "file" / "out"}, "out cannot be a folder: Not a directory"),

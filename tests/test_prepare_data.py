@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,6 +15,7 @@ from chat_templates import FAMILIES
 from tokenizers import processors
 
 import prepare_data
+from build_vocab_mapping import read_token_freq
 from prepare_data import make_chat, open_data, prepare, tokenise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
@@ -394,9 +394,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
         return fails(capsys, prepare, path, tmp_path / output, target, **options)
 
     assert "vicuna: known are llama3" in stop(chat_template="vicuna")
-    assert "max_length 1" in stop(max_length=1)
     assert "max_rejected_ratio 2 must" in stop(max_rejected_ratio=2)
-    assert "num_samples 0" in stop(num_samples=0)
     assert "validation_ratio 1" in stop(validation_ratio=1)
     assert "leaves none of 4 rows" in stop(validation_ratio=0.9)
     assert "give one of them" in stop(validation_ratio=0.5, validation_dataset=path)
@@ -542,7 +540,7 @@ def test_counts_are_of_the_supervised_tokens_of_train(tmp_path, target):
         for token, supervised in zip(row["input_ids"], row["loss_mask"], strict=True):
             expected[token] = expected.get(token, 0) + supervised
     expected = {token: count for token, count in expected.items() if count}
-    assert prepare_data.read_token_freq(tmp_path / "out" / "token_freq.pt") == expected
+    assert read_token_freq(tmp_path / "out" / "token_freq.pt") == expected
     train = config["splits"]["train"]
     assert (train["tokens"], train["supervised_tokens"]) == (tokens, sum(expected.values()))
     assert train["longest"] == 199 and 0 < truncated == train["truncated"] < 30
@@ -610,20 +608,6 @@ def test_open_data_refuses_another_version(tmp_path, target, capsys):
     assert "format version 0" in fails(capsys, open_data, tmp_path / "out")
 
 
-def test_read_token_freq(tmp_path, capsys):
-    torch.save({1: torch.tensor(3)}, tmp_path / "dict.pt")
-    assert prepare_data.read_token_freq(tmp_path / "dict.pt") == {1: 3}
-    torch.save({1: Path("x")}, tmp_path / "code.pt")
-    torch.save({1: -2}, tmp_path / "negative.pt")
-    torch.save({}, tmp_path / "none.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "junk.pt").write_text("junk")
-    for name, message in (("code", "not a plain dict"), ("negative", "negative"), ("none", "none in it"),
-                          ("list", "not a plain dict"), ("junk", "not a plain dict"),
-                          ("absent", "FileNotFoundError")):  # fmt: skip
-        assert message in fails(capsys, prepare_data.read_token_freq, tmp_path / f"{name}.pt")
-
-
 # ---------------------------------------------------------------------------- command line
 def test_flags(capsys):
     argv = prepare_data.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
@@ -632,11 +616,16 @@ def test_flags(capsys):
     assert prepare_data.parse_args(required).train_only_last_turn is False
     for words, value in ((["--train-only-last-turn"], True), (["--train_only_last_turn", "False"], False)):
         assert prepare_data.parse_args(required + words).train_only_last_turn is value
+    least = prepare_data.parse_args([*required, "--max_length", "2", "--num_samples", "1"])
+    assert (least.max_length, least.num_samples, least.num_proc) == (2, 1, None)
     for words, message in (
         ([*required, "--train_only_last_turn", "maybe"], "'maybe' is neither true nor false"),
         ([*required, "--seed", "x"], "--seed"),
         ([*required, "--unknown"], "--unknown"),
         (["--dataset", "a"], "--target_model_path"),
+        ([*required, "--max_length", "1"], "max_length is 1; it must be at least 2"),
+        ([*required, "--num_samples", "0"], "num_samples is 0; it must be at least 1"),
+        ([*required, "--num_proc", "-1"], "num_proc is -1; it must be at least 1"),
     ):
         assert message in fails(capsys, prepare_data.parse_args, words)
 
