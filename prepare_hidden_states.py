@@ -1,7 +1,7 @@
-"""The target model: what it reads at a time, which of its layers are read, how it is loaded, what it says about a text.
+"""The target model: how ranks start and share it, which of its layers are read, what it says about a text.
 
-In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); tokens and loss masks
-     of prepare_data.py, dealt to ranks and put behind one another without padding.
+In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); tokens of several
+     sequences behind one another.
 Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
      latter the teacher: the distribution over the draft vocabulary and the full-vocabulary argmax.
 
@@ -10,37 +10,35 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
     python prepare_hidden_states.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
 """
 
-import bisect
 import contextlib
 import ctypes
 import datetime
-import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import socket
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from deal_batches import positions_of
 from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
 
-QUERY_CHUNK = 128  # slots whose attention is formed at a time
-BLOCK = 128  # slots and keys of a block of FlexAttention
-HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
@@ -53,8 +51,6 @@ def start_distributed(timeout, local_rank=-1):
     timeout: minutes that a collective may take. local_rank: the launcher's flag, -1 = from the variables. Returns the
     device of this rank.
     """
-    import deepspeed
-
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -138,215 +134,6 @@ def on_each_node(work):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batches: concatenated documents, and which of their slots are supervised
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_rows, seed, epoch):
-    """Permutation of the rows in one epoch, int64 [num_rows], read-only; the same on every rank and machine."""
-    # RandomState, because NumPy promises that its stream never changes: a run resumed years later sees the same order.
-    order = np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows).astype(np.int64)
-    order.setflags(write=False)  # it is kept for the epoch's other steps
-    return order
-
-
-def measure_rows(split):
-    """(tokens, supervised tokens) of each row: int64 [rows] twice."""
-    lengths, supervised = [], []
-    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
-        mask = batch["loss_mask"].combine_chunks()
-        lengths.append(mask.value_lengths())
-        supervised.append(np.bincount(mask.value_parent_indices(), mask.flatten(), minlength=len(mask)))
-    return tuple(np.concatenate(parts).astype(np.int64) for parts in (lengths, supervised))
-
-
-def fill(rows, count, sizes, room, work):
-    """rows in `count` lists of sizes up to `room` in all: each in turn into that of least work; None if none fits."""
-    lists, load, free = [[] for _ in range(count)], np.zeros(count), np.full(count, room)
-    for row in rows:
-        fits = free >= sizes[row]
-        if not fits.any():
-            return None
-        least = np.where(fits, load, np.inf).argmin()  # the first of equals
-        lists[least].append(row)
-        load[least] += work[row]
-        free[least] -= sizes[row]
-    return lists
-
-
-def deal(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
-    """Micro-batches of every rank in an optimizer step on these rows: [rank][micro-batch], each a list of row numbers.
-
-    lengths (tokens), work (any unit): arrays by row number. A micro-batch has at most micro_batch_size rows or, if
-    total_seq_len is given, at most so many tokens. The ranks get about the same work and, to stay in step, the same
-    number of micro-batches, the last of which may be empty.
-    """
-    place, longest = {int(row): i for i, row in enumerate(rows)}, lengths[rows].max()
-    assert not 0 < total_seq_len < longest, f"total_seq_len {total_seq_len}, but a row has {longest} tokens"
-    one, nothing = np.ones_like(lengths), np.zeros_like(work)
-    sizes, room = (lengths, total_seq_len) if total_seq_len else (one, micro_batch_size)
-    most = len(rows) if total_seq_len else math.ceil(len(rows) / (room * world_size)) * room  # rows of a rank
-    shares = fill(sorted(place, key=lambda row: -work[row]), world_size, one, most, work)  # heaviest first
-    # First-fit decreasing, as among lists without work the first with room is taken, tells how many a rank needs. The
-    # same number of lists is then filled evenly if that fits as well.
-    packs = [fill(sorted(share, key=lambda row: -lengths[row]), len(rows), sizes, room, nothing) for share in shares]
-    count = max(sum(map(bool, lists)) for lists in packs)
-    dealt = [fill(share, count, sizes, room, work) or tight[:count] for share, tight in zip(shares, packs, strict=True)]
-    return [[sorted(part, key=place.get) for part in lists] for lists in dealt]
-
-
-class Steps(torch.utils.data.Dataset):
-    """steps[s]: what this rank reads in optimizer step s >= 0, epoch after epoch; len(steps): the steps of one epoch.
-
-    A list of micro-batches, which `deal` made: lists of (input_ids, loss_mask), int64 [S] each, on the CPU. A loader
-    whose workers return many should join them: each tensor on its way takes a file descriptor, often one of 1,024.
-    """
-
-    def __init__(self, split, seed, global_batch_size, rank, world_size, micro_batch_size, total_seq_len=0):
-        self.split = split.with_format("torch", columns=["input_ids", "loss_mask"])
-        self.lengths, supervised = measure_rows(split)
-        self.work = self.lengths + supervised  # the forward pass of an 8B target, seven steps of its draft: about equal
-        self.seed, self.size, self.rank = seed, global_batch_size, rank
-        self.dealing = world_size, micro_batch_size, total_seq_len
-
-    def __len__(self):
-        return math.ceil(len(self.split) / self.size)
-
-    def __getitem__(self, step):
-        epoch, index = divmod(step, len(self))
-        rows = epoch_order(len(self.split), self.seed, epoch)[index * self.size : (index + 1) * self.size]
-        mine = deal(rows, self.lengths, self.work, *self.dealing)[self.rank]
-        return [[(row["input_ids"], row["loss_mask"]) for row in map(self.split.__getitem__, part)] for part in mine]
-
-
-def positions_of(lengths, device=None):
-    """Position ids [sum(lengths)] int64 that restart with every sequence."""
-    return torch.cat([torch.arange(n, device=device) for n in lengths])
-
-
-def supervised_slots(loss_mask, document_ids, steps):
-    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
-
-    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
-    token that the target itself produced and ends with the reply; once dead it stays dead.
-    """
-
-    def ahead(n):
-        """loss_mask n tokens further on, 0 beyond the document."""
-        inside = torch.zeros_like(loss_mask, dtype=torch.bool)
-        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
-        return inside & loss_mask.bool().roll(-n)
-
-    alive, rows = ahead(1), []
-    for i in range(steps):
-        alive = alive & ahead(2 + i)
-        rows.append(alive)
-    return torch.stack(rows)
-
-
-def acceptance_walk(accepted, loss_mask):
-    """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
-
-    accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
-    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
-    """
-    passes, start = [], 0
-    for supervised, run in itertools.groupby(loss_mask):
-        end = start + len(list(run))
-        slot = max(start - 1, 0)
-        while supervised and slot + 2 < end:
-            passes.append(accepted[slot])
-            slot += accepted[slot] + 1
-        start = end
-    return passes
-
-
-class Plan(NamedTuple):
-    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
-
-    Rows are the live slots of step 0, then of step 1, and so on: R in all.
-    """
-
-    counts: list  # K ints n_i: live slots of each step
-    live: torch.Tensor  # [R]: the slots, ascending in each step
-    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
-    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
-    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
-    teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
-    order: torch.Tensor  # [R]: rows by the token of their teacher
-    places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
-    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
-
-
-def plan_slots(supervised, lengths):
-    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
-    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
-    starts = torch.tensor(bounds)
-    live = [row.nonzero().flatten() for row in supervised]
-    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
-    spans, blocks = [], []
-    for slots in live:
-        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
-        pieces = zip(first_tokens, borders, strict=True)
-        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
-                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
-        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
-        head = torch.arange(0, len(slots), BLOCK)
-        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
-        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
-        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
-        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
-        full = torch.minimum(-(-begin[tail] // BLOCK), end)
-        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
-    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
-    teachers, places = tokens.unique_consecutive(return_inverse=True)
-    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
-    while first < len(teachers):
-        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
-        chunks.append((first, end, row, ends[end - 1]))
-        first, row = end, ends[end - 1]
-    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
-    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
-
-
-def collate(micro_batches, steps):
-    """Micro-batches, lists of (input_ids [S], loss_mask [S]), as target and objective read them; on the CPU.
-
-    An empty one becomes four unsupervised tokens: its gradient is zero, and the ranks stay in step.
-    Returns (all tensors in one int64 [N], the batches with sizes in their place): a worker needs a file descriptor for
-    each tensor that it hands over, and one tensor is pinned and copied to the device at once.
-    """
-    batches, tensors, nothing = [], [], torch.zeros(4, dtype=torch.int64)
-    for sequences in micro_batches:
-        input_ids, masks = zip(*(sequences or [(nothing, nothing)]), strict=True)
-        lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
-        document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
-        batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
-        batch |= {"lengths": lengths, **plan._asdict()}
-        tensors += [x.flatten() for x in batch.values() if torch.is_tensor(x)]
-        batches.append({name: x.shape if torch.is_tensor(x) else x for name, x in batch.items()})
-    return torch.cat(tensors), batches
-
-
-def read_steps(split, args, device, steps=None, **sizes):
-    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes."""
-    data = Steps(split, args.seed, rank=dist.get_rank(), world_size=dist.get_world_size(), **sizes)
-    loader = DataLoader(
-        data, sampler=range(len(data)) if steps is None else steps, batch_size=None, num_workers=args.num_workers,
-        collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
-        prefetch_factor=args.prefetch_factor if args.num_workers else None,
-    )  # fmt: skip
-    for tensors, batches in loader:
-        counts = [x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]
-        parts = iter(tensors.to(device, non_blocking=True).split(counts))
-        yield [
-            {name: next(parts).view(x) if isinstance(x, torch.Size) else x for name, x in batch.items()}
-            for batch in batches
-        ]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The target
 
 
@@ -414,37 +201,38 @@ class Target:
 
         return hook
 
-    def hidden_states(self, input_ids, lengths):
+    def hidden_states(self, input_ids, lengths, first=0, end=None):
         """One forward over concatenated sequences, without the head.
 
         input_ids [T] int64 with T = sum(lengths). Positions restart and attention ends at every sequence's border: with
         neither mask nor cache, most families read the borders off the position ids. For those that do not, the
         sequences are padded at the right, which no causal model can see from the left.
-        Returns auxiliary hidden states [T, 3·Ht] and the last hidden state [T, Ht], in the target's dtype.
+        Returns auxiliary hidden states [T', 3·Ht] and the last hidden state [T', Ht] of the sequences first to end, in
+        the target's dtype.
         """
-        keep, positions = 0, positions_of(lengths, input_ids.device)[None]
-        input_ids = input_ids[None]
+        keep = 0, slice(sum(lengths[:first]), sum(lengths[:end]))
+        positions, input_ids = positions_of(lengths, input_ids.device)[None], input_ids[None]
         if not self.packs:
             input_ids = pad_sequence(input_ids[0].split(lengths), batch_first=True)
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
+            keep[:first] = keep[len(lengths) if end is None else end :] = False
         with torch.inference_mode():
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
         return self.auxiliary(keep), output.last_hidden_state[keep].clone()
 
-    def states(self, batches, batch_size):
-        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each of batches: {"input_ids" [T], "lengths": its sequences'}.
+    def states(self, batches):
+        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each of batches, as `collate` made them.
 
-        batch_size sequences share one forward, across batches.
+        The forwards before a batch may be about later ones too, and other ranks' sequences.
         """
-        sequences = [ids for batch in batches for ids in batch["input_ids"].split(batch["lengths"])]
         ready = []
         for batch in batches:
-            while len(ready) < len(batch["lengths"]):
-                group, sequences = sequences[:batch_size], sequences[batch_size:]
-                lengths = [len(ids) for ids in group]
-                ready += zip(*(x.split(lengths) for x in self.hidden_states(torch.cat(group), lengths)), strict=True)
+            several = batch["forward_ids"].split([sum(lengths) for lengths, *_ in batch["forwards"]])
+            for input_ids, (lengths, first, end) in zip(several, batch["forwards"], strict=True):
+                states = self.hidden_states(input_ids, lengths, first, end)
+                ready += zip(*(x.split(lengths[first:end]) for x in states), strict=True)
             mine, ready = ready[: len(batch["lengths"])], ready[len(batch["lengths"]) :]
             yield tuple(map(torch.cat, zip(*mine, strict=True)))
 
@@ -498,8 +286,102 @@ def default_layer_ids(num_layers):
     return [2, num_layers // 2, num_layers - 3]
 
 
-def load_target(model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False):
+# (name, type, default, help, least value if any): see prepare_data.parse_flags
+SHARING_FLAGS = [
+    ("batch_size", int, 2, "sequences per rank that share a forward of the target, and in evaluation", 1),
+    ("tp_size", int, 1, "ranks that share one copy of the target, tensor parallel", 1),
+    ("dp_size", int, None, "derived: ranks / tp_size; another value is replaced"),
+    ("target_sharding", ("none", "tp", "zero3"), None, "zero3: gathered layer by layer; none given: as tp_size says"),
+    ("target_offload", ("none", "cpu", "nvme"), "none", "where a rank's share of the target stays, under zero3"),
+    ("target_offload_path", str, None, "folder on the NVMe disk, for target_offload nvme"),
+]
+
+
+def check_sharding(args, world):
+    """Fill in args.target_sharding and args.dp_size; end the program if `world` ranks cannot share a target so."""
+    tp, offload, path = args.tp_size, args.target_offload, args.target_offload_path
+    sharding = args.target_sharding or ("tp" if tp > 1 else "none")
+    fits = [n for n in range(1, world + 1) if world % n == 0]
+    below, above = max((n for n in fits if n <= tp), default=1), min((n for n in fits if n >= tp), default=world)
+    for wrong, message in (
+        (world % tp, f"tp_size {tp} does not divide the {world} ranks; nearest that fit: {below} or {above}"),
+        ((sharding == "tp") != (tp > 1), f"target_sharding {sharding} contradicts tp_size {tp}: "
+         "tp needs a tp_size of at least 2, and no other does"),
+        (offload != "none" and sharding != "zero3", f"target_offload {offload} needs target_sharding zero3"),
+        ((offload == "nvme") != bool(path), f"target_offload {offload} with target_offload_path {path}: nvme needs a "
+         "folder on the disk, and no other does"),
+    ):  # fmt: skip
+        if wrong:
+            fail(message)
+    if offload == "nvme":
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            fail(f"target_offload_path {path} cannot be written: {error.strerror}")
+        if not AsyncIOBuilder().is_compatible():
+            fail("target_offload nvme: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
+    if args.dp_size not in (None, world // tp):
+        print(f"dp_size {args.dp_size} is replaced by {world // tp} ({world} ranks / tp_size {tp})")
+    args.target_sharding, args.dp_size = sharding, world // tp
+
+
+def check_heads(text, tp_size):
+    """End the program if tensor parallelism cannot divide a target with this text configuration."""
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := getattr(text, name, None) or tp_size) % tp_size:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            fail(f"tp_size {tp_size} does not divide the target's {heads} {name}; these do: {fits}")
+    if tp_size > 1 and not text.base_model_tp_plan:
+        fail(f"transformers has no tensor-parallel plan for model_type {text.model_type}: use target_sharding zero3")
+
+
+def zero3_config(model_dir, device, offload="none", path=None, trust_remote_code=False):
+    """DeepSpeed's configuration under which a target's layers are gathered one by one, the next one ahead of its turn.
+
+    offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the folder `path`.
+    """
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers)
+    zero = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_max_reuse_distance": 0,  # nothing is used twice in a pass
+        "stage3_param_persistence_threshold": config.get_text_config().hidden_size,  # norms stay
+    }
+    if offload != "none":
+        zero["offload_param"] = {"device": offload, "pin_memory": device.type == "cuda"}
+    if offload == "nvme":  # a buffer holds a rank's share of any tensor, however the shares are rounded
+        largest = max(p.numel() for p in model.parameters())
+        zero["offload_param"] |= {"nvme_path": str(path), "buffer_size": largest // dist.get_world_size() + 4096}
+    dtype = config.get_text_config().dtype or config.dtype or torch.float32
+    return {
+        "train_micro_batch_size_per_gpu": 1, "steps_per_print": sys.maxsize, "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
+    }  # fmt: skip
+
+
+def whole(parameter):
+    """A parameter's values on this rank's device, though ranks may share it out; None stays None."""
+    if hasattr(parameter, "ds_id"):
+        with deepspeed.zero.GatheredParameters(parameter):
+            return parameter.detach().clone()
+    parameter = parameter if parameter is None else parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def load_target(
+    model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False,
+    sharding="none", tp_size=1, offload="none", offload_path=None,
+):  # fmt: skip
     """The target in memory, frozen, ready for hidden_states(); dtype "auto" is the one it was saved in.
+
+    sharding "tp": tp_size consecutive ranks share its layers; "zero3": all ranks do and gather them one by one, from
+    where `offload` says. Then all ranks call this, and each forward. The head and the embedding table are whole on
+    every rank: a part of the head would have to send 4·Vd bytes of probabilities for each token's 2·Ht of hidden state.
 
     Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
     are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
@@ -508,22 +390,56 @@ def load_target(model_dir, device="cpu", dtype="auto", layer_ids=None, trust_rem
     layers, layer_ids = text.num_hidden_layers, list(layer_ids or default_layer_ids(text.num_hidden_layers))
     if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
         fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
+    options = {"device_map": {"": device}}  # straight to the device: a copy a rank fits no host memory
+    if sharding == "tp":
+        copies = dist.get_world_size() // tp_size
+        several = {"dp_replicate_size": copies} if copies > 1 else {}
+        options = {"distributed_config": DistributedConfig(tp_size=tp_size, **several)}
+    elif sharding == "zero3":
+        zero3, options = zero3_config(model_dir, device, offload, offload_path, trust_remote_code), {}
+        partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # straight to the device: a copy a rank fits no host memory
-            model_dir, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )  # fmt: skip
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
+    finally:
+        unset_hf_deepspeed_config()
     if info["missing_keys"]:  # transformers would go on with random values
         fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     model.eval().requires_grad_(False)
-    output, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight.detach()
-    head = Head(output.weight.detach(), None if output.bias is None else output.bias.detach())
-    target = Target(model, text, head, embedding, layer_ids)
+    if sharding == "zero3":
+        deepspeed.initialize(model=model.get_decoder(), config=zero3)
+    output, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    head = Head(whole(output.weight), whole(output.bias))
+    target = Target(model, text, head, head.weight if table is output.weight else whole(table), layer_ids)
+    if sharding == "zero3":  # the model's own stays in parts
+        own = [x if x is None else torch.nn.Parameter(x, requires_grad=False) for x in (head.weight, head.bias)]
+        output = torch.nn.Linear(1, 1, device="meta")
+        output.weight, output.bias = own
+        model.set_output_embeddings(output)
     _fit_head(target)
     target.packs = _ends_at_borders(target)
     return target
+
+
+def share_of_weights(target, args, row_tokens):
+    """One line: what of the target's layers this rank holds, and what a forward moves; row_tokens: a row's average."""
+    rest, total, mine = {id(target.embedding), id(target.head.weight)}, 0, 0
+    for p in (p for p in target.decoder.parameters() if id(p) not in rest):
+        part = getattr(p, "ds_tensor", p._local_tensor if isinstance(p, DTensor) else p)
+        total += getattr(p, "ds_numel", p.numel()) * p.itemsize
+        mine += part.numel() * p.itemsize
+    line = f"{target.config.model_type}, {mine / 1e9:.3g} of {total / 1e9:.3g} GB of weights on each rank"
+    if args.target_sharding == "tp":
+        line += f", tensor parallel over {args.tp_size}"
+    if args.target_sharding == "zero3":
+        a_token = total / (args.batch_size * row_tokens)
+        place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
+        line += (f" (zero3{place}); a forward moves {total / 1e9:.3g} GB to each: for {args.batch_size} sequences of "
+                 f"{row_tokens:.0f} tokens {a_token / 1e6:.3g} MB a token")  # fmt: skip
+    return line
 
 
 def _probe(target, count):

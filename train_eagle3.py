@@ -43,10 +43,11 @@ from transformers.utils.logging import disable_progress_bar
 # isort: off
 # (it would give every name a line of its own)
 from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
+from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
-from prepare_hidden_states import BLOCK, Plan, acceptance_walk, load_target, on_each_node, on_first_rank
-from prepare_hidden_states import read_deepspeed_config, read_steps, read_target_config, resolve_target
+from prepare_hidden_states import SHARING_FLAGS, check_heads, check_sharding, load_target, on_each_node, on_first_rank
+from prepare_hidden_states import read_deepspeed_config, read_target_config, resolve_target, share_of_weights
 from prepare_hidden_states import start_distributed
 # isort: on
 
@@ -458,7 +459,7 @@ def engine_config(args, device):
     return read_deepspeed_config(args.deepspeed_config, {
         "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", micro),
         "gradient_accumulation_steps": ("draft_accumulation_steps", accumulated),
-        "train_batch_size": ("draft_global_batch_size", micro * accumulated * args.dp_size),
+        "train_batch_size": ("draft_global_batch_size", micro * accumulated * dist.get_world_size()),
         "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
     }, device)  # fmt: skip
 
@@ -494,7 +495,7 @@ def learning_rate_at(step, args):
 # ==================== The data =======================================================================================
 def run_objective(draft, target, batches, d2t, args):
     """Yield what the draft's objective returns for each of this rank's micro-batches."""
-    for batch, (auxiliary, last) in zip(batches, target.states(batches, args.batch_size), strict=True):
+    for batch, (auxiliary, last) in zip(batches, target.states(batches), strict=True):
         ids, positions, plan = batch["input_ids"], batch["position_ids"], Plan(*(batch[name] for name in Plan._fields))
         yield draft(ids, positions, auxiliary, last, target.head, plan, d2t, args.ttt_step_loss_decay)
 
@@ -687,7 +688,6 @@ def check_flags(args, world):
     output, validation = Path(args.output_dir), args.dataset_validation_split
     held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
     for wrong, message in (
-        (args.tp_size != 1, f"tp_size {args.tp_size}: a tensor-parallel target is not available yet; use tp_size 1"),
         (args.resume, "resume is not available yet; resume_from_checkpoint alone starts from a draft's weights"),
         (bool(args.d2t_path) != bool(args.t2d_path), "d2t_path and t2d_path belong together: give both or neither"),
         (bool(args.data_path) == bool(args.dataset_train_split),
@@ -698,9 +698,7 @@ def check_flags(args, world):
     ):  # fmt: skip
         if wrong:
             fail(message)
-    if args.dp_size not in (None, world):
-        print(f"dp_size {args.dp_size} is replaced by {world} (world size / tp_size)")
-    args.dp_size = world
+    check_sharding(args, world)
     if args.total_seq_len:
         args.draft_micro_batch_size = 1  # for the arithmetic of DeepSpeed, which knows no budget of tokens
     micro, batch = args.draft_micro_batch_size * world, args.draft_global_batch_size
@@ -727,6 +725,7 @@ def draft_config_for(args, model_dir):
         except (OSError, ValueError, TypeError) as error:
             fail(f"draft_model_config {source} is not a file with a JSON object: {error}")
     text, whole = read_target_config(model_dir, args.trust_remote_code)
+    check_heads(text, args.tp_size)
     size = None if args.resume_from_checkpoint else args.draft_vocab_size  # a checkpoint's mapping decides
     return configure(text, whole, given, source, args.target_layer_ids, size)
 
@@ -799,17 +798,18 @@ def build_draft(args, config, target, d2t):
     return draft
 
 
-def summary(args, config, layers, draft, data, data_config, share):
+def summary(args, config, layers, draft, target, data, data_config, share):
     """The lines printed once at the start: what was derived, and from what."""
     world = dist.get_world_size()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    rows = {split: len(part) for split, part in data.items()}
+    rows, train_rows = {split: len(part) for split, part in data.items()}, data_config["splits"]["train"]
     batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
     if args.total_seq_len:
         batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
     instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
     return "\n".join([
         f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
+        f"target      {share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
         f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
         f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
         f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
@@ -894,6 +894,7 @@ FLAGS = {
         ("build_dataset_num_proc", int, 96, "processes that tokenise, at most the cores available", 1),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ],
+    "how ranks share the target": SHARING_FLAGS,
     "draft": [
         ("draft_model_config", str, None, "JSON of the draft; none: derived from the target"),
         ("draft_vocab_size", int, None, "tokens that the draft can propose; none: the mapping's, or all", 1),
@@ -919,7 +920,6 @@ FLAGS = {
     "length and batches": [
         ("num_epochs", int, 2, "passes over the data", 1),
         ("total_steps", int, -1, "optimizer steps; positive: instead of num_epochs, the data repeats"),
-        ("batch_size", int, 2, "sequences per rank in one forward of the target, and in evaluation", 1),
         ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks", 1),
         ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft", 1),
         ("total_seq_len", int, 0, "tokens of a micro-batch, instead of draft_micro_batch_size: what fits; 0 = off", 0),
@@ -927,8 +927,6 @@ FLAGS = {
         ("num_workers", int, 2, "processes per rank that read ahead; 0 = none", 0),
         ("prefetch_factor", int, 4, "optimizer steps that each of them reads ahead", 1),
         ("gradient_checkpointing", boolean, False, "recompute the draft's layer in the backward pass, to save memory"),
-        ("tp_size", int, 1, "ranks that share one copy of the target; more than 1 is not available yet"),
-        ("dp_size", int, None, "derived: ranks / tp_size; another value is replaced"),
     ],
     "run": [
         ("output_dir", str, "./output", "where everything is written"),
@@ -969,7 +967,10 @@ def main(args):
     data, data_config = open_data(data_folder)
     model_dir = on_each_node(lambda: resolve_target(args.target_model_path))
 
-    target = load_target(model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code)
+    target = load_target(
+        model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code, sharding=args.target_sharding,
+        tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
+    )  # fmt: skip
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
     draft = build_draft(args, config, target, d2t.to(target.embedding.device))
 
@@ -977,7 +978,7 @@ def main(args):
     if dist.get_rank() == 0:
         counts = read_token_freq(Path(data_folder) / "token_freq.pt")
         share = sum(counts.get(token, 0) for token in target_ids(d2t).tolist()) / sum(counts.values())
-        print(summary(args, config, layers, draft, data, data_config, share))
+        print(summary(args, config, layers, draft, target, data, data_config, share))
         write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
 
     engine, d2t = build_engine(args, draft, device), d2t.to(device)

@@ -43,6 +43,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import dense  # noqa: E402  (neither the root nor tests/ is on the path of a script that lies here)
 
+from deal_batches import plan_slots, positions_of, supervised_slots  # noqa: E402
 from export_eagle3 import configure  # noqa: E402
 from prepare_data import fail  # noqa: E402
 from prepare_hidden_states import (  # noqa: E402
@@ -51,10 +52,7 @@ from prepare_hidden_states import (  # noqa: E402
     default_layer_ids,
     keep_freed_memory,
     load_target,
-    plan_slots,
-    positions_of,
     resolve_target,
-    supervised_slots,
 )  # fmt: skip
 from train_eagle3 import DraftModel  # noqa: E402
 

@@ -1,14 +1,16 @@
 """How tokenised rows are read for training: which rank reads which row in which micro-batch of which optimizer step."""
 
+import itertools
 import math
 import pickle
+from random import Random
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from prepare_hidden_states import Steps, deal, epoch_order, measure_rows
+from deal_batches import Steps, collate, deal, deal_forwards, epoch_order, measure_rows
 
 FEATURES = datasets.Features(
     {
@@ -162,8 +164,10 @@ def test_ranks_get_the_same_work(world, micro, budget):
 
 
 # ---------------------------------------------------------------------------- steps
-def plain(batches):
-    return [[(ids.tolist(), mask.tolist()) for ids, mask in batch] for batch in batches]
+def plain(micro_batches):
+    """What the objective reads, without the rows -1 that keep the ranks in step."""
+    lists = [[(ids.tolist(), mask.tolist()) for ids, mask in sequences] for sequences, _ in micro_batches]
+    return [[(ids, mask) for ids, mask in part if ids != [0] * 4] for part in lists]
 
 
 @pytest.mark.parametrize("budget", [0, 90])
@@ -179,8 +183,8 @@ def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
             parts = [steps[step] for steps in ranks]
             assert len({len(part) for part in parts}) == 1
             for part in parts:
-                assert all(tensor.dtype == torch.int64 for batch in part for pair in batch for tensor in pair)
-                assert all(sum(len(ids) for ids, _ in batch) <= budget or not budget for batch in part)
+                assert all(tensor.dtype == torch.int64 for batch, _ in part for pair in batch for tensor in pair)
+                assert all(sum(len(ids) for ids, _ in batch) <= budget or not budget for batch in plain(part))
             items = [item for part in parts for batch in plain(part) for item in batch]
             assert len(items) == (size if step % 5 < 4 else 53 - 4 * size)
             assert all(rows[ids[0]] == (ids, mask) for ids, mask in items)
@@ -213,7 +217,54 @@ def test_steps_balance_target_and_draft():
     for seed in range(10):
         for rank in (0, 1):
             part = Steps(as_dataset(rows), seed, 4, rank, 2, 2)[0]
-            assert sum(int(mask.sum()) for batch in part for _, mask in batch) == 10
+            assert sum(int(mask.sum()) for batch, _ in part for _, mask in batch) == 10
+
+
+def dealings(random, ranks):
+    """[rank][micro-batch] of 1 to 4 rows each, as many micro-batches on each rank; every row once."""
+    rows, count = iter(range(1000)), random.randrange(1, 5)
+    return [[list(itertools.islice(rows, random.randrange(1, 5))) for _ in range(count)] for _ in range(ranks)]
+
+
+@pytest.mark.parametrize(("together", "in_step"), [(1, 1), (2, 2), (4, 4), (1, 4), (8, 8)])
+def test_forwards_of_the_target_keep_ranks_in_step_and_give_each_its_rows_in_time(together, in_step):
+    random = Random(together * 10 + in_step)
+    for batch_size in (1, 2, 3, 7):
+        dealt = dealings(random, 8)
+        every = [deal_forwards(dealt, rank, batch_size, together, in_step) for rank in range(8)]
+        for rank, forwards in enumerate(every):
+            got, wanted = [], []
+            for part, lists in zip(dealt[rank], forwards, strict=True):
+                assert all(0 < end - first <= batch_size or rows for rows, first, end in lists)
+                got += [row for rows, first, end in lists for row in rows[first:end]]
+                wanted += part
+                assert got[: len(wanted)] == wanted, "each row in time, in order"
+            assert got == wanted
+            neighbours = range(rank // together * together, rank // together * together + together)
+            for other in neighbours:
+                assert [[rows for rows, *_ in lists] for lists in every[other]] == [
+                    [rows for rows, *_ in lists] for lists in forwards
+                ], "a group runs the same sequences"
+            slices = [[mine for lists in every[other] for _, *mine in lists] for other in neighbours]
+            for rows, *mine in zip((r for lists in forwards for r, *_ in lists), *slices, strict=True):
+                assert [i for first, end in mine for i in range(first, end)] == list(range(len(rows))) or rows == [-1]
+            for other in range(rank // in_step * in_step, rank // in_step * in_step + in_step):
+                assert list(map(len, every[other])) == list(map(len, forwards)), "as many forwards before each batch"
+            longest = max(
+                sum(map(len, dealt[r])) for r in range(rank // in_step * in_step, (rank // in_step + 1) * in_step)
+            )
+            assert sum(map(len, forwards)) == -(-longest // batch_size), "and no more than the busiest rank needs"
+
+
+def test_a_rank_without_rows_takes_part_in_the_forwards_and_has_a_batch_without_gradient():
+    split = as_dataset(random_rows(5))
+    steps = [Steps(split, 0, 5, rank, 2, 4, 0, 1, 1, 2) for rank in range(2)]
+    idle, busy = sorted((each[0] for each in steps), key=lambda part: sum(len(sequences) for sequences, _ in part))
+    assert [len(forwards) for _, forwards in busy] == [len(forwards) for _, forwards in idle]
+    alone = [forward for _, forwards in idle for forward in forwards if forward[1] == forward[2]]
+    assert alone and all(ids.tolist() == [0] * 4 for several, *_ in alone for ids in several)
+    tensors, batches = collate(idle, 3)
+    assert tensors.dtype == torch.int64 and all(batch["counts"][0] >= 0 for batch in batches)
 
 
 def test_an_epoch_is_one_order_for_all_and_another_one_for_each_seed_and_epoch():

@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 
+from deal_batches import acceptance_walk, plan_slots, supervised_slots
 from evaluate_eagle3 import load_draft
 from export_eagle3 import check_draft, read_draft
-from prepare_hidden_states import acceptance_walk, load_target, plan_slots, supervised_slots
+from prepare_hidden_states import load_target
 from train_eagle3 import chain_lengths
 
 pytestmark = pytest.mark.slow

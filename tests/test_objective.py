@@ -7,8 +7,9 @@ from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
 import prepare_hidden_states
 import train_eagle3
+from deal_batches import acceptance_walk, plan_slots, supervised_slots
 from export_eagle3 import FLAGS, with_auxiliary_layers
-from prepare_hidden_states import Head, acceptance_walk, plan_slots, supervised_slots
+from prepare_hidden_states import Head
 from train_eagle3 import DraftModel, chain_lengths, objective
 
 ROPES = {

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import prepare_hidden_states
+from deal_batches import collate, deal_forwards, positions_of
 from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
 from prepare_hidden_states import (
     Head,
     load_target,
-    positions_of,
     read_target_tensor,
     resolve_target,
 )
@@ -145,11 +145,21 @@ def test_states_see_nothing_of_the_other_sequences(family):
 def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, monkeypatch):
     target, forwards = load_target(llama_folder), []
     forward = target.hidden_states
-    monkeypatch.setattr(target, "hidden_states", lambda ids, n: forwards.append(n) or forward(ids, n), raising=False)
-    batches = [
-        {"input_ids": torch.randint(400, (sum(lengths),)), "lengths": lengths} for lengths in ([5, 1, 30], [8], [2, 3])
-    ]
-    found = list(target.states(batches, batch_size))
+    monkeypatch.setattr(
+        target, "hidden_states", lambda ids, n, *mine: forwards.append(n) or forward(ids, n, *mine), raising=False
+    )
+    lists = [[5, 1, 30], [8], [2, 3]]
+    rows = [torch.randint(400, (n,)) for lengths in lists for n in lengths]
+    numbers = [[0, 1, 2], [3], [4, 5]]
+    dealt = deal_forwards([numbers], 0, batch_size)
+    micro_batches = []
+    for part, due in zip(numbers, dealt, strict=True):
+        before = [([rows[i] for i in several], *mine) for several, *mine in due]
+        micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before))
+    flat, batches = collate(micro_batches, 2)
+    flat = iter(flat.split([x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]))
+    batches = [{k: next(flat).view(x) if isinstance(x, torch.Size) else x for k, x in b.items()} for b in batches]
+    found = list(target.states(batches))
     assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
     for batch, (auxiliary, last) in zip(batches, found, strict=True):
         expected = [forward(ids, [len(ids)]) for ids in batch["input_ids"].split(batch["lengths"])]

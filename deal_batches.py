@@ -1,0 +1,321 @@
+"""Deal the prepared data out: which rank reads which sequences in which micro-batch, and what is supervised there.
+
+In:  a folder written by prepare_data.py; the number of ranks and the sizes of batches.
+Out: per rank and optimizer step its micro-batches: whole sequences behind one another without padding, the slots that
+     are supervised at each step of the training-time test, and the target's forwards that have to come before.
+
+train_eagle3.py imports this file. To see beforehand how evenly the work of an epoch falls on the ranks:
+
+    python deal_batches.py --data_path prepared --num_ranks 8 --draft_global_batch_size 16 --total_seq_len 8192
+"""
+
+import bisect
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from prepare_data import fail, open_data, parse_flags
+
+QUERY_CHUNK = 128  # slots whose attention is formed at a time
+BLOCK = 128  # slots and keys of a block of FlexAttention
+HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows, seed, epoch):
+    """Permutation of the rows in one epoch, int64 [num_rows], read-only; the same on every rank and machine."""
+    # RandomState, because NumPy promises that its stream never changes: a run resumed years later sees the same order.
+    order = np.random.RandomState([seed % 2**32, epoch]).permutation(num_rows).astype(np.int64)
+    order.setflags(write=False)  # it is kept for the epoch's other steps
+    return order
+
+
+def measure_rows(split):
+    """(tokens, supervised tokens) of each row: int64 [rows] twice."""
+    lengths, supervised = [], []
+    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
+        mask = batch["loss_mask"].combine_chunks()
+        lengths.append(mask.value_lengths())
+        supervised.append(np.bincount(mask.value_parent_indices(), mask.flatten(), minlength=len(mask)))
+    return tuple(np.concatenate(parts).astype(np.int64) for parts in (lengths, supervised))
+
+
+def fill(rows, count, sizes, room, work):
+    """rows in `count` lists of sizes up to `room` in all: each in turn into that of least work; None if none fits."""
+    lists, load, free = [[] for _ in range(count)], np.zeros(count), np.full(count, room)
+    for row in rows:
+        fits = free >= sizes[row]
+        if not fits.any():
+            return None
+        least = np.where(fits, load, np.inf).argmin()  # the first of equals
+        lists[least].append(row)
+        load[least] += work[row]
+        free[least] -= sizes[row]
+    return lists
+
+
+def deal(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
+    """Micro-batches of every rank in an optimizer step on these rows: [rank][micro-batch], each a list of row numbers.
+
+    lengths (tokens), work (any unit): arrays by row number. A micro-batch has at most micro_batch_size rows or, if
+    total_seq_len is given, at most so many tokens. The ranks get about the same work and, to stay in step, the same
+    number of micro-batches, the last of which may be empty.
+    """
+    place, longest = {int(row): i for i, row in enumerate(rows)}, lengths[rows].max()
+    assert not 0 < total_seq_len < longest, f"total_seq_len {total_seq_len}, but a row has {longest} tokens"
+    one, nothing = np.ones_like(lengths), np.zeros_like(work)
+    sizes, room = (lengths, total_seq_len) if total_seq_len else (one, micro_batch_size)
+    most = len(rows) if total_seq_len else math.ceil(len(rows) / (room * world_size)) * room  # rows of a rank
+    shares = fill(sorted(place, key=lambda row: -work[row]), world_size, one, most, work)  # heaviest first
+    # First-fit decreasing, as among lists without work the first with room is taken, tells how many a rank needs. The
+    # same number of lists is then filled evenly if that fits as well.
+    packs = [fill(sorted(share, key=lambda row: -lengths[row]), len(rows), sizes, room, nothing) for share in shares]
+    count = max(sum(map(bool, lists)) for lists in packs)
+    dealt = [fill(share, count, sizes, room, work) or tight[:count] for share, tight in zip(shares, packs, strict=True)]
+    return [[sorted(part, key=place.get) for part in lists] for lists in dealt]
+
+
+def deal_forwards(dealt, rank, batch_size, together=1, in_step=1):
+    """The target's forwards that `rank` takes part in before each micro-batch: [micro-batch][forward] of (rows, first,
+    end), where rows[first:end] are the rank's own, batch_size of them in the order of its micro-batches.
+
+    dealt: [rank][micro-batch] lists of rows, none of them empty. Groups of `together` consecutive ranks read each
+    other's rows; groups of `in_step` ranks do as many forwards as each other, if need be on a row -1 that nobody reads:
+    the target's layers talk to the group in each of them, the draft's to all ranks in between.
+    """
+    member = rank % together
+    group, others = (dealt[rank // size * size :][:size] for size in (together, in_step))
+    rows = [list(itertools.chain(*lists)) for lists in group]
+    counts = zip(*(itertools.accumulate(map(len, lists)) for lists in others), strict=True)
+    due, done, forwards = [-(-max(count) // batch_size) for count in counts], 0, []
+    for until in due:
+        forwards.append([])
+        for at in range(done * batch_size, until * batch_size, batch_size):
+            parts = [part[at : at + batch_size] for part in rows]
+            first = sum(map(len, parts[:member]))
+            forwards[-1].append((list(itertools.chain(*parts)) or [-1], first, first + len(parts[member])))
+        done = until
+    return forwards
+
+
+class Steps(torch.utils.data.Dataset):
+    """steps[s]: what this rank reads in optimizer step s >= 0, epoch after epoch; len(steps): the steps of one epoch.
+
+    A list of micro-batches, which `deal` made: (sequences, forwards), on the CPU. sequences: (input_ids, loss_mask),
+    int64 [S] each; row -1 has four unsupervised tokens, whose gradient is zero: no micro-batch is empty, so that the
+    ranks stay in step. forwards: as `deal_forwards` says, with input_ids in the place of rows.
+    """
+
+    def __init__(self, split, seed, global_batch_size, rank, world_size, micro_batch_size, total_seq_len=0,
+                 batch_size=1, together=1, in_step=1):  # fmt: skip
+        self.split = split.with_format("torch", columns=["input_ids", "loss_mask"])
+        self.lengths, supervised = measure_rows(split)
+        self.work = self.lengths + supervised  # the forward pass of an 8B target, seven steps of its draft: about equal
+        self.seed, self.size, self.rank = seed, global_batch_size, rank
+        self.dealing, self.forwards = (world_size, micro_batch_size, total_seq_len), (batch_size, together, in_step)
+
+    def __len__(self):
+        return math.ceil(len(self.split) / self.size)
+
+    def __getitem__(self, step):
+        epoch, index = divmod(step, len(self))
+        rows = epoch_order(len(self.split), self.seed, epoch)[index * self.size : (index + 1) * self.size]
+        dealt = deal(rows, self.lengths, self.work, *self.dealing)
+        dealt = [[part or [-1] for part in lists] for lists in dealt]
+        read = functools.cache(self.row)
+        return [
+            ([read(row) for row in part], [([read(row)[0] for row in several], *mine) for several, *mine in forwards])
+            for part, forwards in zip(dealt[self.rank], deal_forwards(dealt, self.rank, *self.forwards), strict=True)
+        ]
+
+    def row(self, number):
+        if number < 0:
+            return (torch.zeros(4, dtype=torch.int64),) * 2
+        row = self.split[number]
+        return row["input_ids"], row["loss_mask"]
+
+
+def positions_of(lengths, device=None):
+    """Position ids [sum(lengths)] int64 that restart with every sequence."""
+    return torch.cat([torch.arange(n, device=device) for n in lengths])
+
+
+def supervised_slots(loss_mask, document_ids, steps):
+    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
+
+    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
+    token that the target itself produced and ends with the reply; once dead it stays dead.
+    """
+
+    def ahead(n):
+        """loss_mask n tokens further on, 0 beyond the document."""
+        inside = torch.zeros_like(loss_mask, dtype=torch.bool)
+        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
+        return inside & loss_mask.bool().roll(-n)
+
+    alive, rows = ahead(1), []
+    for i in range(steps):
+        alive = alive & ahead(2 + i)
+        rows.append(alive)
+    return torch.stack(rows)
+
+
+def acceptance_walk(accepted, loss_mask):
+    """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
+
+    accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
+    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
+    """
+    passes, start = [], 0
+    for supervised, run in itertools.groupby(loss_mask):
+        end = start + len(list(run))
+        slot = max(start - 1, 0)
+        while supervised and slot + 2 < end:
+            passes.append(accepted[slot])
+            slot += accepted[slot] + 1
+        start = end
+    return passes
+
+
+class Plan(NamedTuple):
+    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
+
+    Rows are the live slots of step 0, then of step 1, and so on: R in all.
+    """
+
+    counts: list  # K ints n_i: live slots of each step
+    live: torch.Tensor  # [R]: the slots, ascending in each step
+    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
+    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
+    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
+    teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
+    order: torch.Tensor  # [R]: rows by the token of their teacher
+    places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
+    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
+
+
+def plan_slots(supervised, lengths):
+    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
+    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
+    starts = torch.tensor(bounds)
+    live = [row.nonzero().flatten() for row in supervised]
+    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
+    spans, blocks = [], []
+    for slots in live:
+        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
+        pieces = zip(first_tokens, borders, strict=True)
+        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
+                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
+        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
+        head = torch.arange(0, len(slots), BLOCK)
+        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
+        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
+        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
+        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
+        full = torch.minimum(-(-begin[tail] // BLOCK), end)
+        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
+    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
+    teachers, places = tokens.unique_consecutive(return_inverse=True)
+    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
+    while first < len(teachers):
+        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
+        chunks.append((first, end, row, ends[end - 1]))
+        first, row = end, ends[end - 1]
+    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
+    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
+
+
+def collate(micro_batches, steps):
+    """Micro-batches of `Steps` as target and objective read them; on the CPU.
+
+    Returns (all tensors in one int64 [N], the batches with sizes in their place): a worker needs a file descriptor for
+    each tensor that it hands over, and one tensor is pinned and copied to the device at once.
+    """
+    batches, tensors = [], []
+    for sequences, forwards in micro_batches:
+        input_ids, masks = zip(*sequences, strict=True)
+        lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
+        document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
+        batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
+        batch |= {"lengths": lengths, **plan._asdict()}
+        batch["forward_ids"] = torch.cat([ids for several, *_ in forwards for ids in several] or [masks[0][:0]])
+        batch["forwards"] = [([len(ids) for ids in several], *mine) for several, *mine in forwards]
+        tensors += [x.flatten() for x in batch.values() if torch.is_tensor(x)]
+        batches.append({name: x.shape if torch.is_tensor(x) else x for name, x in batch.items()})
+    return torch.cat(tensors), batches
+
+
+def read_steps(split, args, device, steps=None, **sizes):
+    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    in_step = world if args.target_sharding == "zero3" else args.tp_size
+    sizes |= {"batch_size": args.batch_size, "together": args.tp_size, "in_step": in_step}
+    data = Steps(split, args.seed, rank=rank, world_size=world, **sizes)
+    loader = DataLoader(
+        data, sampler=range(len(data)) if steps is None else steps, batch_size=None, num_workers=args.num_workers,
+        collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
+        prefetch_factor=args.prefetch_factor if args.num_workers else None,
+    )  # fmt: skip
+    for tensors, batches in loader:
+        counts = [x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]
+        parts = iter(tensors.to(device, non_blocking=True).split(counts))
+        yield [
+            {name: next(parts).view(x) if isinstance(x, torch.Size) else x for name, x in batch.items()}
+            for batch in batches
+        ]
+
+
+# (name, type, default, help, least value if any): see prepare_data.parse_flags
+FLAGS = {
+    "what is dealt": [
+        ("data_path", str, ..., "folder written by prepare_data.py"),
+        ("num_ranks", int, 1, "processes of the training", 1),
+        ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks", 1),
+        ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft", 1),
+        ("total_seq_len", int, 0, "tokens of a micro-batch, instead of draft_micro_batch_size; 0 = off", 0),
+        ("batch_size", int, 2, "sequences per rank in one forward of the target", 1),
+        ("tp_size", int, 1, "ranks that share one copy of the target", 1),
+        ("seed", int, 0, "of the data order"),
+    ]
+}
+
+
+def parse_args(argv=None):
+    return parse_flags(__doc__, FLAGS, argv)
+
+
+def main(args):
+    split, tp = open_data(args.data_path)[0]["train"], args.tp_size
+    lengths, supervised = measure_rows(split)
+    if args.num_ranks % tp:
+        fail(f"tp_size {tp} does not divide the {args.num_ranks} ranks")
+    if 0 < args.total_seq_len < lengths.max():
+        fail(f"total_seq_len {args.total_seq_len} is less than the {lengths.max()} tokens of a row")
+    work, order, size = lengths + supervised, epoch_order(len(split), args.seed, 0), args.draft_global_batch_size
+    steps, batches, forwards, slowest, busy = range(0, len(order), size), [], [], 0, 0
+    for at in steps:
+        rows = order[at : at + size]
+        dealt = deal(rows, lengths, work, args.num_ranks, args.draft_micro_batch_size, args.total_seq_len)
+        batches += [lengths[part].sum() for lists in dealt for part in lists]
+        slowest += max(sum(work[part].sum() for part in lists) for lists in dealt) * args.num_ranks
+        busy += work[rows].sum()
+        dealt = [[part or [-1] for part in lists] for lists in dealt[:tp]]
+        forwards += [lengths[[row for row in part if row >= 0]].sum()
+                     for lists in deal_forwards(dealt, 0, args.batch_size, tp, tp) for part, *_ in lists]  # fmt: skip
+    print(f"{len(order):,} sequences of {lengths.min()} to {lengths.max()} tokens ({lengths.mean():.0f} on average, "
+          f"{supervised.sum() / lengths.sum():.0%} supervised) in {len(steps):,} optimizer steps")  # fmt: skip
+    for name, tokens in (("micro-batches", batches), ("target forwards of the first ranks", forwards)):
+        print(f"{name}: {len(tokens) / len(steps):.1f} a step, {np.mean(tokens):.0f} tokens on average, "
+              f"at most {max(tokens)}")  # fmt: skip
+    print(f"ranks busy: {busy / slowest:.1%} of the time that the most loaded one takes")
+
+
+if __name__ == "__main__":
+    main(parse_args())

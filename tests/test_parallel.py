@@ -1,0 +1,126 @@
+"""However ranks share the work and the target, the training is the same: losses, and weights after ten steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from test_train_eagle3 import arguments, weights
+
+import train_eagle3
+
+SIZES = {
+    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 4,
+    "initializer_range": 0.2,
+}  # fmt: skip
+TARGETS = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen3": (transformers.Qwen3Config, {"tie_word_embeddings": True}),
+    "moe": (transformers.Qwen3MoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
+}
+STEPS, SEQUENCES = 10, 8
+# (target, ZeRO stage of the draft, flags) by the number of ranks
+ZERO3 = ("--target_sharding", "zero3")
+OFFLOAD = (*ZERO3, "--target_offload", "cpu")
+RUNS = {
+    1: [
+        ("llama", 3, ZERO3), ("moe", 1, OFFLOAD), ("llama", 0, ()), ("qwen3", 1, ()), ("moe", 3, ()),
+    ],
+    2: [
+        ("llama", 0, ()), ("qwen3", 1, ("--tp_size", 2)), ("moe", 2, ("--tp_size", 2)),
+        ("llama", 3, ("--tp_size", 2, "--draft_micro_batch_size", 2)), ("qwen3", 2, ZERO3), ("moe", 3, ZERO3),
+        ("llama", 1, (*OFFLOAD, "--batch_size", 3)),
+    ],
+    4: [
+        ("llama", 2, ()), ("llama", 1, ("--tp_size", 2)), ("qwen3", 3, ("--tp_size", 2, "--total_seq_len", 256)),
+        ("moe", 2, ("--tp_size", 2, "--batch_size", 1)), ("llama", 0, ("--tp_size", 4)), ("moe", 3, ("--tp_size", 4)),
+        ("qwen3", 2, ("--tp_size", 4, "--draft_micro_batch_size", 2)), ("llama", 3, ZERO3), ("moe", 0, ZERO3),
+        ("qwen3", 1, (*OFFLOAD, "--total_seq_len", 256)), ("llama", 3, OFFLOAD),
+    ],
+}  # fmt: skip
+
+
+def rows():
+    """Sequences of 8 to 200 tokens; two in five supervise nothing, so some ranks have steps without a slot."""
+    random = torch.Generator().manual_seed(0)
+    for number in range(48):
+        length = int(torch.randint(8, 40 if number % 4 else 201, (), generator=random))
+        ids = torch.randint(5, 400, (length,), generator=random).tolist()
+        prompt = length - 1 if number % 5 < 2 else int(torch.randint(2, length - 4, (), generator=random))
+        yield {"input_ids": ids, "loss_mask": [0] * prompt + [1] * (length - prompt)}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with the targets and prepared data; and by target what one rank gives, with everything in its memory."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, (kind, options) in TARGETS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES, **options))
+        model.save_pretrained(folder / name)
+        tiny.tokenizer(400).save_pretrained(folder / name)
+    tiny.write_jsonl(folder / "rows.jsonl", rows())
+    for stage in range(4):
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    given = arguments(folder, folder / "prepared", "--dry_run", data=False)
+    train = ["--dataset_train_split", folder / "rows.jsonl", "--target_model_path", folder / "llama"]
+    train_eagle3.main(train_eagle3.parse_args(list(map(str, given + train))))
+    for name in TARGETS:
+        train_eagle3.main(train_eagle3.parse_args(command(folder, "one", name, 2)))
+    return folder
+
+
+def command(folder, output, target, stage, *flags):
+    given = arguments(folder, output_of(folder, output, target, stage, *flags), data=False)
+    given += ["--target_model_path", folder / target, "--data_path", folder / "prepared" / "data",
+              "--total_steps", STEPS, "--draft_global_batch_size", SEQUENCES, "--log_steps", 1, "--learning_rate", 1e-3,
+              "--deepspeed_config", folder / f"zero{stage}.json", *flags]  # fmt: skip
+    return list(map(str, given))
+
+
+def output_of(folder, output, target, stage, *flags):
+    return folder / output / "-".join([target, str(stage), *(str(flag).lstrip("-") for flag in flags)])
+
+
+def start(folder, ranks, runs):
+    """All runs on so many ranks, started once."""
+    several = [[*command(folder, str(ranks), *run), "--dist_timeout", "2"] for run in runs]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    result = subprocess.run(
+        [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
+        capture_output=True, text=True, timeout=400, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert f"exit {[[0] * len(runs)] * ranks}" in result.stdout.splitlines(), result.stdout[-2000:]
+    return result.stdout
+
+
+def outcome(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == STEPS
+    return lines, weights(folder / "final")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_number_of_ranks_and_any_sharding_give_the_same_training(work, ranks):
+    start(work, ranks, RUNS[ranks])
+    for target, stage, flags in RUNS[ranks]:
+        name = Path(
+            command(work, str(ranks), target, stage, *flags)[command(work, "", target, stage).index("--output_dir") + 1]
+        )
+        expected, tensors = outcome(work / "one" / f"{target}-2")
+        found, others = outcome(name)
+        for key in expected[0]:
+            if key not in ("seconds", "tokens_per_second", "grad_norm"):
+                values = [[row[key] for row in part] for part in (found, expected)]
+                assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7), (target, stage, flags, key)
+        assert others.keys() == tensors.keys()
+        for tensor in tensors:
+            gap = (others[tensor].double() - tensors[tensor]).norm() / tensors[tensor].double().norm()
+            assert gap < 1e-5, (target, stage, flags, tensor, float(gap))
