@@ -217,9 +217,8 @@ class Target:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
             keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
             keep[:first] = keep[len(lengths) if end is None else end :] = False
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: FSDP, in a copy for several groups of ranks, fails in it
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
-        # Copied outside inference mode: autograd refuses to save an inference tensor for the draft's backward.
         return self.auxiliary(keep), output.last_hidden_state[keep].clone()
 
     def states(self, batches):
@@ -450,7 +449,7 @@ def _probe(target, count):
 def _fit_head(target):
     """Find scale and soft cap of the target's logits by one forward of the whole model; fail if nothing fits."""
     config, head, ids = target.config, target.head, _probe(target, 8)
-    with torch.inference_mode():
+    with torch.no_grad():
         own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
     _, last = target.hidden_states(ids, [len(ids)])
     scales = [1.0]
