@@ -311,8 +311,8 @@ def main(args):
                      for lists in deal_forwards(dealt, 0, args.batch_size, tp, tp) for part, *_ in lists]  # fmt: skip
     print(f"{len(order):,} sequences of {lengths.min()} to {lengths.max()} tokens ({lengths.mean():.0f} on average, "
           f"{supervised.sum() / lengths.sum():.0%} supervised) in {len(steps):,} optimizer steps")  # fmt: skip
-    for name, tokens in (("micro-batches", batches), ("target forwards of the first ranks", forwards)):
-        print(f"{name}: {len(tokens) / len(steps):.1f} a step, {np.mean(tokens):.0f} tokens on average, "
+    for name, tokens, shared in (("a rank's micro-batches", batches, args.num_ranks), ("target forwards", forwards, 1)):
+        print(f"{name}: {len(tokens) / len(steps) / shared:.1f} a step, {np.mean(tokens):.0f} tokens on average, "
               f"at most {max(tokens)}")  # fmt: skip
     print(f"ranks busy: {busy / slowest:.1%} of the time that the most loaded one takes")
 

@@ -424,20 +424,20 @@ def load_target(
 
 
 def share_of_weights(target, args, row_tokens):
-    """One line: what of the target's layers this rank holds, and what a forward moves; row_tokens: a row's average."""
-    rest, total, mine = {id(target.embedding), id(target.head.weight)}, 0, 0
-    for p in (p for p in target.decoder.parameters() if id(p) not in rest):
-        part = getattr(p, "ds_tensor", p._local_tensor if isinstance(p, DTensor) else p)
-        total += getattr(p, "ds_numel", p.numel()) * p.itemsize
-        mine += part.numel() * p.itemsize
-    line = f"{target.config.model_type}, {mine / 1e9:.3g} of {total / 1e9:.3g} GB of weights on each rank"
+    """One line: what this rank holds of the target's weights, and what a forward moves; row_tokens: a row's average."""
+    total = mine = 0
+    for p in target.decoder.parameters():
+        part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
+        total += getattr(p, "ds_numel", p.numel()) * p.itemsize / 1e9
+        mine += part.numel() * p.itemsize / 1e9
+    line = f"{target.config.model_type}, {mine:.3g} of {total:.3g} GB of weights on each rank"
     if args.target_sharding == "tp":
         line += f", tensor parallel over {args.tp_size}"
     if args.target_sharding == "zero3":
-        a_token = total / (args.batch_size * row_tokens)
         place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
-        line += (f" (zero3{place}); a forward moves {total / 1e9:.3g} GB to each: for {args.batch_size} sequences of "
-                 f"{row_tokens:.0f} tokens {a_token / 1e6:.3g} MB a token")  # fmt: skip
+        a_token = 1000 * total / (args.batch_size * row_tokens)
+        line += (f" (zero3{place}); a forward moves {total:.3g} GB to each: {a_token:.3g} MB a token, as "
+                 f"{args.batch_size} sequences of {row_tokens:.0f} tokens share it")  # fmt: skip
     return line
 
 
