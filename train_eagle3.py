@@ -48,7 +48,7 @@ from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, normalis
 from prepare_data import read_token_freq, write_atomic
 from prepare_hidden_states import BLOCK, Plan, acceptance_walk, flag_parser, load_target, on_each_node, on_first_rank
 from prepare_hidden_states import read_deepspeed_config, read_steps, read_target_config, resolve_target
-from prepare_hidden_states import start_distributed
+from prepare_hidden_states import run_together, start_distributed
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -995,5 +995,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    dist.destroy_process_group()
+    run_together(main, parse_args())
