@@ -10,9 +10,11 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
     python prepare_hidden_states.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
 """
 
+import atexit
 import contextlib
 import ctypes
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -20,10 +22,14 @@ import os
 import socket
 import sys
 import tempfile
+import threading
+import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,12 +57,14 @@ def start_distributed(timeout, local_rank=-1):
     timeout: minutes that a collective may take. local_rank: the launcher's flag, -1 = from the variables. Returns the
     device of this rank.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" in missing:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        os.environ.update(zip((*names, "LOCAL_RANK"), ("0", "1", "127.0.0.1", port, "0"), strict=True))
+    elif missing:
+        fail(f"RANK is set, but not {', '.join(missing)}: set all of {', '.join(names)}, or none of them for one rank")
     cuda = torch.cuda.is_available()
     if local_rank < 0:  # some services set RANK alone: ranks are dealt to a node's devices in turn
         local_rank = int(os.environ["RANK"]) % torch.cuda.device_count() if cuda else 0
@@ -68,9 +76,104 @@ def start_distributed(timeout, local_rank=-1):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as way:
+            # gloo listens at the address of the host's name, on many systems the loopback's: rather towards rank 0.
+            way.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
+            for name, addresses in psutil.net_if_addrs().items():
+                if way.getsockname()[0] in (entry.address for entry in addresses):
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     timeout = datetime.timedelta(minutes=timeout)
+    # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    if dist.get_world_size() > 1 and not Watch.running:
+        Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
     return device
+
+
+class Watch:
+    """Ends this rank when another one has died, hangs or has failed, with a line that names that one.
+
+    Each rank has a connection with rank 0, and sends every second what its peer shall say when it is gone. The kernel
+    closes the connection of a process that dies, however it does. Rank 0 then ends with the same words, and so all do.
+    A rank that ends as it should leaves an empty line.
+    """
+
+    running = None
+
+    def __init__(self, limit):
+        self.limit, self.peers, self.sending, self.ending = limit, [], threading.Lock(), threading.Lock()
+        self.me = f"rank {dist.get_rank()} (host {socket.gethostname()}, pid {os.getpid()})"
+        self.words = f"{self.me} has died: it was killed, or its own output says why"
+        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        server = socket.create_server(("", 0), backlog=4096, **both)
+        port = [server.getsockname()[1]]
+        dist.broadcast_object_list(port)
+        atexit.register(self.tell, "")
+        threading.Thread(target=self.beat, args=[server, *port], daemon=True).start()
+
+    def beat(self, server, port):
+        """Connect, rank 0 with whoever comes and another rank with rank 0, and repeat this rank's words for good."""
+        server.settimeout(1)
+        if dist.get_rank():
+            peer = socket.create_connection((os.environ["MASTER_ADDR"], port))
+            threading.Thread(target=self.hear, args=[peer], daemon=True).start()
+        while True:
+            with contextlib.suppress(TimeoutError):  # on other ranks nobody comes: it takes a second
+                threading.Thread(target=self.hear, args=[server.accept()[0]], daemon=True).start()
+            self.tell()
+
+    def hear(self, peer):
+        """Listen to a peer until its end, or until it is silent for `limit` seconds."""
+        os.register_at_fork(after_in_child=functools.partial(os.close, peer.fileno()))  # else a worker keeps it open
+        peer.settimeout(self.limit)
+        words = ""
+        try:
+            peer.sendall(f"{self.words}\n".encode())
+            self.peers.append(peer)
+            for line in peer.makefile():
+                words = line
+        except OSError as error:  # or a reset, as the end left something unread
+            if isinstance(error, TimeoutError):
+                name = words.partition(")")[0]
+                words = f"{name}) has not been heard of for {self.limit:.0f} s: it hangs or cannot be reached"
+        if words.startswith("rank"):  # no stranger, and not the empty line
+            self.end(words.strip())
+
+    def tell(self, words=None):
+        """Send this rank's words, from now on the given ones."""
+        with self.sending:
+            self.words = self.words if words is None else words
+            for peer in self.peers:
+                with contextlib.suppress(OSError):  # gone: `hear` sees it
+                    peer.sendall(f"{self.words}\n".encode())
+
+    def end(self, why):
+        """End this rank, on rank 0 all others too."""
+        self.ending.acquire()  # for good: the first reason counts
+        self.tell(why)
+        sys.stdout.flush()
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def run_together(main, args):
+    """Run main(args). A rank that fails says why, as it would alone; the others end with a line that names it."""
+    try:
+        main(args)
+    except BaseException as error:
+        watch, code = Watch.running, getattr(error, "code", 1)
+        if not watch or not code:
+            raise
+        if not isinstance(error, SystemExit):
+            time.sleep(1)  # if this follows from another rank's death, the watch has seen that, and ends this one
+            print(f"{watch.me}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        watch.ending.acquire()
+        watch.tell(f"{watch.me} ended by {error!r}: its own output says why")
+        time.sleep(2)  # for ranks that fail for the same reason to say so
+        sys.stdout.flush()
+        os._exit(code)
+    dist.destroy_process_group()
 
 
 def keep_freed_memory():

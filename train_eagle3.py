@@ -48,7 +48,7 @@ from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
 from prepare_hidden_states import SHARING_FLAGS, check_heads, check_sharding, load_target, on_each_node, on_first_rank
 from prepare_hidden_states import read_deepspeed_config, read_target_config, resolve_target, share_of_weights
-from prepare_hidden_states import start_distributed
+from prepare_hidden_states import run_together, start_distributed
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -991,5 +991,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    dist.destroy_process_group()
+    run_together(main, parse_args())
