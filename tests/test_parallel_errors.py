@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import torch.distributed as dist
 
 import prepare_hidden_states
@@ -23,6 +24,7 @@ def work(tmp_path_factory):
     DeepSpeed configurations that cannot work.
     """
     folder = tmp_path_factory.mktemp("errors")
+    prepare_hidden_states.start_distributed(20)
     config = tiny.llama_config(hidden_size=96, num_attention_heads=12, num_key_value_heads=6, head_dim=8)
     config.save_pretrained(folder / "target")
     (folder / "target" / "nothing.safetensors").write_text("")
@@ -87,6 +89,7 @@ def test_one_line_with_the_numbers_and_nothing_loaded(work, tmp_path, monkeypatc
 
 
 def check(work, tmp_path, capsys, monkeypatch, flags, expected):
+    monkeypatch.setattr(train_eagle3, "start_distributed", lambda *args: torch.device("cpu"))  # of the one true rank
     monkeypatch.setattr(train_eagle3, "load_target", lambda *args, **options: pytest.fail("the target is loaded"))
     monkeypatch.setattr(train_eagle3, "open_data", lambda folder: pytest.fail("the data are read"))
     with pytest.raises(SystemExit) as stop:
