@@ -153,7 +153,7 @@ def test_single_gpu_recipe_with_a_small_target(tmp_path):
         "run_llama3_70b_single_gpu.sh", 600, OUTPUT=tmp_path / "out", TARGET=tmp_path / "target",
         DATASET=tmp_path / "chats.jsonl", **SMALL,
     )  # fmt: skip
-    assert "(zero3, in CPU memory)" in printed and "for 8 sequences of" in printed and "target forward 8" in printed
+    assert "(zero3, in CPU memory)" in printed and "as 8 sequences of" in printed and "target forward 8" in printed
     assert "complete: " in printed and last_acceptance(tmp_path / "out") in printed.splitlines()
     assert check_draft(tmp_path / "out" / "draft" / "final") == []
 
