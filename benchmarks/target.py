@@ -18,8 +18,8 @@ loading      the peak while the target is loaded and tried: own memory, and mapp
 moved        what one forward moves to the rank, computed: weights under zero3, sums of hidden states under tp
 
 On a CPU the memory is the resident one, sampled every 2 ms. The C library gives freed blocks back at once here; in
-training it keeps them, which is faster, and so it does while forwards are timed. Weights that need no change stay in the
-mapped file: the peak counts them as if they were copied, as on a GPU. On GPUs memory is what torch has allocated.
+training it keeps them, which is faster, and so it does while forwards are timed. Weights that need no change stay in
+the mapped file: the peak counts them as if they were copied, as on a GPU. On GPUs it is what torch has allocated.
 A forward reads a text for each rank that shares it; ratio: its seconds to those of whole copies on as many ranks.
 """
 
