@@ -151,7 +151,9 @@ def computed_bytes(model_dir, ranks, tokens, sharding="none", tp_size=1, offload
     table, head = (module.weight.numel() * size for module in (model.get_input_embeddings(), model.lm_head))
     head = 0 if config.tie_word_embeddings else head
     sharers = {"none": 1, "tp": tp_size, "zero3": ranks}[sharding]
-    kept = {"none": 0, "tp": table + head, "zero3": table}[sharding]  # zero3: the head was given back to the model
+    # The model keeps its own shares of table and head. With zero3 it got the whole head back; where there are several
+    # copies, FSDP's wrappers leave the head's share gathered once more after the forward that tries the logits.
+    kept = {"none": 0, "tp": table + head * (2 if ranks > tp_size else 1), "zero3": table}[sharding]
     rest, moved = (sum(layers) + kept) / sharers + table + head, 0
     if offload == "nvme":
         shares = [p.numel() * size / ranks for p in model.parameters() if p is not model.lm_head.weight]
