@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -96,7 +97,7 @@ class Watch:
 
     Each rank has a connection with rank 0, and sends every second what its peer shall say when it is gone. The kernel
     closes the connection of a process that dies, however it does. Rank 0 then ends with the same words, and so all do.
-    A rank that ends as it should leaves an empty line.
+    A rank that ends as it should leaves an empty line. Who does not know the run's token is not listened to.
     """
 
     running = None
@@ -105,40 +106,60 @@ class Watch:
         self.limit, self.peers, self.sending, self.ending = limit, [], threading.Lock(), threading.Lock()
         self.me = f"rank {dist.get_rank()} (host {socket.gethostname()}, pid {os.getpid()})"
         self.words = f"{self.me} has died: it was killed, or its own output says why"
-        both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        server = socket.create_server(("", 0), backlog=4096, **both)
-        port = [server.getsockname()[1]]
-        dist.broadcast_object_list(port)
+        server, where = None, [None, secrets.token_hex()]
+        if dist.get_rank() == 0:
+            both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+            server = socket.create_server(("", 0), backlog=4096, **both)
+            server.settimeout(1)
+            where[0] = server.getsockname()[1]
+        dist.broadcast_object_list(where)
+        port, self.token = where
         atexit.register(self.tell, "")
-        threading.Thread(target=self.beat, args=[server, *port], daemon=True).start()
+        os.register_at_fork(after_in_child=self.let_go)
+        threading.Thread(target=self.beat, args=[server, port], daemon=True).start()
 
     def beat(self, server, port):
         """Connect, rank 0 with whoever comes and another rank with rank 0, and repeat this rank's words for good."""
-        server.settimeout(1)
-        if dist.get_rank():
-            peer = socket.create_connection((os.environ["MASTER_ADDR"], port))
+        if not server:
+            try:
+                peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+                peer.sendall(f"{self.token}\n".encode())
+            except OSError as error:
+                print(f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
+                      "a rank that is lost will show only after dist_timeout", file=sys.stderr)  # fmt: skip
+                return
             threading.Thread(target=self.hear, args=[peer], daemon=True).start()
         while True:
-            with contextlib.suppress(TimeoutError):  # on other ranks nobody comes: it takes a second
-                threading.Thread(target=self.hear, args=[server.accept()[0]], daemon=True).start()
+            if server:
+                with contextlib.suppress(TimeoutError):
+                    threading.Thread(target=self.hear, args=[server.accept()[0], True], daemon=True).start()
+            else:
+                time.sleep(1)
             self.tell()
 
-    def hear(self, peer):
+    def hear(self, peer, unknown=False):
         """Listen to a peer until its end, or until it is silent for `limit` seconds."""
-        os.register_at_fork(after_in_child=functools.partial(os.close, peer.fileno()))  # else a worker keeps it open
         peer.settimeout(self.limit)
-        words = ""
+        lines, words = peer.makefile(errors="replace"), ""
         try:
-            peer.sendall(f"{self.words}\n".encode())
+            if unknown and lines.readline(100).strip() != self.token:
+                return
             self.peers.append(peer)
-            for line in peer.makefile():
+            peer.sendall(f"{self.words}\n".encode())
+            for line in iter(functools.partial(lines.readline, 10000), ""):
                 words = line
         except OSError as error:  # or a reset, as the end left something unread
             if isinstance(error, TimeoutError):
                 name = words.partition(")")[0]
                 words = f"{name}) has not been heard of for {self.limit:.0f} s: it hangs or cannot be reached"
-        if words.startswith("rank"):  # no stranger, and not the empty line
+        if words.startswith("rank"):  # not the empty line
             self.end(words.strip())
+
+    def let_go(self):
+        """In a forked process: close the connections, or they would stay open when this rank dies."""
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                os.close(peer.fileno())
 
     def tell(self, words=None):
         """Send this rank's words, from now on the given ones."""
@@ -162,10 +183,14 @@ def run_together(main, args):
     try:
         main(args)
     except BaseException as error:
-        watch, code = Watch.running, getattr(error, "code", 1)
+        watch, stop = Watch.running, isinstance(error, SystemExit)
+        code = error.code if stop else 1
         if not watch or not code:
             raise
-        if not isinstance(error, SystemExit):
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+        if not stop:
             time.sleep(1)  # if this follows from another rank's death, the watch has seen that, and ends this one
             print(f"{watch.me}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         watch.ending.acquire()
@@ -338,7 +363,8 @@ class Target:
             keep[:first] = keep[len(lengths) if end is None else end :] = False
         with torch.no_grad():  # not inference mode: FSDP, in a copy for several groups of ranks, fails in it
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
-        return self.auxiliary(keep), output.last_hidden_state[keep].clone()
+        last = output.last_hidden_state[keep]
+        return self.auxiliary(keep), last.clone() if self.packs else last  # a slice would keep all of the group's
 
     def states(self, batches):
         """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each of batches, as `collate` made them.
@@ -451,7 +477,18 @@ def check_heads(text, tp_size):
         fail(f"transformers has no tensor-parallel plan for model_type {text.model_type}: use target_sharding zero3")
 
 
-def zero3_config(model_dir, device, offload="none", path=None, trust_remote_code=False):
+def saved_dtype(model_dir, config):
+    """The dtype that a target was saved in: its configuration's or, if that names none, its first weights'."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for path in sorted(Path(model_dir).glob("*.safetensors")) if config.dtype is None else ():
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                if file.get_slice(name).get_dtype() in names:
+                    return names[file.get_slice(name).get_dtype()]
+    return config.dtype or torch.float32
+
+
+def zero3_config(model_dir, device, dtype, offload="none", path=None, trust_remote_code=False):
     """DeepSpeed's configuration under which a target's layers are gathered one by one, the next one ahead of its turn.
 
     offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the folder `path`.
@@ -459,6 +496,10 @@ def zero3_config(model_dir, device, offload="none", path=None, trust_remote_code
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if not hasattr(model.get_decoder(), "layers"):
+        fail(f"the layers of model_type {config.model_type} are not where hooks look: it is not supported")
+    if dtype == torch.float16 and device.type == "cpu":
+        fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers)
     zero = {
         "stage": 3,
@@ -471,8 +512,9 @@ def zero3_config(model_dir, device, offload="none", path=None, trust_remote_code
         zero["offload_param"] = {"device": offload, "pin_memory": device.type == "cuda"}
     if offload == "nvme":  # a buffer holds a rank's share of any tensor, however the shares are rounded
         largest = max(p.numel() for p in model.parameters())
+        # A folder of this run's own: DeepSpeed empties it.
+        path = Path(path) / f"target-of-port-{os.environ['MASTER_PORT']}"
         zero["offload_param"] |= {"nvme_path": str(path), "buffer_size": largest // dist.get_world_size() + 4096}
-    dtype = config.get_text_config().dtype or config.dtype or torch.float32
     return {
         "train_micro_batch_size_per_gpu": 1, "steps_per_print": sys.maxsize, "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
@@ -501,7 +543,7 @@ def load_target(
     Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
     are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
     """
-    text, _ = read_target_config(model_dir, trust_remote_code)
+    device, (text, whole_config) = torch.device(device), read_target_config(model_dir, trust_remote_code)
     layers, layer_ids = text.num_hidden_layers, list(layer_ids or default_layer_ids(text.num_hidden_layers))
     if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
         fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
@@ -511,13 +553,16 @@ def load_target(
         several = {"dp_replicate_size": copies} if copies > 1 else {}
         options = {"distributed_config": DistributedConfig(tp_size=tp_size, **several)}
     elif sharding == "zero3":
-        zero3, options = zero3_config(model_dir, device, offload, offload_path, trust_remote_code), {}
+        dtype, options = saved_dtype(model_dir, whole_config) if dtype == "auto" else dtype, {}
+        zero3 = zero3_config(model_dir, device, dtype, offload, offload_path, trust_remote_code)
         partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
+            raise
         fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
     finally:
         unset_hf_deepspeed_config()
