@@ -13,7 +13,7 @@
 #
 # Hardware: meant for one GPU with 80 GB. In CPU memory 141 GB of weights, pinned, which PyTorch may round up for each
 # tensor: have 200 GB. With nvme 13 GB of buffers instead, and 141 GB on the disk, whose files stay there afterwards. In
-# the GPU's memory two layers (3.4 GB), table and head (4.2 GB), the draft with its optimizer (25 GB; 17 GB less with
+# the GPU's memory three layers (5.1 GB), table and head (4.2 GB), the draft with its optimizer (25 GB; 17 GB less with
 # DEEPSPEED_CONFIG=ds_configs/zero2_offload.json) and activations. All of this is arithmetic; memory, time and
 # acceptance length: not measured yet. Seen to run: on a CPU, with a small target. Written 2026-11-21. Every variable
 # can be overridden from the environment.

@@ -324,6 +324,7 @@ def test_rank_that_raises_shows_its_traceback_and_the_others_name_it(started):
     assert not started.left()
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_alone_keeps_its_line_and_its_code(started):
     ranks = started.service(*rounds(started, 20, "fail"))
     codes, errors = started.wait(90)

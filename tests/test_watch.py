@@ -1,0 +1,75 @@
+"""The watch over ranks listens to its own run alone, and leaves a forked process's files alone."""
+
+import contextlib
+import os
+import socket
+import threading
+
+import pytest
+
+from prepare_hidden_states import Watch, saved_dtype
+
+
+@pytest.fixture
+def watch():
+    """Rank 0's watch without a process group: what `hear` needs."""
+    watch = Watch.__new__(Watch)
+    watch.limit, watch.peers, watch.token, watch.words = 5, [], "0123", "rank 0 has died"
+    watch.sending, watch.ended = threading.Lock(), []
+    watch.end = watch.ended.append
+    return watch
+
+
+def hear(watch, *lines):
+    """What a stranger or a rank that sends these lines and goes leaves behind; what it was told."""
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=watch.hear, args=[ours, True])
+    thread.start()
+    theirs.sendall(b"".join(lines))
+    theirs.shutdown(socket.SHUT_WR)
+    thread.join(10)
+    assert not thread.is_alive()
+    ours.close()
+    with contextlib.suppress(ConnectionResetError):  # not all that was sent was read
+        return theirs.recv(1000)
+    return b""
+
+
+def test_a_stranger_cannot_end_the_run_and_is_told_nothing(watch):
+    for lines in ([b"rank 1 of a stranger says bye\n"], [b"\xff\xfe" * 40], [b"x" * 10000], [b"0123x\nrank 1\n"], []):
+        assert hear(watch, *lines) == b"", lines
+    assert not watch.ended and not watch.peers
+
+
+def test_a_rank_that_goes_without_a_word_ends_the_run_with_its_last_words(watch):
+    assert hear(watch, b"0123\n", b"rank 1 lives\n", b"rank 1 has died\n") == b"rank 0 has died\n"
+    assert watch.ended == ["rank 1 has died"]
+    hear(watch, b"0123\n", b"rank 2 lives\n", b"\n")
+    assert watch.ended == ["rank 1 has died"], "the empty line is a good end"
+
+
+def test_a_forked_process_closes_the_connections_and_nothing_else(watch):
+    ours, theirs = socket.socketpair()
+    reading, writing = os.pipe()
+    watch.peers.append(ours)
+    child = os.fork()
+    if not child:
+        watch.let_go()
+        os.write(writing, b"open")
+        try:
+            os.fstat(ours.fileno())
+        except OSError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0 and os.read(reading, 4) == b"open"
+    theirs.close()
+
+
+def test_the_saved_dtype_is_the_weights_own_where_the_configuration_names_none(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    save_file({"a": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2).bfloat16()}, tmp_path / "model.safetensors")
+    assert saved_dtype(tmp_path, LlamaConfig()) == torch.bfloat16
+    assert saved_dtype(tmp_path, LlamaConfig(dtype="float16")) == torch.float16
