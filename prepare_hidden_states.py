@@ -29,12 +29,10 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
@@ -86,6 +84,8 @@ def start_distributed(timeout, local_rank=-1):
     timeout = datetime.timedelta(minutes=timeout)
     # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
+
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     if dist.get_world_size() > 1 and not Watch.running:
         Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
@@ -184,12 +184,9 @@ def run_together(main, args):
         main(args)
     except BaseException as error:
         watch, stop = Watch.running, isinstance(error, SystemExit)
-        code = error.code if stop else 1
+        code = 1 if not stop else error.code if isinstance(error.code, int) else bool(error.code)
         if not watch or not code:
             raise
-        if not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
         if not stop:
             time.sleep(1)  # if this follows from another rank's death, the watch has seen that, and ends this one
             print(f"{watch.me}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -246,6 +243,8 @@ def check_disk(name, folder):
         tempfile.TemporaryFile(dir=folder or os.devnull).close()
     except OSError as error:
         fail(f"{name} {folder} cannot be written: {error.strerror}; give a folder on the NVMe disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     if not AsyncIOBuilder().is_compatible():
         fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
 
@@ -524,6 +523,8 @@ def zero3_config(model_dir, device, dtype, offload="none", path=None, trust_remo
 def whole(parameter):
     """A parameter's values on this rank's device, though ranks may share it out; None stays None."""
     if hasattr(parameter, "ds_id"):
+        import deepspeed
+
         with deepspeed.zero.GatheredParameters(parameter):
             return parameter.detach().clone()
     parameter = parameter if parameter is None else parameter.detach()
@@ -570,6 +571,8 @@ def load_target(
         fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     model.eval().requires_grad_(False)
     if sharding == "zero3":
+        import deepspeed
+
         deepspeed.initialize(model=model.get_decoder(), config=zero3)
     output, table = model.get_output_embeddings(), model.get_input_embeddings().weight
     head = Head(whole(output.weight), whole(output.bias))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 import prepare_hidden_states
 import train_eagle3
@@ -110,7 +111,7 @@ def check(work, tmp_path, capsys, monkeypatch, flags, expected):
 def test_disk_without_the_library_that_reads_it(work, tmp_path, monkeypatch, capsys, flags, name):
     zero = {"stage": 3, "offload_optimizer": NVME | {"nvme_path": str(work)}}
     (work / "here.json").write_text(json.dumps({"zero_optimization": zero}))
-    monkeypatch.setattr(prepare_hidden_states.AsyncIOBuilder, "is_compatible", lambda self, *args: False)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, *args: False)
     check(work, tmp_path, capsys, monkeypatch, flags, [f"{name} {work}", "libaio-dev"])
 
 
