@@ -309,6 +309,7 @@ def test_node_out_of_reach_ends_both(started, namespaces):
     assert not started.left()
 
 
+@pytest.mark.slow
 def test_rank_that_raises_shows_its_traceback_and_the_others_name_it(started):
     ranks = started.service(*rounds(started, 20, "raise"), world=3)
     codes, errors = started.wait(90)

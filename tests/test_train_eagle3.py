@@ -207,9 +207,11 @@ def test_each_of_these_flags_changes_the_draft(work, tmp_path):
 
 
 def test_bf16_and_stage_0_train_as_well(work, tmp_path):
-    """bf16 with fp32 master weights, as on a GPU, with every file of ds_configs; stage 0 reports no gradient norm."""
+    """bf16 with fp32 master weights, as on a GPU, with the files of ds_configs; stage 0 reports no gradient norm."""
     expected, engines = run(work, tmp_path / "plain", "--total_steps", 4), {"stage0": {}}
     for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"):
+        if path.stem == "zero3_nvme":  # it names a disk: test_offload.py
+            continue
         engines[path.stem] = json.loads(path.read_text()) | {"bf16": {"enabled": True}}
     for name, engine in engines.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(engine))
@@ -298,7 +300,7 @@ def test_gradient_is_the_same_for_one_micro_batch_of_four_and_four_of_one(work, 
 
 
 def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
-    """One start of two ranks runs every file of ds_configs/, a batch that does not divide, and a rank without data."""
+    """One start of two ranks runs the files of ds_configs/, a batch that does not divide, and a rank without data."""
     flags = [
         "--total_steps",
         4,
@@ -312,7 +314,8 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     one_flags = [*flags[:-1], 1]
     expected = run(work, tmp_path / "one", *one_flags)
     configs = sorted(path.stem for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"))
-    assert configs == ["zero1", "zero2", "zero2_offload", "zero3"]
+    configs.remove("zero3_nvme")  # it names a disk: test_offload.py
+    assert configs == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     runs = [
         arguments(work, tmp_path / name, *flags, "--deepspeed_config", tiny.REPOSITORY / "ds_configs" / f"{name}.json")
         for name in configs
@@ -327,7 +330,7 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     codes = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("exit "))[5:])
-    assert codes == [[0, 0, 0, 0, 2, 2]] * 2
+    assert codes == [[0, 0, 0, 0, 0, 2, 2]] * 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 2, "one line each, from rank 0 only"
     assert errors[0] == "error: 1 training sequences for 2 ranks: a rank would have none"
