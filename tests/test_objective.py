@@ -5,11 +5,11 @@ import statement
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
-import prepare_hidden_states
+import deal_batches
 import train_eagle3
 from deal_batches import acceptance_walk, plan_slots, supervised_slots
 from export_eagle3 import FLAGS, with_auxiliary_layers
-from prepare_hidden_states import Head
+from share_target import Head
 from train_eagle3 import DraftModel, chain_lengths, objective
 
 ROPES = {
@@ -88,7 +88,7 @@ def backend(request, monkeypatch):
     """Each way to attend, with chunks and blocks so small that documents have several of each."""
     sizes = {"QUERY_CHUNK": 5, "BLOCK": 8, "HEAD_ROWS": 16, "HEAD_TOKENS": 7, "COMPARE_ROWS": 4}
     for name, size in sizes.items():
-        for module in (train_eagle3, prepare_hidden_states):
+        for module in (train_eagle3, deal_batches):
             monkeypatch.setattr(module, name, size, raising=False)
     if request.param == "sdpa without a kernel":
         monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())
@@ -221,7 +221,7 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(monke
     plan = plan_slots(supervised_slots(mask, document_ids, 3), lengths)
     position_ids = torch.cat([torch.arange(n) for n in lengths])
     k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
-    blocks = plan.blocks.split([-(-n // prepare_hidden_states.BLOCK) for n in plan.counts], dim=1)
+    blocks = plan.blocks.split([-(-n // deal_batches.BLOCK) for n in plan.counts], dim=1)
     for live, spans, block in zip(plan.live.split(plan.counts), plan.spans, blocks, strict=True):
         q, own = torch.randn(len(live), 4, 16), [torch.randn(len(live), 2, 3, 16) for _ in range(2)]
         begin = live - position_ids[live]

@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import prepare_hidden_states
+import share_target
 from deal_batches import collate, deal_forwards, positions_of
 from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
-from prepare_hidden_states import (
+from share_target import (
     Head,
     load_target,
     read_target_tensor,
@@ -342,7 +342,7 @@ def test_head_takes_the_lowest_of_equal_ids(softcap):
 
 # ---------------------------------------------------------------------------- command line
 def test_command_line(llama_folder):
-    command = [sys.executable, tiny.REPOSITORY / "prepare_hidden_states.py", "--target_model_path", llama_folder]
+    command = [sys.executable, tiny.REPOSITORY / "share_target.py", "--target_model_path", llama_folder]
     done = subprocess.run([*command, "--text", "Hello dog"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     first, *rows = [line for line in done.stdout.splitlines() if line.startswith("layers") or " -> " in line]
@@ -364,7 +364,7 @@ def test_command_line(llama_folder):
 def test_command_line_bad_input(llama_folder, capsys, no_weights):
     def main(**options):
         given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None}
-        prepare_hidden_states.main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
+        share_target.main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
 
     assert "text" in refused(capsys, main, text="")
     assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])
