@@ -15,11 +15,13 @@ Started again after an interruption it goes on where it stopped. train_eagle3.py
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -30,10 +32,10 @@ from tqdm import tqdm
 
 # isort: off
 # (it would give every name a line of its own)
-from deal_batches import supervised_slots
-from share_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_target, on_each_node
-from share_target import on_first_rank
-from share_target import read_target_config, resolve_target, run_together, start_distributed
+from deal_batches import COLUMNS, deal_forwards, join_forwards, tokens_read
+from share_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
+from share_target import on_each_node, on_first_rank, read_target_config, resolve_target, run_together
+from share_target import start_distributed
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, write_atomic
 # isort: on
 
@@ -45,16 +47,6 @@ STATES = ("aux_hidden_states", "last_hidden_states")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One row
-
-
-def tokens_read(loss_mask):
-    """(n, teachers): training reads the auxiliary states of the first n tokens, and the last ones of teachers [U].
-
-    loss_mask [T] of one sequence. Behind the last slot that is supervised no key is seen. A teacher is the token behind
-    a slot of step 0; later steps have the same ones, further on.
-    """
-    live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
-    return (int(live[-1]) + 1 if len(live) else 0), live + 1
 
 
 def to_stored(input_ids, loss_mask, auxiliary, last, dtype):
@@ -172,7 +164,7 @@ class Store:
         try:
             file = open_shard(str(self.folder / shard))
             scales = [f"{name}_scale" for name in STATES if self.dtype == torch.float8_e4m3fn]
-            names = ["input_ids", "loss_mask", *STATES, *scales]
+            names = [*COLUMNS, *STATES, *scales]
             tensors = {name: file.get_tensor(f"{row}.{name}") for name in names}
         except (OSError, SafetensorError) as error:
             return None, "missing" if isinstance(error, FileNotFoundError) else "damaged"
@@ -215,10 +207,139 @@ def write_shard(path, rows):
         save_file(tensors, building, {"rows": json.dumps({row: checksum(part) for row, part in rows.items()})})
         with building.open("rb") as file:
             os.fsync(file.fileno())
+        building.chmod(0o644)
         building.rename(path)
     except (OSError, SafetensorError) as error:
         building.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading while training
+
+
+# (name, type, default, help, least value if any): see prepare_data.parse_flags
+SOURCE_FLAGS = [
+    ("hidden_states_path", str, None, "folder of prepare_hidden_states.py; none: the target stays in memory"),
+    ("on_missing", ("generate", "skip", "warn", "raise"), "generate", "rows that it lacks; generate: by the target"),
+    ("on_generate", ("cache", "delete"), "delete", "whether what is generated is kept there"),
+    ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "of a new folder; fp8: e4m3, a scale per token and layer"),
+]
+
+
+def open_target(args, model_dir, device, layers, data, data_config):
+    """The Target, or with args.hidden_states_path a Source: then the target is loaded only to generate missing rows."""
+    options = {"layer_ids": layers, "trust_remote_code": args.trust_remote_code}
+    load = functools.partial(
+        load_target, model_dir, device, **options, sharding=args.target_sharding, tp_size=args.tp_size,
+        offload=args.target_offload, offload_path=args.target_offload_path,
+    )  # fmt: skip
+    if not args.hidden_states_path:
+        return load()
+    generate, rows = args.on_missing == "generate", [f"{name}/{n}" for name in data for n in range(len(data[name]))]
+
+    def look():
+        settings = store_settings(model_dir, layers, data_config)
+        store = Store(args.hidden_states_path, settings, create=args.hidden_states_dtype if generate else None)
+        lacking = [row for row in rows if row not in store.rows]
+        if lacking and args.on_missing == "raise":
+            fail(f"{store.folder} lacks {len(lacking)} of {len(rows)} rows, such as {lacking[0]}: write them with "
+                 "prepare_hidden_states.py, or choose another on_missing")  # fmt: skip
+        print(f"{store.folder}: {len(rows) - len(lacking):,} of {len(rows):,} rows are there")
+        return settings, bool(lacking)
+
+    settings, lacking = on_first_rank(look)
+    store = Store(args.hidden_states_path, settings)
+    target = load() if generate and lacking or "head" not in store.index else None
+    if "head" not in store.index:
+        store.index["head"] = [target.head.scale, target.head.softcap]
+        if dist.get_rank() == 0:
+            store.write_index()
+    if not (generate and lacking):
+        target = load_head(model_dir, device, *store.index["head"], **options)
+    return Source(args, target, store, load)
+
+
+class Source:
+    """Hidden states for training out of a store and, under on_missing generate, of the target for what it lacks.
+
+    target: maybe its head and embedding alone; load(): the whole, should a row turn out to be damaged.
+    """
+
+    def __init__(self, args, target, store, load):
+        self.args, self.target, self.store, self.load, self.counts = args, target, store, load, Counter()
+        self.head, self.embedding, self.config, self.decoder = (
+            getattr(target, name) for name in ("head", "embedding", "config", "decoder")
+        )
+
+    def epochs(self, steps, length):
+        """`steps` (a range) epoch by epoch, `length` steps each: what is generated in one, the next ones read."""
+        if self.args.on_missing != "generate":
+            return [steps]
+        borders = [steps.start, *(at for at in steps[1:] if at % length == 0), steps.stop]
+        return (self.take_up(range(*part)) for part in itertools.pairwise(borders))
+
+    def take_up(self, steps):
+        """Write what is still in memory; see what all ranks wrote."""
+        self.flush(wait=True)
+        dist.barrier()
+        self.store.refresh()
+        return steps
+
+    def flush(self, wait=False):
+        try:
+            self.store.flush(wait)
+        except OSError as error:  # the training goes on; what is not kept is generated again
+            print(f"hidden states are not kept: {error}", file=sys.stderr)
+            self.args.on_generate = "delete"
+
+    def expect(self, batches, data):
+        """Deal with what is missing in batches of an optimizer step, before its first forward: returns them."""
+        wrong = [[(row, reason) for row, reason, _ in batch["stored"] if reason] for batch in batches]
+        for row, reason in itertools.chain(*wrong):
+            self.counts[reason] += 1
+            message = f"row {data.name}/{row} of {self.store.folder} is {reason}"
+            if self.args.on_missing == "raise":
+                fail(f"{message}: write it with prepare_hidden_states.py, or choose another on_missing")
+            if self.args.on_missing == "warn":
+                print(f"{message}: left out", file=sys.stderr)
+        if self.args.on_missing != "generate":
+            return batches
+        dealt, rank = [[[row for row, _ in part] for part in wrong]], 0
+        _, together, in_step = data.forwards
+        if in_step > 1:  # the target's ranks run as many forwards, of the same sequences
+            rank, dealt = dist.get_rank(), [None] * dist.get_world_size()
+            dist.all_gather_object(dealt, [[row for row, _ in part] for part in wrong])
+        for batch, lists in zip(batches, deal_forwards(dealt, rank, *data.forwards), strict=True):
+            batch |= join_forwards([([data.row(row)[0] for row in rows], *mine) for rows, *mine in lists])
+            batch["forward_ids"], batch["split"] = batch["forward_ids"].to(self.embedding.device), data.name
+        return batches
+
+    def states(self, batches):
+        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each batch; zeros where nothing is read."""
+        ready = []
+        for batch in batches:
+            if batch.get("forwards"):
+                if self.target.decoder is None:
+                    print(f"{self.store.folder} has damaged rows: loading the target", file=sys.stderr)
+                    self.target = self.load()
+                ready += self.target.run(batch)
+            tokens, width = len(batch["input_ids"]), self.embedding.shape[1]
+            states = []
+            layers = len(self.store.index["layers"])
+            for name, at, several in zip(STATES, ("aux_at", "last_at"), (layers, 1), strict=True):
+                states.append(self.embedding.new_zeros(tokens, several * width))
+                if at in batch:
+                    states[-1][batch[at]] = from_stored(batch, name, states[-1].dtype)
+            for (row, reason, start), length in zip(batch["stored"], batch["lengths"], strict=True):
+                if reason and self.args.on_missing == "generate":
+                    new = ready.pop(0)
+                    for whole, part in zip(states, new, strict=True):
+                        whole[start : start + length] = part
+                    if self.args.on_generate == "cache":
+                        sequence = (batch[name][start : start + length].cpu() for name in COLUMNS)
+                        self.store.add(f"{batch['split']}/{row}", to_stored(*sequence, *new, self.store.dtype))
+            yield tuple(states)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,7 +402,7 @@ def write_all(args, target, store, data, pending):
                 bad.append(name)
                 print(f"row {name}: hidden states are not finite in {args.hidden_states_dtype}", file=sys.stderr)
         bar.update(sum(data[split][number]["length"] for part in pending[at : at + copies] for split, number in part))
-        bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank")
+        bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
     store.flush(wait=True)
     bar.close()
     every = [None] * world
@@ -340,6 +461,9 @@ def main(args):
         model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code, sharding=args.target_sharding,
         tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
     ) if pending else None  # fmt: skip
+    if target and "head" not in store.index and dist.get_rank() == 0:
+        store.index["head"] = [target.head.scale, target.head.softcap]
+        store.write_index()
     try:
         bad = write_all(args, target, store, data, pending)
     except OSError as error:

@@ -276,7 +276,7 @@ class Head:
 class Target:
     """A frozen target and its pieces. Sizes: Ht hidden, V vocabulary, L layers."""
 
-    model: torch.nn.Module  # the whole causal language model
+    model: torch.nn.Module  # the whole causal language model; None if its hidden states come from elsewhere
     config: object  # its text configuration
     head: Head
     embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
@@ -285,7 +285,9 @@ class Target:
     captured: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.decoder = self.model.get_decoder()
+        self.decoder = self.model and self.model.get_decoder()
+        if self.decoder is None:
+            return
         if not hasattr(self.decoder, "layers"):
             fail(f"the layers of model_type {self.config.model_type} are not where hooks look: it is not supported")
         for index in self.layer_ids:
@@ -331,12 +333,18 @@ class Target:
         """
         ready = []
         for batch in batches:
-            several = batch["forward_ids"].split([sum(lengths) for lengths, *_ in batch["forwards"]])
-            for input_ids, (lengths, first, end) in zip(several, batch["forwards"], strict=True):
-                states = self.hidden_states(input_ids, lengths, first, end)
-                ready += zip(*(x.split(lengths[first:end]) for x in states), strict=True)
+            ready += self.run(batch)
             mine, ready = ready[: len(batch["lengths"])], ready[len(batch["lengths"]) :]
             yield tuple(map(torch.cat, zip(*mine, strict=True)))
+
+    def run(self, batch):
+        """(auxiliary, last) of each of this rank's sequences in the forwards that come before a batch."""
+        several = batch["forward_ids"].split([sum(lengths) for lengths, *_ in batch["forwards"]])
+        found = []
+        for input_ids, (lengths, first, end) in zip(several, batch["forwards"], strict=True):
+            states = self.hidden_states(input_ids, lengths, first, end)
+            found += zip(*(x.split(lengths[first:end]) for x in states), strict=True)
+        return found
 
     def auxiliary(self, keep=0):
         """The auxiliary hidden states [T, 3·Ht] that the last forward left behind; keep: which of [batch, tokens]."""
@@ -528,6 +536,8 @@ def load_target(
 
 def share_of_weights(target, args, row_tokens):
     """One line: what this rank holds of the target's weights, and what a forward moves; row_tokens: a row's average."""
+    if target.decoder is None:
+        return f"{target.config.model_type}, head and embedding alone, hidden states of {args.hidden_states_path}"
     total = mine = 0
     for p in target.decoder.parameters():
         part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
@@ -584,8 +594,11 @@ def _ends_at_borders(target):
     return bool(gaps.median() < (1e-4 if alone.dtype == torch.float32 else 2e-2))
 
 
-def read_target_tensor(model_dir, names):
-    """The first tensor of `names` that a target's safetensors files hold, read alone; if none, the program ends."""
+def read_target_tensor(model_dir, names, default=...):
+    """The first tensor that a target's safetensors files hold under one of `names`, or behind a prefix; read alone.
+
+    Without a default, its absence ends the program.
+    """
     model_dir = Path(model_dir)
     index = model_dir / "model.safetensors.index.json"
     if index.exists():
@@ -596,10 +609,24 @@ def read_target_tensor(model_dir, names):
     else:
         fail(f"{model_dir} has neither model.safetensors nor model.safetensors.index.json")
     for name in names:
-        if name in weight_map:
-            with safe_open(model_dir / weight_map[name], "pt") as file:
-                return file.get_tensor(name)
+        found = [key for key in weight_map if key == name] or [key for key in weight_map if key.endswith(f".{name}")]
+        if len(found) == 1:
+            with safe_open(model_dir / weight_map[found[0]], "pt") as file:
+                return file.get_tensor(found[0])
+    if default is not ...:
+        return default
     fail(f"{model_dir} holds none of the tensors {', '.join(names)}")
+
+
+def load_head(model_dir, device, scale, softcap, layer_ids=None, trust_remote_code=False):
+    """A target of which there are only the head and the embedding table; scale, softcap: of its logits."""
+    text, whole = read_target_config(model_dir, trust_remote_code)
+    dtype = text.dtype or whole.dtype or torch.float32
+    embedding = read_target_tensor(model_dir, ["model.embed_tokens.weight", "embed_tokens.weight"]).to(device, dtype)
+    weight = None if text.tie_word_embeddings else read_target_tensor(model_dir, ["lm_head.weight"], None)
+    bias = read_target_tensor(model_dir, ["lm_head.bias"], None)
+    weight, bias = (x if x is None else x.to(device, dtype) for x in (weight, bias))
+    return Target(None, text, Head(embedding if weight is None else weight, bias, scale, softcap), embedding, layer_ids)
 
 
 FLAGS = {
