@@ -125,12 +125,16 @@ class Store:
         folder is of anything else."""
         self.folder, self.rows, self.shards, self.new, self.size = Path(folder), {}, set(), {}, 0
         path = self.folder / "index.json"
-        if create and not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps({"format": 1, **settings, "dtype": create, "shards": {}}, indent=1) + "\n")
         try:
-            self.index = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            if create and not path.exists():
+                new = {"format": 1, **settings, "dtype": create, "shards": {}}
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, json.dumps(new, indent=1) + "\n")
+        except OSError as error:
+            fail(f"{folder} cannot be written: {error}")
+        try:
+            self.index = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             fail(f"{folder} is not a folder of hidden states: {error}")
         for name, value in settings.items():
             if self.index.get(name) != value:
@@ -143,11 +147,17 @@ class Store:
         """For the workers that read: without what writes."""
         return {name: value for name, value in vars(self).items() if name not in ("pool", "writing", "new")}
 
+    def remove_rests(self):
+        """Remove what an interruption left half-written; while nobody writes."""
+        for path in [*self.folder.glob(".*.building"), *self.folder.glob(".index.json.*.tmp")]:
+            path.unlink(missing_ok=True)
+
     def refresh(self):
-        """Take up shards that have come since."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        """Take up shards that have come since. Of a row in several the last counts: it was damaged in the others."""
+        for path in sorted(self.folder.glob("[0-9]*-*.safetensors")):
             if path.name not in self.shards:
                 self.shards.add(path.name)
+                self.number = max(self.number, int(path.name.partition("-")[0]) + 1)
                 rows = self.index["shards"].get(path.name)
                 try:
                     rows = rows or json.loads(safe_open(path, "pt").metadata()["rows"])
@@ -171,21 +181,23 @@ class Store:
         return (tensors, "") if checksum(tensors) == crc else (None, "damaged")
 
     def add(self, row, tensors):
-        """Keep a row to be written with the next shard."""
+        """Keep a row to be written with the next shard; False if its states are not finite: then it is not."""
+        if not all(tensors[name].float().isfinite().all() for name in STATES):
+            return False
         self.new[row] = tensors
         self.size += sum(tensor.nbytes for tensor in tensors.values())
         if self.size > SHARD_BYTES:
             self.flush()
+        return True
 
     def flush(self, wait=False):
         """Write the rows kept as one shard, while the program goes on. OSError if this or the one before fails."""
         if self.writing:
             self.writing.result()
         if self.new:
-            while (path := self.folder / f"{dist.get_rank():05d}-{self.number:06d}.safetensors").exists():
-                self.number += 1
-            self.number += 1
+            path = self.folder / f"{self.number:06d}-{dist.get_rank():05d}.safetensors"
             self.writing, self.new, self.size = self.pool.submit(write_shard, path, self.new), {}, 0
+            self.number += 1
         if wait and self.writing:
             self.writing.result()
 
@@ -245,6 +257,8 @@ def open_target(args, model_dir, device, layers, data, data_config):
         if lacking and args.on_missing == "raise":
             fail(f"{store.folder} lacks {len(lacking)} of {len(rows)} rows, such as {lacking[0]}: write them with "
                  "prepare_hidden_states.py, or choose another on_missing")  # fmt: skip
+        if generate and args.on_generate == "cache":
+            store.remove_rests()
         print(f"{store.folder}: {len(rows) - len(lacking):,} of {len(rows):,} rows are there")
         return settings, bool(lacking)
 
@@ -274,33 +288,41 @@ class Source:
 
     def epochs(self, steps, length):
         """`steps` (a range) epoch by epoch, `length` steps each: what is generated in one, the next ones read."""
-        if self.args.on_missing != "generate":
-            return [steps]
         borders = [steps.start, *(at for at in steps[1:] if at % length == 0), steps.stop]
-        return (self.take_up(range(*part)) for part in itertools.pairwise(borders))
+        for part in itertools.pairwise(borders) if self.args.on_missing == "generate" else [(steps.start, steps.stop)]:
+            self.take_up()
+            yield range(*part)
+        self.take_up()
 
-    def take_up(self, steps):
-        """Write what is still in memory; see what all ranks wrote."""
-        self.flush(wait=True)
-        dist.barrier()
+    def take_up(self):
+        """Write what is still in memory; see what all ranks wrote; say how many rows were not there."""
+        self.keep(functools.partial(self.store.flush, wait=True))
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, self.counts)
         self.store.refresh()
-        return steps
+        if (counts := sum(every, Counter())) and dist.get_rank() == 0:
+            fate = {"generate": "generated", "warn": "left out", "skip": "left out"}[self.args.on_missing]
+            print(f"{self.store.folder}: {', '.join(f'{n:,} {what}' for what, n in counts.items())}: {fate}")
+        self.counts.clear()
 
-    def flush(self, wait=False):
+    def keep(self, write):
+        """write(), which may find the disk full: the training goes on; what is not kept is generated again."""
         try:
-            self.store.flush(wait)
-        except OSError as error:  # the training goes on; what is not kept is generated again
-            print(f"hidden states are not kept: {error}", file=sys.stderr)
-            self.args.on_generate = "delete"
+            write()
+        except OSError as error:
+            print(f"hidden states are not kept from here on: {error}", file=sys.stderr)
+            self.args.on_generate, self.store.writing, self.store.new, self.store.size = "delete", None, {}, 0
 
     def expect(self, batches, data):
         """Deal with what is missing in batches of an optimizer step, before its first forward: returns them."""
         wrong = [[(row, reason) for row, reason, _ in batch["stored"] if reason] for batch in batches]
         for row, reason in itertools.chain(*wrong):
-            self.counts[reason] += 1
-            message = f"row {data.name}/{row} of {self.store.folder} is {reason}"
+            self.counts[f"{data.name} rows {reason}"] += 1
+            shard, _ = self.store.rows.get(f"{data.name}/{row}", ("", None))
+            message = f"row {data.name}/{row} of {self.store.folder / shard} is {reason}"
             if self.args.on_missing == "raise":
-                fail(f"{message}: write it with prepare_hidden_states.py, or choose another on_missing")
+                remove = "remove this file, " * (reason != "missing")
+                fail(f"{message}: {remove}write it with prepare_hidden_states.py, or choose another on_missing")
             if self.args.on_missing == "warn":
                 print(f"{message}: left out", file=sys.stderr)
         if self.args.on_missing != "generate":
@@ -310,6 +332,9 @@ class Source:
         if in_step > 1:  # the target's ranks run as many forwards, of the same sequences
             rank, dealt = dist.get_rank(), [None] * dist.get_world_size()
             dist.all_gather_object(dealt, [[row for row, _ in part] for part in wrong])
+        if self.target.decoder is None and any(itertools.chain(*dealt)):  # here, as its ranks load it together
+            print(f"{self.store.folder} has damaged rows: loading the target", file=sys.stderr)
+            self.target = self.load()
         for batch, lists in zip(batches, deal_forwards(dealt, rank, *data.forwards), strict=True):
             batch |= join_forwards([([data.row(row)[0] for row in rows], *mine) for rows, *mine in lists])
             batch["forward_ids"], batch["split"] = batch["forward_ids"].to(self.embedding.device), data.name
@@ -320,9 +345,6 @@ class Source:
         ready = []
         for batch in batches:
             if batch.get("forwards"):
-                if self.target.decoder is None:
-                    print(f"{self.store.folder} has damaged rows: loading the target", file=sys.stderr)
-                    self.target = self.load()
                 ready += self.target.run(batch)
             tokens, width = len(batch["input_ids"]), self.embedding.shape[1]
             states = []
@@ -338,7 +360,8 @@ class Source:
                         whole[start : start + length] = part
                     if self.args.on_generate == "cache":
                         sequence = (batch[name][start : start + length].cpu() for name in COLUMNS)
-                        self.store.add(f"{batch['split']}/{row}", to_stored(*sequence, *new, self.store.dtype))
+                        tensors = to_stored(*sequence, *new, self.store.dtype)
+                        self.keep(functools.partial(self.store.add, f"{batch['split']}/{row}", tensors))
             yield tuple(states)
 
 
@@ -360,9 +383,10 @@ def plan_writing(args, config, store, data):
     """The groups that are not written yet; prints what they will take, and ends the program if that is too much."""
     layers, done = len(store.index["layers"]), store.rows
     pending = [group for group in groups_of(data, args.batch_size) if any(f"{s}/{n}" not in done for s, n in group)]
-    rows = [(split, number) for group in pending for split, number in group]
+    rows = [(split, number) for group in pending for split, number in group if f"{split}/{number}" not in done]
     sizes = [row_bytes(torch.tensor(data[s][n]["loss_mask"]), config.hidden_size, layers, store.dtype) for s, n in rows]
-    tokens, size = sum(data[split][number]["length"] for split, number in rows), sum(sizes) + 1000 * len(rows)
+    header = 110 * (4 if store.dtype.itemsize > 1 else 6) * len(rows)  # names, shapes and places of the tensors
+    tokens, size = sum(data[split][number]["length"] for split, number in rows), sum(sizes) + header
     plain = 4 * 2 * config.hidden_size * tokens
     print(f"{len(rows):,} of {sum(map(len, data.values())):,} rows to write: {size / 1e9:.3f} GB, "
           f"{size / max(tokens, 1):,.0f} bytes a token ({size / max(plain, 1):.0%} of four layers of every token in "
@@ -383,28 +407,29 @@ def write_all(args, target, store, data, pending):
     bar = tqdm(total=total, unit="tok", unit_scale=True, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
     bad, written = [], 0
-    for at in range(0, len(pending), copies):
-        group = pending[at : at + copies][rank // args.tp_size : rank // args.tp_size + 1]
-        rows = [(f"{split}/{number}", data[split][number]) for part in group for split, number in part]
-        if not rows and args.target_sharding != "zero3":  # there all ranks gather the layers in each forward
-            continue
-        ids = [torch.tensor(row["input_ids"]) for _, row in rows] or [torch.zeros(4, dtype=torch.int64)]
-        lengths = [len(x) for x in ids]
-        states = target.hidden_states(torch.cat(ids).to(target.embedding.device), lengths)
-        for (name, row), *parts in zip(rows if writes else (), ids, *(x.split(lengths) for x in states), strict=False):
-            if name in store.rows:  # its group was interrupted
+    with bar:  # closed, or the line of an error stands behind it
+        for at in range(0, len(pending), copies):
+            group = pending[at : at + copies][rank // args.tp_size : rank // args.tp_size + 1]
+            rows = [(f"{split}/{number}", data[split][number]) for part in group for split, number in part]
+            if not rows and args.target_sharding != "zero3":  # there all ranks gather the layers in each forward
                 continue
-            tensors = to_stored(parts[0], torch.tensor(row["loss_mask"]), *parts[1:], store.dtype)
-            if all(tensors[key].float().isfinite().all() for key in STATES):
-                store.add(name, tensors)
-                written += sum(tensor.nbytes for tensor in tensors.values())
-            else:
-                bad.append(name)
-                print(f"row {name}: hidden states are not finite in {args.hidden_states_dtype}", file=sys.stderr)
-        bar.update(sum(data[split][number]["length"] for part in pending[at : at + copies] for split, number in part))
-        bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
-    store.flush(wait=True)
-    bar.close()
+            ids = [torch.tensor(row["input_ids"]) for _, row in rows] or [torch.zeros(4, dtype=torch.int64)]
+            lengths = [len(x) for x in ids]
+            states = target.hidden_states(torch.cat(ids).to(target.embedding.device), lengths)
+            sequences = zip(rows if writes else (), ids, *(x.split(lengths) for x in states), strict=False)
+            for (name, row), *parts in sequences:
+                if name in store.rows:  # its group was interrupted
+                    continue
+                tensors = to_stored(parts[0], torch.tensor(row["loss_mask"]), *parts[1:], store.dtype)
+                if store.add(name, tensors):
+                    written += sum(tensor.nbytes for tensor in tensors.values())
+                else:
+                    bad.append(name)
+                    tqdm.write(f"row {name}: hidden states are not finite in {args.hidden_states_dtype}", sys.stderr)
+            passed = [row for part in pending[at : at + copies] for row in part]
+            bar.update(sum(data[split][number]["length"] for split, number in passed))
+            bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
+        store.flush(wait=True)
     every = [None] * world
     dist.all_gather_object(every, bad)
     return [name for part in every for name in part]
@@ -451,6 +476,7 @@ def main(args):
         if store.dtype != DTYPES[args.hidden_states_dtype]:
             fail(f"{args.output_path} is written in {store.index['dtype']}: give --hidden_states_dtype "
                  f"{store.index['dtype']}, or another folder")  # fmt: skip
+        store.remove_rests()
         return args, layers, settings, plan_writing(args, config, store, data)
 
     args, layers, settings, pending = on_first_rank(prepare)
@@ -461,18 +487,20 @@ def main(args):
         model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code, sharding=args.target_sharding,
         tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
     ) if pending else None  # fmt: skip
-    if target and "head" not in store.index and dist.get_rank() == 0:
-        store.index["head"] = [target.head.scale, target.head.softcap]
-        store.write_index()
     try:
+        if target and "head" not in store.index and dist.get_rank() == 0:
+            store.index["head"] = [target.head.scale, target.head.softcap]
+            store.write_index()
         bad = write_all(args, target, store, data, pending)
+        if dist.get_rank() == 0:
+            store.write_index()
     except OSError as error:
         fail(f"{error}; what has been written stays: make room and start again")
-    dist.barrier()
     if dist.get_rank() == 0:
-        store.write_index()
         size = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
         print(f"{args.output_path}: {len(store.rows):,} rows, {size / 1e9:.3f} GB, {len(bad)} rows left out")
+        if bad and args.batch_size > 1:  # attention gives nan x 0 to the other rows of a forward
+            print("rows that shared a forward with a bad one may be good: start again with --batch_size 1 to see")
 
 
 if __name__ == "__main__":
