@@ -201,12 +201,28 @@ def read_deepspeed_config(path, decided, device):
         config[key] = value
     for key in {"optimizer", "scheduler"} & config.keys():
         fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
+    zero = config.get("zero_optimization", {})
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            if zero.get("stage") != 3:
+                fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
+            check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
     half = config.setdefault("bf16", {})
     if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
         half["enabled"] = device.type == "cuda"
     config.setdefault("steps_per_print", sys.maxsize)
     config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in every micro-batch
     return config
+
+
+def check_disk(name, folder):
+    """End the program if DeepSpeed cannot keep tensors in `folder`, which the user gave as `name`."""
+    try:
+        tempfile.TemporaryFile(dir=folder or os.devnull).close()
+    except OSError as error:
+        fail(f"{name} {folder} cannot be written: {error.strerror}; give a folder on the NVMe disk")
+    if not AsyncIOBuilder().is_compatible():
+        fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
 
 
 def on_first_rank(work):
@@ -412,9 +428,10 @@ def check_sharding(args, world):
     tp, offload, path = args.tp_size, args.target_offload, args.target_offload_path
     sharding = args.target_sharding or ("tp" if tp > 1 else "none")
     fits = [n for n in range(1, world + 1) if world % n == 0]
-    below, above = max((n for n in fits if n <= tp), default=1), min((n for n in fits if n >= tp), default=world)
+    near = {max(n for n in fits if n <= tp), min((n for n in fits if n >= tp), default=world)}
+    near = " or ".join(map(str, sorted(near)))
     for wrong, message in (
-        (world % tp, f"tp_size {tp} does not divide the {world} ranks; nearest that fit: {below} or {above}"),
+        (world % tp, f"tp_size {tp} does not divide the {world} ranks; nearest that fit: {near}"),
         ((sharding == "tp") != (tp > 1), f"target_sharding {sharding} contradicts tp_size {tp}: "
          "tp needs a tp_size of at least 2, and no other does"),
         (offload != "none" and sharding != "zero3", f"target_offload {offload} needs target_sharding zero3"),
@@ -424,13 +441,9 @@ def check_sharding(args, world):
         if wrong:
             fail(message)
     if offload == "nvme":
-        try:
+        with contextlib.suppress(OSError):  # which the check names
             Path(path).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
-        except OSError as error:
-            fail(f"target_offload_path {path} cannot be written: {error.strerror}")
-        if not AsyncIOBuilder().is_compatible():
-            fail("target_offload nvme: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
+        check_disk("target_offload_path", path)
     if args.dp_size not in (None, world // tp):
         print(f"dp_size {args.dp_size} is replaced by {world // tp} ({world} ranks / tp_size {tp})")
     args.target_sharding, args.dp_size = sharding, world // tp

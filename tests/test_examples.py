@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -74,6 +76,86 @@ def test_llama3_recipe_with_a_small_target(tmp_path):
     assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
     config = json.loads((tmp_path / "out" / "draft" / "final" / "config.json").read_text())
     assert config["draft_vocab_size"] == 200
+
+
+SMALL = {
+    "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "LOG_STEPS": 1,
+    "GLOBAL_BATCH": 8, "REPORT_TO": "none", "OMP_NUM_THREADS": 1,
+}  # fmt: skip
+# Stands in for pdsh, which runs a command on hosts (-w a,b) with %n for the host's number: here on this machine.
+PDSH = """#!/bin/bash
+shift 3; IFS=, read -ra hosts <<<"$2"; shift 2
+for i in "${!hosts[@]}"; do command=$*; bash -c "${command//%n/$i}" & done
+wait -n && wait -n
+"""
+# And for ssh, which the launcher asks whether the first host is there, and for its address.
+SSH = """#!/bin/bash
+echo 127.0.0.1
+"""
+
+
+def last_acceptance(folder):
+    rows = [json.loads(line) for line in (folder / "draft" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["split"] == "validation"]
+    return f"acceptance length on the validation rows at step {row['step']}: {row['acceptance_length']:.3f}"
+
+
+@pytest.mark.parametrize("ssh", [True, False])
+def test_multinode_recipe_with_a_small_target(tmp_path, ssh):
+    """Two nodes with a rank each, both on this machine: started from the first, and on each by hand."""
+    tiny.write_target(tmp_path / "target")
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(40, 2))
+    (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    (tmp_path / "bin").mkdir()
+    for name, text in (("pdsh", PDSH), ("ssh", SSH)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = SMALL | {
+        "OUTPUT": tmp_path / "out", "TARGET": tmp_path / "target", "DATASET": tmp_path / "chats.jsonl",
+        "HOSTFILE": tmp_path / "hosts", "MASTER_PORT": port, "TP_SIZE": 2, "DIST_TIMEOUT": 5,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }  # fmt: skip
+    if ssh:
+        printed = run("run_llama3_70b_multinode.sh", 600, **given)
+    else:
+        by_hand = given | {"NO_SSH": 1, "MASTER_ADDR": "127.0.0.1"}
+        with ThreadPoolExecutor() as nodes:
+            both = [nodes.submit(run, "run_llama3_70b_multinode.sh", 600, NODE_RANK=i, **by_hand) for i in (1, 0)]
+        other, printed = (node.result() for node in both)
+        assert "waiting for" in other and "=== 1. data" not in other and "=== 4." not in other
+    assert "ranks       world 2 = dp 1 x tp 2" in printed and "tensor parallel over 2" in printed
+    assert "complete: " in printed and last_acceptance(tmp_path / "out") in printed.splitlines()
+    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({"HOSTFILE": "nowhere"}, "no hostfile nowhere"), ({"NO_SSH": 1}, "needs MASTER_ADDR"),
+     ({"NO_SSH": 1, "MASTER_ADDR": "127.0.0.1", "NODE_RANK": 1, "WAIT_MINUTES": 0}, "within 0 minutes")],
+)  # fmt: skip
+def test_multinode_recipe_says_what_is_missing(tmp_path, given, expected):
+    (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    given = {"HOSTFILE": tmp_path / "hosts", "OUTPUT": tmp_path / "out", "EAGLE3_VENV": "none"} | given
+    result = subprocess.run(
+        ["bash", str(tiny.REPOSITORY / "examples" / "run_llama3_70b_multinode.sh")], capture_output=True, text=True,
+        env=os.environ | {name: str(value) for name, value in given.items()}, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and expected in result.stderr, result.stderr
+
+
+def test_single_gpu_recipe_with_a_small_target(tmp_path):
+    """One CPU rank, the target's weights in CPU memory, and one forward of it an optimizer step."""
+    tiny.write_target(tmp_path / "target")
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(40, 2))
+    printed = run(
+        "run_llama3_70b_single_gpu.sh", 600, OUTPUT=tmp_path / "out", TARGET=tmp_path / "target",
+        DATASET=tmp_path / "chats.jsonl", **SMALL,
+    )  # fmt: skip
+    assert "(zero3, in CPU memory)" in printed and "as 8 sequences of" in printed and "target forward 8" in printed
+    assert "complete: " in printed and last_acceptance(tmp_path / "out") in printed.splitlines()
+    assert check_draft(tmp_path / "out" / "draft" / "final") == []
 
 
 def test_deepspeed_launcher_ends_with_one_line_and_an_error(tmp_path):
