@@ -302,7 +302,7 @@ class Source:
         self.store.refresh()
         if (counts := sum(every, Counter())) and dist.get_rank() == 0:
             fate = {"generate": "generated", "warn": "left out", "skip": "left out"}[self.args.on_missing]
-            print(f"{self.store.folder}: {', '.join(f'{n:,} {what}' for what, n in counts.items())}: {fate}")
+            print(f"{self.store.folder}: {', '.join(f'{what} {n:,}' for what, n in counts.items())} ({fate})")
         self.counts.clear()
 
     def keep(self, write):

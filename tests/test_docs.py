@@ -47,7 +47,9 @@ def flags_of(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_has_help_and_is_read(script):
     source = (ROOT / f"{script.__name__}.py").read_text()
-    elsewhere = "".join((ROOT / f"{name}.py").read_text() for name in ("deal_batches", "share_target"))
+    elsewhere = "".join(
+        (ROOT / f"{name}.py").read_text() for name in ("deal_batches", "share_target", "prepare_hidden_states")
+    )
     for option, action in flags_of(script).items():
         if option.startswith("--") and option != "--help":
             assert action.help, option
