@@ -24,6 +24,7 @@ from prepare_data import fail, open_data, parse_flags
 
 QUERY_CHUNK = 128  # slots whose attention is formed at a time
 BLOCK = 128  # slots and keys of a block of FlexAttention
+COLUMNS = ("input_ids", "loss_mask")
 HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
 
 
@@ -110,15 +111,19 @@ class Steps(torch.utils.data.Dataset):
     A list of micro-batches, which `deal` made: (sequences, forwards), on the CPU. sequences: (input_ids, loss_mask),
     int64 [S] each; row -1 has four unsupervised tokens, whose gradient is zero: no micro-batch is empty, so that the
     ranks stay in step. forwards: as `deal_forwards` says, with input_ids in the place of rows.
+
+    With a store of hidden states (prepare_hidden_states.py) there are no forwards, but (number, tensors, what is wrong)
+    of each sequence, and on_missing "skip" or "warn" puts row -1 in the place of one whose states are missing.
     """
 
     def __init__(self, split, seed, global_batch_size, rank, world_size, micro_batch_size, total_seq_len=0,
-                 batch_size=1, together=1, in_step=1):  # fmt: skip
-        self.split = split.with_format("torch", columns=["input_ids", "loss_mask"])
+                 batch_size=1, together=1, in_step=1, store=None, name="train", on_missing="raise"):  # fmt: skip
+        self.split = split.with_format("torch", columns=list(COLUMNS))
         self.lengths, supervised = measure_rows(split)
         self.work = self.lengths + supervised  # the forward pass of an 8B target, seven steps of its draft: about equal
         self.seed, self.size, self.rank = seed, global_batch_size, rank
         self.dealing, self.forwards = (world_size, micro_batch_size, total_seq_len), (batch_size, together, in_step)
+        self.store, self.name, self.on_missing = store, name, on_missing
 
     def __len__(self):
         return math.ceil(len(self.split) / self.size)
@@ -128,13 +133,27 @@ class Steps(torch.utils.data.Dataset):
         rows = epoch_order(len(self.split), self.seed, epoch)[index * self.size : (index + 1) * self.size]
         dealt = deal(rows, self.lengths, self.work, *self.dealing)
         dealt = [[part or [-1] for part in lists] for lists in dealt]
+        if self.store:
+            return [self.stored(part) for part in dealt[self.rank]]
         read = functools.cache(self.row)
         return [
             ([read(row) for row in part], [([read(row)[0] for row in several], *mine) for several, *mine in forwards])
             for part, forwards in zip(dealt[self.rank], deal_forwards(dealt, self.rank, *self.forwards), strict=True)
         ]
 
+    def stored(self, rows):
+        sequences, states = [], []
+        for number in rows:
+            tensors, wrong = self.store.read(f"{self.name}/{number}") if number >= 0 else (None, "")
+            sequence = self.row(number)
+            if tensors and any(tensors.pop(x).tolist() != y.tolist() for x, y in zip(COLUMNS, sequence, strict=True)):
+                tensors, wrong = None, "of other tokens"
+            sequences.append(self.row(-1) if wrong and self.on_missing in ("skip", "warn") else sequence)
+            states.append((number, tensors, wrong))
+        return sequences, states
+
     def row(self, number):
+        """(input_ids, loss_mask) of a row, int64 [S] each."""
         if number < 0:
             return (torch.zeros(4, dtype=torch.int64),) * 2
         row = self.split[number]
@@ -231,45 +250,103 @@ def plan_slots(supervised, lengths):
     return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
 
 
+class Place(NamedTuple):
+    """Where a tensor was."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
 def collate(micro_batches, steps):
     """Micro-batches of `Steps` as target and objective read them; on the CPU.
 
-    Returns (all tensors in one int64 [N], the batches with sizes in their place): a worker needs a file descriptor for
-    each tensor that it hands over, and one tensor is pinned and copied to the device at once.
+    Returns ({dtype: all tensors of it as one [N]}, the batches with a Place for each tensor): a worker needs a file
+    descriptor for each tensor that it hands over, and few are pinned and copied to the device.
     """
-    batches, tensors = [], []
-    for sequences, forwards in micro_batches:
+    batches, tensors = [], {}
+    for sequences, states in micro_batches:
         input_ids, masks = zip(*sequences, strict=True)
         lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
         document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
         batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
         batch |= {"lengths": lengths, **plan._asdict()}
-        batch["forward_ids"] = torch.cat([ids for several, *_ in forwards for ids in several] or [masks[0][:0]])
-        batch["forwards"] = [([len(ids) for ids in several], *mine) for several, *mine in forwards]
-        tensors += [x.flatten() for x in batch.values() if torch.is_tensor(x)]
-        batches.append({name: x.shape if torch.is_tensor(x) else x for name, x in batch.items()})
-    return torch.cat(tensors), batches
+        if states and isinstance(states[0][0], int):
+            batch |= join_stored(states, sequences)
+        else:
+            batch |= join_forwards(states)
+        for x in batch.values():
+            if torch.is_tensor(x):
+                tensors.setdefault(x.dtype, []).append(x.flatten())
+        batches.append({name: Place(x.dtype, x.shape) if torch.is_tensor(x) else x for name, x in batch.items()})
+    return {dtype: torch.cat(parts) for dtype, parts in tensors.items()}, batches
 
 
-def read_steps(split, args, device, steps=None, **sizes):
-    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes."""
+def join_forwards(forwards):
+    """The target's forwards before a batch: their tokens behind one another, and [(lengths, first, end)]."""
+    tokens = [ids for several, *_ in forwards for ids in several] or [torch.zeros(0, dtype=torch.int64)]
+    lengths = [([len(ids) for ids in several], *mine) for several, *mine in forwards]
+    return {"forward_ids": torch.cat(tokens), "forwards": lengths}
+
+
+def join_stored(states, sequences):
+    """Stored hidden states of a batch behind one another, where in the batch they belong, and what is `wrong`:
+    [(row, reason or "", its first token)]."""
+    joined, wrong, start = {}, [], 0
+    for (number, tensors, reason), (input_ids, loss_mask) in zip(states, sequences, strict=True):
+        wrong.append((number, reason, start))
+        if tensors:
+            count, teachers = tokens_read(loss_mask)
+            tensors |= {"aux_at": torch.arange(start, start + count), "last_at": start + teachers}
+            for name, tensor in tensors.items():
+                joined.setdefault(name, []).append(tensor)
+        start += len(input_ids)
+    return {"stored": wrong, **{name: torch.cat(parts) for name, parts in joined.items()}}
+
+
+def tokens_read(loss_mask):
+    """(n, teachers): training reads the auxiliary states of the first n tokens, and the last ones of teachers [U].
+
+    loss_mask [T] of one sequence. Behind the last slot that is supervised no key is seen. A teacher is the token behind
+    a slot of step 0; later steps have the same ones, further on.
+    """
+    live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
+    return (int(live[-1]) + 1 if len(live) else 0), live + 1
+
+
+def read_steps(split, args, target, device, steps=None, name="train", **sizes):
+    """Yield this rank's micro-batches of each of `steps` (default: an epoch), read ahead by num_workers processes.
+
+    target: Target, or prepare_hidden_states.Source if hidden states are read from the disk; name: of the split there.
+    """
+    source = target if args.hidden_states_path else None
     rank, world = dist.get_rank(), dist.get_world_size()
-    in_step = world if args.target_sharding == "zero3" else args.tp_size
-    sizes |= {"batch_size": args.batch_size, "together": args.tp_size, "in_step": in_step}
+    sizes |= {"batch_size": args.batch_size, "together": args.tp_size}
+    sizes |= {"in_step": world if args.target_sharding == "zero3" else args.tp_size, "name": name}
+    if source:
+        sizes |= {"store": source.store, "on_missing": args.on_missing}
     data = Steps(split, args.seed, rank=rank, world_size=world, **sizes)
-    loader = DataLoader(
-        data, sampler=range(len(data)) if steps is None else steps, batch_size=None, num_workers=args.num_workers,
-        collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
-        prefetch_factor=args.prefetch_factor if args.num_workers else None,
-    )  # fmt: skip
-    for tensors, batches in loader:
-        counts = [x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]
-        parts = iter(tensors.to(device, non_blocking=True).split(counts))
-        yield [
-            {name: next(parts).view(x) if isinstance(x, torch.Size) else x for name, x in batch.items()}
-            for batch in batches
-        ]
+    steps = range(len(data)) if steps is None else steps
+    for part in source.epochs(steps, len(data)) if source else [steps]:
+        loader = DataLoader(
+            data, sampler=part, batch_size=None, num_workers=args.num_workers,
+            collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
+            prefetch_factor=args.prefetch_factor if args.num_workers else None,
+        )  # fmt: skip
+        for tensors, batches in loader:
+            parts = {}
+            for dtype, flat in tensors.items():
+                counts = [math.prod(x.shape) for batch in batches for x in batch.values() if places(x, dtype)]
+                parts[dtype] = iter(flat.to(device, non_blocking=True).split(counts))
+            batches = [
+                {key: next(parts[x.dtype]).view(x.shape) if isinstance(x, Place) else x for key, x in batch.items()}
+                for batch in batches
+            ]
+            yield source.expect(batches, data) if source else batches
+
+
+def places(x, dtype):
+    return isinstance(x, Place) and x.dtype == dtype
 
 
 # (name, type, default, help, least value if any): see prepare_data.parse_flags

@@ -45,7 +45,7 @@ from prepare_data import (
     render,
     write_atomic,
 )
-from prepare_hidden_states import load_target, read_target_config, resolve_target
+from share_target import load_target, read_target_config, resolve_target
 from train_eagle3 import DraftModel
 
 # ----------------------------------------------------------------------------------------------------------------------

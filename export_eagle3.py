@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems
 from prepare_data import fail, normalise_argv, write_atomic
-from prepare_hidden_states import default_layer_ids, read_target_tensor, resolve_target
+from share_target import default_layer_ids, read_target_tensor, resolve_target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")

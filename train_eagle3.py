@@ -46,9 +46,10 @@ from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
-from prepare_hidden_states import SHARING_FLAGS, check_heads, check_sharding, load_target, on_each_node, on_first_rank
-from prepare_hidden_states import read_deepspeed_config, read_target_config, resolve_target, share_of_weights
-from prepare_hidden_states import run_together, start_distributed
+from prepare_hidden_states import SOURCE_FLAGS, open_target
+from share_target import SHARING_FLAGS, check_heads, check_sharding, on_each_node, on_first_rank
+from share_target import read_deepspeed_config, read_target_config, resolve_target, share_of_weights
+from share_target import run_together, start_distributed
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -64,7 +65,8 @@ ALIASES = {  # other trainers' names of the same thing
     "training_batch_size": "batch_size", "lr": "learning_rate", "ttt_steps": "ttt_length", "max_steps": "total_steps",
     "draft_attn_impl": "attention_backend", "log_interval": "log_steps", "log_freq": "log_steps",
     "from_pretrained": "resume_from_checkpoint", "ckpt_dir": "resume_from_checkpoint",
-    "output_model_path": "output_dir", "save_path": "output_dir", "logger": "report_to",
+    "train_hidden_states_path": "hidden_states_path", "output_model_path": "output_dir", "save_path": "output_dir",
+    "logger": "report_to",
 }  # fmt: skip
 
 
@@ -526,7 +528,7 @@ def evaluate(engine, target, data, d2t, args):
     engine.eval()
     sums, chains, walk = 0.0, 0.0, torch.zeros(2, dtype=torch.float64, device=engine.device)
     sizes = {"global_batch_size": args.batch_size * dist.get_world_size(), "micro_batch_size": args.batch_size}
-    for batches in read_steps(data, args, engine.device, **sizes):
+    for batches in read_steps(data, args, target, engine.device, name="validation", **sizes):
         results = run_objective(engine.module, target, batches, d2t, args)
         for batch, (_, part, correct) in zip(batches, results, strict=True):
             accepted = chain_lengths(correct)
@@ -830,7 +832,7 @@ def train(args, engine, target, data, d2t, record):
     output_dir, started = Path(args.output_dir), time.monotonic()
     since, tokens, norms, pending = started, 0, [], None
     steps = read_steps(
-        data["train"], args, engine.device, range(args.total_steps), total_seq_len=args.total_seq_len,
+        data["train"], args, target, engine.device, range(args.total_steps), total_seq_len=args.total_seq_len,
         global_batch_size=args.draft_global_batch_size, micro_batch_size=args.draft_micro_batch_size,
     )  # fmt: skip
     for step, batches in enumerate(steps, 1):
@@ -895,6 +897,7 @@ FLAGS = {
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ],
     "how ranks share the target": SHARING_FLAGS,
+    "hidden states on disk": SOURCE_FLAGS,
     "draft": [
         ("draft_model_config", str, None, "JSON of the draft; none: derived from the target"),
         ("draft_vocab_size", int, None, "tokens that the draft can propose; none: the mapping's, or all", 1),
@@ -967,10 +970,7 @@ def main(args):
     data, data_config = open_data(data_folder)
     model_dir = on_each_node(lambda: resolve_target(args.target_model_path))
 
-    target = load_target(
-        model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code, sharding=args.target_sharding,
-        tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
-    )  # fmt: skip
+    target = open_target(args, model_dir, device, layers, data, data_config)
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
     draft = build_draft(args, config, target, d2t.to(target.embedding.device))
 

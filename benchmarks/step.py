@@ -46,7 +46,7 @@ import dense  # noqa: E402  (neither the root nor tests/ is on the path of a scr
 from deal_batches import plan_slots, positions_of, supervised_slots  # noqa: E402
 from export_eagle3 import configure  # noqa: E402
 from prepare_data import fail  # noqa: E402
-from prepare_hidden_states import (  # noqa: E402
+from share_target import (  # noqa: E402
     Head,
     Target,
     default_layer_ids,

@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prepare_data import fail  # noqa: E402  (the root is not on the path of a script that lies here)
-from prepare_hidden_states import keep_freed_memory, load_target, resolve_target, start_distributed  # noqa: E402
+from share_target import keep_freed_memory, load_target, resolve_target, start_distributed  # noqa: E402
 
 MIB = 2**20
 SIZES = {

@@ -15,11 +15,12 @@ import evaluate_eagle3
 import export_eagle3
 import prepare_data
 import prepare_hidden_states
+import share_target
 import train_eagle3
 
 ROOT = tiny.REPOSITORY
 SCRIPTS = (
-    prepare_data, build_vocab_mapping, deal_batches, prepare_hidden_states,
+    prepare_data, build_vocab_mapping, deal_batches, share_target, prepare_hidden_states,
     export_eagle3, train_eagle3, evaluate_eagle3,
 )  # fmt: skip
 README = (ROOT / "README.md").read_text()
@@ -46,7 +47,9 @@ def flags_of(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_has_help_and_is_read(script):
     source = (ROOT / f"{script.__name__}.py").read_text()
-    elsewhere = "".join((ROOT / f"{name}.py").read_text() for name in ("deal_batches", "prepare_hidden_states"))
+    elsewhere = "".join(
+        (ROOT / f"{name}.py").read_text() for name in ("deal_batches", "share_target", "prepare_hidden_states")
+    )
     for option, action in flags_of(script).items():
         if option.startswith("--") and option != "--help":
             assert action.help, option

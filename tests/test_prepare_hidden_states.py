@@ -1,428 +1,765 @@
-"""The target: states of concatenated sequences, its head, the teacher, and every layout of its folder."""
+"""Hidden states on disk: what is written against transformers' own, interruptions and damage, training from them."""
 
+import contextlib
 import json
+import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
+from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
+import statement
 import tiny
 import torch
-import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import prepare_hidden_states
-from deal_batches import collate, deal_forwards, positions_of
-from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
-from prepare_hidden_states import (
-    Head,
-    load_target,
-    read_target_tensor,
-    resolve_target,
-)
+import train_eagle3
+from prepare_data import open_data, prepare
+from prepare_hidden_states import Store, store_settings
+from share_target import default_layer_ids
 
-torch.set_num_threads(1)  # the models are so small that threads only wait for each other
-LAYERS, VOCABULARY = 8, 97
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.2,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
-EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
-# name: (configuration class, its own options, expected (logit scale, soft cap), are sequences packed?)
-FAMILIES = {
-    "llama": ("LlamaConfig", {"head_dim": 8}, (1.0, None), True),
-    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}, (1.0, None), True),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}, (1.0, None), True),
-    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
-                                    "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}, (1.0, 5.0), True),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}, (1.0, None), True),
-    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
-                                      "attention_multiplier": 0.3}, (0.125, None), True),
-    "cohere": ("CohereConfig", {"logit_scale": 0.0625}, (0.0625, None), True),
-    "phi": ("PhiConfig", {}, (1.0, None), True),  # a bias on the head
-    "qwen3 experts": ("Qwen3MoeConfig", dict(**EXPERTS, num_experts=4, moe_intermediate_size=16), (1.0, None), True),
-    # These do not read the borders off the position ids.
-    "gpt-oss": ("GptOssConfig", dict(**EXPERTS, num_local_experts=4, sliding_window=6), (1.0, None), False),
-    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (1.0, None), False),
-}  # fmt: skip
-LENGTHS = [1, 3, 40, 1, 9]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
+LAYERS, WIDTH, STEPS = [2, 4, 5], 64, 3
+SLOW = pytest.mark.slow
+RARE = 399  # a token that few rows have
+# Runs several command lines in one process per rank, with small shards; prints their exit codes on rank 0.
+WRAPPER = f"""
+import json, os, sys
+sys.path.insert(0, {str(tiny.REPOSITORY)!r})
+import torch.distributed as dist
+import prepare_hidden_states, train_eagle3
+prepare_hidden_states.SHARD_BYTES = int(sys.argv[1])
+codes = []
+for script, argv in json.loads(sys.argv[2]):
+    script = {{"write": prepare_hidden_states, "train": train_eagle3}}[script]
+    try:
+        script.main(script.parse_args(argv))
+        codes.append(0)
+    except SystemExit as stop:
+        codes.append(stop.code)
+if dist.get_rank() == 0:
+    print("exit", json.dumps(codes), flush=True)
+dist.destroy_process_group()
+"""
 
 
-def write_model(folder, config, seed=0, **options):
-    """A random model in `folder` whose norms and biases are random too, so that leaving one out shows."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder, **options)
-    return folder
+def rows(count, seed=0):
+    """Random sequences of one to three replies each; one in six supervises a single token, so nothing of it is read."""
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(count):
+        ids, mask = [], []
+        for _ in range(1 + number % 3):
+            prompt, reply = (int(torch.randint(low, 40, (), generator=generator)) for low in (1, 2))
+            ids += torch.randint(30, RARE, (prompt + reply,), generator=generator).tolist()
+            mask += [0] * prompt + [1] * reply
+        if number % 6 == 5:
+            mask = [0] * (len(mask) - 1) + [1]
+        if number % 4 == 2:  # a question that nobody answers
+            ids, mask = ids + ids[:12], mask + [0] * len(ids[:12])
+        if number % 7 == 3:  # at the beginning: all of the row depends on it; or at the end: nothing that is read
+            ids[0 if number % 2 else -1] = RARE
+            mask[-3:] = [0, 0, 0] if number % 2 == 0 else mask[-3:]
+        yield {"input_ids": ids, "loss_mask": mask}
 
 
 @pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
-    return tiny.write_target(tmp_path_factory.mktemp("llama"))
+def work(tmp_path_factory):
+    """Targets, data, and a store of each dtype written with one row a forward."""
+    folder = tmp_path_factory.mktemp("states")
+    tiny.write_target(folder / "target")
+    tiny.write_jsonl(folder / "train.jsonl", rows(20))
+    tiny.write_jsonl(folder / "validation.jsonl", rows(6, seed=1))
+    make_data(folder, "data")
+    for dtype in DTYPES:
+        write(folder, folder / dtype, "--hidden_states_dtype", dtype, "--batch_size", 1)
+    return folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """(folder, plain model of transformers, expected (scale, soft cap), packs) of each family."""
-    name, options, scaling, packs = FAMILIES[request.param]
-    config = getattr(transformers, name)(**{**SIZES, **options})
-    folder = write_model(tmp_path_factory.mktemp("family"), config)
-    return folder, AutoModelForCausalLM.from_pretrained(folder).eval(), scaling, packs
+def make_data(folder, name, train="train.jsonl", target="target"):
+    prepare(folder / train, folder / name, folder / target, validation_dataset=folder / "validation.jsonl", num_proc=1,
+            max_rejected_ratio=1.0)  # fmt: skip
 
 
-def close(a, b):
-    """Equal to rounding, in relation to the largest value."""
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max()) < 2e-5
+def writing(work, output, *flags):
+    given = ["--target_model_path", work / "target", "--data_path", work / "data", "--output_path", output, *flags]
+    return list(map(str, given))
 
 
-def refused(capsys, function, *args, **options):
+def write(work, output, *flags):
+    """The writer's command line, in this process."""
+    prepare_hidden_states.main(prepare_hidden_states.parse_args(writing(work, output, *flags)))
+    return output
+
+
+def training(work, output, *flags):
+    given = ["--target_model_path", work / "target", "--data_path", work / "data", "--output_dir", output,
+             "--ttt_length", STEPS, "--log_steps", 1, "--draft_global_batch_size", 4, "--num_workers", 0,
+             "--num_epochs", 2, "--learning_rate", 1e-3, "--batch_size", 1, *flags]  # fmt: skip
+    return list(map(str, given))
+
+
+def train(work, output, *flags):
+    train_eagle3.main(train_eagle3.parse_args(training(work, output, *flags)))
+    return outcome(output)
+
+
+def outcome(output):
+    """(lines of metrics.jsonl without times, weights) of a run."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: x for k, x in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+    return lines, load_file(Path(output) / "final" / "model.safetensors")
+
+
+def identical(a, b):
+    return a[0] == b[0] and all(torch.equal(a[1][name], b[1][name]) for name in (a[1] | b[1]))
+
+
+def assert_close(a, b, rel):
+    assert len(a[0]) == len(b[0])
+    for x, y in zip(a[0], b[0], strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=rel)
+    for name, tensor in b[1].items():
+        assert float((a[1][name].double() - tensor).norm()) <= rel * float(tensor.double().norm()), name
+
+
+def read_folder(folder):
+    """{row: tensors} of all shards; every row must be in one of them only."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        rows = {}
+        for name, tensor in load_file(path).items():
+            row, name = name.rsplit(".", 1)
+            rows.setdefault(row, {})[name] = tensor
+        assert not rows.keys() & found.keys(), "a row was written twice"
+        found |= rows
+    return found
+
+
+def same(a, b):
+    """Whether two folders hold the same bytes for each row."""
+    both = [read_folder(folder) for folder in (a, b)]
+    a, b = ({row: {k: raw(x) for k, x in part.items()} for row, part in found.items()} for found in both)
+    return a == b
+
+
+def raw(x):
+    return x.dtype, x.shape, x.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def all_rows(data):
+    return [f"{split}/{number}" for split in data for number in range(len(data[split]))]
+
+
+def hidden(path):
+    return [name.name for name in Path(path).iterdir() if name.name.startswith(".")]
+
+
+def refused(capsys, function, *args):
     """The one line on stderr with which function ends the program with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        function(*args, **options)
+        function(*args)
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
 
 
 @pytest.fixture
-def no_weights(monkeypatch):
-    """Loading weights is an error."""
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+def no_target(monkeypatch):
+    """Loading the target's layers is an error."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the target was loaded"))
 
 
-# ---------------------------------------------------------------------------- hidden states
-def test_states_of_concatenated_sequences_equal_transformers_one_by_one(family):
-    folder, model, scaling, packs = family
-    sequences = torch.randint(3, VOCABULARY, (sum(LENGTHS),)).split(LENGTHS)
-    default, custom = load_target(folder), load_target(folder, layer_ids=[0, 1, LAYERS])
-    assert (default.layer_ids, default.packs) == ([2, LAYERS // 2, LAYERS - 3], packs)
-    assert (default.head.scale, default.head.softcap) == scaling
-    with torch.no_grad():
-        outputs = [model(input_ids=ids[None], output_hidden_states=True, use_cache=False) for ids in sequences]
-    for target in (default, custom):
-        auxiliary, last = target.hidden_states(torch.cat(sequences), LENGTHS)
-        decoder = target.decoder
-        norm = next(
-            getattr(decoder, name) for name in ("norm", "final_layernorm", "final_layer_norm") if hasattr(decoder, name)
-        )
-        for output, a, h in zip(outputs, auxiliary.split(LENGTHS), last.split(LENGTHS), strict=True):
-            parts = a.split(h.shape[1], dim=-1)
-            for index, part in zip(target.layer_ids, parts, strict=True):
-                if index == LAYERS:  # transformers' last entry is the one after the norm
-                    part = norm(part)
-                assert close(part, output.hidden_states[index][0]), index
-            assert close(h, output.hidden_states[-1][0])
-            assert close(target.head.logits(h), output.logits[0])
-        alone = [target.hidden_states(ids, [len(ids)]) for ids in sequences]
-        assert close(auxiliary, torch.cat([a for a, _ in alone]))
-        assert close(last, torch.cat([h for _, h in alone]))
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 200_000)
 
 
-def test_states_see_nothing_of_the_other_sequences(family):
-    target = load_target(family[0])
-    ids = torch.randint(3, VOCABULARY, (30,))
-    before = target.hidden_states(ids, [11, 19])
-    ids[:11] = ids[:11].flip(0)
-    after = target.hidden_states(ids, [11, 19])
-    assert all(close(b[11:], a[11:]) for a, b in zip(before, after, strict=True))
-    assert not close(before[1][:11], after[1][:11])
-    # The comparison can fail: as one sequence, the same change shows behind it.
-    whole = [target.hidden_states(x, [30])[1][11:] for x in (ids, torch.cat([ids[:11].flip(0), ids[11:]]))]
-    assert not close(*whole)
+# --- what is written ---
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
-def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, monkeypatch):
-    target, forwards = load_target(llama_folder), []
-    forward = target.hidden_states
-    monkeypatch.setattr(
-        target, "hidden_states", lambda ids, n, *mine: forwards.append(n) or forward(ids, n, *mine), raising=False
-    )
-    lists = [[5, 1, 30], [8], [2, 3]]
-    rows = [torch.randint(400, (n,)) for lengths in lists for n in lengths]
-    numbers = [[0, 1, 2], [3], [4, 5]]
-    dealt = deal_forwards([numbers], 0, batch_size)
-    micro_batches = []
-    for part, due in zip(numbers, dealt, strict=True):
-        before = [([rows[i] for i in several], *mine) for several, *mine in due]
-        micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before))
-    flat, batches = collate(micro_batches, 2)
-    flat = iter(flat.split([x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]))
-    batches = [{k: next(flat).view(x) if isinstance(x, torch.Size) else x for k, x in b.items()} for b in batches]
-    found = list(target.states(batches))
-    assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
-    for batch, (auxiliary, last) in zip(batches, found, strict=True):
-        expected = [forward(ids, [len(ids)]) for ids in batch["input_ids"].split(batch["lengths"])]
-        assert close(auxiliary, torch.cat([e[0] for e in expected])) and close(
-            last, torch.cat([e[1] for e in expected])
-        )
+def expected_rows(target, data):
+    """{row: (input_ids, loss_mask, auxiliary [n, 3·Ht], last [U, Ht])}: transformers' own states, one row a forward,
+    of the tokens that training reads by the slot-by-slot statement."""
+    model, found = AutoModelForCausalLM.from_pretrained(target).eval(), {}
+    for split in data:
+        for number, row in enumerate(data[split]):
+            ids, mask = torch.tensor(row["input_ids"]), row["loss_mask"]
+            with torch.no_grad():
+                output = model(input_ids=ids[None], output_hidden_states=True, use_cache=False)
+            states = [x[0] for x in output.hidden_states]
+            assert torch.allclose(model.lm_head(states[-1]), output.logits[0], atol=1e-5, equal_nan=True), (
+                "not after the final norm"
+            )
+            live = [(j, i) for j in range(len(mask)) for i in range(7) if statement.supervised(mask, j, i)]
+            # A slot sees the keys up to itself; its teacher at step i is the token j + 1 + i.
+            count, teachers = 1 + max([j for j, _ in live], default=-1), sorted({j + 1 + i for j, i in live})
+            auxiliary = torch.cat([states[index] for index in LAYERS], dim=-1)[:count]
+            found[f"{split}/{number}"] = ids, mask, auxiliary, states[-1][teachers]
+    return found
 
 
-def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
-    target = load_target(llama_folder)
-    target.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was run on every token"))
-    auxiliary, last = target.hidden_states(torch.arange(12), [7, 5])
-    assert not auxiliary.is_inference() and not last.is_inference() and not auxiliary.requires_grad
-    linear = torch.nn.Linear(auxiliary.shape[1], last.shape[1])
-    (linear(auxiliary) * last).sum().backward()
-    assert torch.allclose(linear.weight.grad, last.T @ auxiliary, rtol=1e-4, atol=1e-3)
-    assert not any(p.requires_grad for p in target.model.parameters()) and not target.captured
+def assert_stored(found, expected, dtype):
+    """Each row of `found` is `expected` rounded to dtype, and nothing else: no padding, no further token."""
+    assert found.keys() == expected.keys()
+    for row, (ids, mask, *states) in expected.items():
+        tensors = dict(found[row])
+        assert tensors.pop("input_ids").tolist() == ids.tolist() and tensors.pop("loss_mask").tolist() == list(mask)
+        for name, wanted in zip(("aux_hidden_states", "last_hidden_states"), states, strict=True):
+            got = tensors.pop(name)
+            assert got.dtype == DTYPES[dtype] and got.shape == wanted.shape, (row, name)
+            if dtype != "fp8":
+                assert torch.equal(got, wanted.to(DTYPES[dtype])), (row, name)
+                continue
+            scale, parts = tensors.pop(f"{name}_scale"), wanted.unflatten(-1, (-1, WIDTH))
+            assert scale.dtype == torch.float32 and scale.shape == parts.shape[:2]
+            assert torch.allclose(scale, parts.abs().amax(-1) / 448, rtol=1e-6), "a scale per token and layer"
+            read = got.float().unflatten(-1, (-1, WIDTH)) * scale[..., None]
+            # Three bits of mantissa, rounded: 2^-4; numbers below 2^-6 have steps of 2^-9.
+            bound = torch.maximum(parts.abs() * 2**-4, 2**-10 * scale[..., None]) * 1.0001
+            assert bool(((read - parts).abs() <= bound).all()), (row, name)
+        assert not tensors, tensors.keys()
 
 
-def test_positions_restart():
-    assert positions_of([3, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_written_states_are_those_of_transformers(work, dtype):
+    data, _ = open_data(work / "data")
+    expected = expected_rows(work / "target", data)
+    assert any(not len(states[2]) for states in expected.values()), "a row of which nothing is read"
+    assert any(0 < len(states[2]) < len(states[0]) - 5 for states in expected.values())
+    assert_stored(read_folder(work / dtype), expected, dtype)
+    assert hidden(work / dtype) == []
 
 
-# ---------------------------------------------------------------------------- loading
-def arrange(layout, source, root):
-    """The model of `source` in one of the layouts of a target's folder; returns what the user would give."""
-    weights, tokenizer = ["model.safetensors"], ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    config = ["config.json", "generation_config.json"]
-    places = {
-        "nested": {"some/where": [*config, *weights, *tokenizer]},
-        "mlflow data": {"data/model": [*config, *weights], "data/tokenizer": tokenizer},
-        "mlflow data, config apart": {"data/model": weights, "data/tokenizer": tokenizer, "data/config": config},
-        "mlflow components": {"model": [*config, *weights], "components/tokenizer": tokenizer},
-    }[layout]
-    root.mkdir()
-    if "mlflow" in layout:
-        (root / "MLmodel").write_text("flavors: {}\n")
-    for folder, names in places.items():
-        (root / folder).mkdir(parents=True)
-        for name in names:
-            if (source / name).exists():
-                shutil.copy(source / name, root / folder / name)
-    return root
+@pytest.mark.parametrize(("tied", "size"), [(False, "60KB"), (True, "5GB")])
+def test_several_files_and_tied_targets(work, tmp_path, tied, size):
+    tiny.write_target(tmp_path / "target", max_shard_size=size, tie_word_embeddings=tied, seed=3)
+    assert tied or len(list((tmp_path / "target").glob("*.safetensors"))) > 2
+    shutil.copytree(work / "data", tmp_path / "data")
+    write(tmp_path, tmp_path / "out", "--hidden_states_dtype", "float32", "--batch_size", 1)
+    assert_stored(read_folder(tmp_path / "out"), expected_rows(tmp_path / "target", open_data(work / "data")[0]),
+                  "float32")  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["nested", "mlflow data", "mlflow data, config apart", "mlflow components"])
-def test_folder_layouts_give_the_same_target(layout, llama_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    given = arrange(layout, llama_folder, tmp_path / "given")
-    model_dir = resolve_target(given)
-    expected, ids = load_target(llama_folder), torch.arange(20)
-    for got, wanted in zip(
-        load_target(model_dir).hidden_states(ids, [20]), expected.hidden_states(ids, [20]), strict=True
-    ):
-        assert torch.equal(got, wanted)
-    assert load_tokenizer(given).get_vocab() == load_tokenizer(llama_folder).get_vocab()
+def test_rows_that_share_a_forward_equal_those_alone_to_rounding(work, tmp_path, small_shards):
+    write(work, tmp_path / "out", "--hidden_states_dtype", "float32", "--batch_size", 5)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert_states_close(tmp_path / "out", work / "float32")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_single_file_sharded_and_tied_weights(tied, tmp_path):
-    config = tiny.llama_config(layers=7, tie_word_embeddings=tied, initializer_range=0.2)
-    targets = []
-    for name, size in (("single", "5GB"), ("sharded", "100KB")):
-        folder = write_model(tmp_path / name, config, max_shard_size=size)
-        assert len(list(folder.glob("*.safetensors"))) == 1 if name == "single" else 3
-        targets.append(load_target(folder))
-        embedding = read_target_tensor(folder, ["absent", "model.embed_tokens.weight"])
-        assert torch.equal(embedding, targets[-1].embedding)
-    single, sharded = (target.hidden_states(torch.arange(9), [9]) for target in targets)
-    assert all(torch.equal(a, b) for a, b in zip(single, sharded, strict=True))
-    assert torch.equal(targets[0].head.weight, targets[1].head.weight)
-    assert torch.equal(targets[0].head.weight, targets[0].embedding) == tied
+def assert_states_close(folder, other):
+    a, b = read_folder(folder), read_folder(other)
+    assert a.keys() == b.keys()
+    for row, tensors in b.items():
+        assert a[row].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert a[row][name].shape == tensor.shape
+            gap = float((a[row][name].double() - tensor.double()).norm())
+            assert gap <= 1e-5 * float(tensor.double().norm()), (row, name)
 
 
-def test_read_target_tensor_names_what_is_missing(llama_folder, tmp_path, capsys):
-    assert "model.nothing, other" in refused(capsys, read_target_tensor, llama_folder, ["model.nothing", "other"])
-    assert "neither model.safetensors nor" in refused(capsys, read_target_tensor, tmp_path, ["model.norm.weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_size_that_is_printed_before_is_what_is_written(work, tmp_path, capsys, dtype):
+    write(work, tmp_path / "out", "--hidden_states_dtype", dtype)
+    printed = capsys.readouterr().out
+    count, all_of, gigabytes, a_token = re.search(r"([\d,]+) of ([\d,]+) rows to write: (\S+) GB, ([\d,]+) bytes a",
+                                                  printed).groups()  # fmt: skip
+    data, _ = open_data(work / "data")
+    tokens = sum(sum(data[split]["length"]) for split in data)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert int(count) == int(all_of) == 26
+    assert int(a_token.replace(",", "")) * tokens == pytest.approx(written, rel=0.02)
+    assert float(gigabytes) == pytest.approx(written / 1e9, abs=6e-4)
+    share = float(re.search(r"\((\d+)% of four layers", printed)[1]) / 100
+    assert share == pytest.approx(written / (4 * WIDTH * 2 * tokens), abs=0.02)
 
 
-def test_weights_that_are_not_whole_are_refused(llama_folder, tmp_path, capsys):
-    folder = shutil.copytree(llama_folder, tmp_path / "target")
+def test_states_that_are_not_finite_are_reported_and_not_written(work, tmp_path, capsys):
+    """One embedding is nan: rows that read it are left out; those that only shared their forward come with the next
+    start."""
+    folder = shutil.copytree(work / "target", tmp_path / "target")
+    shutil.copytree(work / "data", tmp_path / "data")
     tensors = load_file(folder / "model.safetensors")
-    norm = tensors.pop("model.norm.weight")
+    tensors["model.embed_tokens.weight"][RARE] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lack model.norm.weight" in refused(capsys, load_target, folder)
-    save_file(
-        tensors | {"model.norm.weight": norm[:3].clone()}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-    refused(capsys, load_target, folder)
-    (folder / "model.safetensors").write_bytes(b"no tensors")
-    assert str(folder) in refused(capsys, load_target, folder)
-    (folder / "model.safetensors").unlink()
-    assert "cannot be loaded" in refused(capsys, load_target, folder)
+    data, _ = open_data(work / "data")
+    expected = {}
+    for row, (ids, mask, aux, last) in expected_rows(folder, data).items():
+        if aux.isfinite().all() and last.isfinite().all():
+            expected[row] = ids, mask, aux, last
+    assert any(RARE in ids for ids, *_ in expected.values()), "a row whose end alone is nan is good"
+    out = tmp_path / "out"
+    for size in (4, 1):
+        capsys.readouterr()
+        write(tmp_path, out, "--hidden_states_dtype", "float32", "--batch_size", size)
+        streams, there = capsys.readouterr(), read_folder(out)
+        reported = re.findall(r"row (\S+): hidden states are not finite", streams.err)
+        assert sorted([*reported, *there]) == sorted(all_rows(data)), "written or reported, every row once"
+        assert f"{len(reported)} rows left out" in streams.out
+        assert ("--batch_size 1" in streams.out) == (size == 4)
+        assert all(x.float().isfinite().all() for part in there.values() for x in part.values())
+    assert there.keys() == expected.keys() and 0 < len(reported) < 8
 
 
-def test_bad_targets_are_refused_before_the_weights_load(llama_folder, tmp_path, capsys, no_weights):
-    config = json.loads((llama_folder / "config.json").read_text())
-    for name, change, words in (
-        ("six", {"num_hidden_layers": 6}, "has 6 layers"),
-        ("unknown", {"model_type": "never_heard_of"}, "config.json cannot be read"),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
-        assert words in refused(capsys, load_target, tmp_path / name)
-    for layers in ([2, 4, 9], [-1, 2, 4], [2, 2, 5]):
-        assert str(layers) in refused(capsys, load_target, llama_folder, layer_ids=layers)
+def test_overflow_of_float16_is_not_written(work, tmp_path, capsys):
+    folder = shutil.copytree(work / "target", tmp_path / "target")
+    shutil.copytree(work / "data", tmp_path / "data")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][RARE] *= 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    data, _ = open_data(work / "data")
+    bad = [row for row, (*_, aux, last) in expected_rows(folder, data).items()
+           if max(x.abs().max() if len(x) else 0 for x in (aux, last)) > 65520]  # fmt: skip
+    for dtype, lacking in (("float16", bad), ("fp8", [])):
+        write(tmp_path, tmp_path / dtype, "--hidden_states_dtype", dtype)
+        assert sorted([*read_folder(tmp_path / dtype), *lacking]) == sorted(all_rows(data))
+    assert bad and f"row {bad[0]}: hidden states are not finite in float16" in capsys.readouterr().err
+    # The training that generates does not keep them either.
+    train(tmp_path, tmp_path / "run", "--num_epochs", 1, "--hidden_states_path", tmp_path / "cached",
+          "--on_generate", "cache", "--hidden_states_dtype", "float16")  # fmt: skip
+    assert sorted([*read_folder(tmp_path / "cached"), *bad]) == sorted(all_rows(data))
 
 
-def test_a_family_with_other_logits_or_other_layers_is_refused(llama_folder, tmp_path, capsys, monkeypatch):
-    forward = transformers.LlamaForCausalLM.forward
-
-    def changed(self, *args, **options):
-        output = forward(self, *args, **options)
-        output.logits = output.logits + 0.01 * output.logits.pow(2)
-        return output
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", changed)
-    assert "this family is not supported" in refused(capsys, load_target, llama_folder)
-    write_model(tmp_path, transformers.GPT2Config(n_embd=32, n_layer=8, n_head=4, vocab_size=97))
-    assert "gpt2" in refused(capsys, load_target, tmp_path)
+# --- interruptions, a full disk, other targets ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "scale"), [("LlamaConfig", 1.0), ("GraniteConfig", 0.125)])
-def test_the_scale_that_fits_best_is_taken(kind, scale, dtype, tmp_path):
-    """Llama does not use the scale in its config; logits this small fit every scale within an absolute tolerance."""
-    options = {**SIZES, "initializer_range": 5e-4, "logits_scaling": 8.0, "dtype": dtype}
-    target = load_target(write_model(tmp_path, getattr(transformers, kind)(**options)), dtype=dtype)
-    assert (target.head.scale, target.head.softcap, target.head.weight.dtype) == (scale, None, dtype)
+def test_started_again_it_writes_nothing_and_needs_no_target(work, tmp_path, no_target, capsys):
+    out = shutil.copytree(work / "bfloat16", tmp_path / "out")
+    (out / ".000009-00001.safetensors.building").write_bytes(b"half")
+    (out / ".index.json.123.tmp").write_text("{")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
+    write(work, out)
+    assert "0 of 26 rows to write" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-# ---------------------------------------------------------------------------- teacher
-def full_logits(head, hidden):
-    """float64 [N, V], from the definition."""
-    logits = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
-    logits = logits * head.scale
-    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+def test_what_is_there_is_not_written_again(work, tmp_path, small_shards, capsys):
+    """Without its index and some of its shards: the rows that are gone come back with the same bytes."""
+    whole = write(work, tmp_path / "whole", "--batch_size", 3)
+    out = shutil.copytree(whole, tmp_path / "out")
+    index = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps(index | {"shards": {}}))
+    shards = sorted(out.glob("*.safetensors"))
+    kept = {path: path.read_bytes() for path in shards[::2]}
+    for path in shards[1::2]:
+        path.unlink()
+    lacking = set(all_rows(open_data(work / "data")[0])) - read_folder(out).keys()
+    capsys.readouterr()
+    write(work, out, "--batch_size", 3)
+    assert f"{len(lacking)} of 26 rows to write" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in kept} == kept and same(out, whole)
+    rows = [row for shard in json.loads((out / "index.json").read_text())["shards"].values() for row in shard]
+    assert sorted(rows) == sorted(all_rows(open_data(work / "data")[0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.125, "bias": True}])
-def test_head_teaches_what_the_full_logits_say(options, dtype):
-    torch.manual_seed(0)
-    bias = 3 * torch.randn(501) if options.get("bias") else None
-    head, hidden = Head(torch.randn(501, 16), **{**options, "bias": bias}), torch.randn(23, 16)
-    full, head.weight = full_logits(head, hidden), head.weight.to(dtype)
-    head.bias = None if bias is None else bias.to(dtype)
-    for draft_ids in (torch.randperm(501)[:60].sort().values, torch.arange(501)):
-        p, mass, argmax = head.teach(hidden, draft_ids)
-        assert p.dtype == mass.dtype == dtype and argmax.dtype == torch.int64
-        assert torch.allclose(p.double(), full[:, draft_ids].softmax(-1), atol=1e-6)
-        assert torch.allclose(mass.double(), full.softmax(-1)[:, draft_ids].sum(-1), atol=1e-6)
-        assert torch.equal(argmax, full.argmax(-1))
-    assert head.teach(hidden.to(torch.bfloat16), draft_ids)[0].dtype == dtype
+def test_max_disk_and_a_disk_that_is_too_small(work, tmp_path, no_target, monkeypatch, capsys):
+    line = refused(capsys, write, work, tmp_path / "out", "--max_disk", "0.0001")
+    assert "max_disk has room for 0.000 GB, 0.001 GB are to be written" in line
+    usage = shutil.disk_usage(tmp_path)._replace(free=2000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert f"the disk of {tmp_path / 'out'} has room for" in refused(capsys, write, work, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.json"]
 
 
-def test_a_draft_vocabulary_that_the_target_never_says_is_no_division_by_zero():
-    head = Head(torch.tensor([[400.0], [0.0], [1.0]]))
-    p, mass, argmax = head.teach(torch.ones(1, 1), torch.tensor([1, 2]))
-    assert (
-        torch.allclose(p, torch.tensor([[0.0, 1.0]]).softmax(-1)) and mass.tolist() == [0.0] and argmax.tolist() == [0]
-    )
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 KB, and a function that changes its size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if not done or done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+    prepare_hidden_states.open_shard.cache_clear()  # they are mapped
+    subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("softcap", [None, 0.5])
-def test_head_takes_the_lowest_of_equal_ids(softcap):
-    """Equal rows of the head; a soft cap also makes all large logits equal."""
-    torch.manual_seed(0)
-    weight = torch.randint(-3, 4, (100, 8)).float()  # whole numbers: no rounding
-    for ids in ([37, 38], [12, 95], [99], [0, 9, 10]):
-        head = Head(weight.clone(), softcap=softcap)
-        head.weight[ids] = torch.full((8,), 4.0)
-        argmax = head.teach(torch.ones(5, 8), torch.arange(3))[2].tolist()
-        assert argmax == [int(head.logits(torch.ones(1, 8)).argmax())] * 5
-        assert softcap or argmax == [min(ids)] * 5
-    saturated = Head(torch.full((100, 8), 50.0), softcap=0.5)
-    saturated.weight[:42] = -50.0
-    assert saturated.teach(torch.ones(2, 8), torch.arange(100))[2].tolist() == [42, 42]
+def test_full_disk_while_writing(work, tmp_path, small_disk, monkeypatch, capsys):
+    """One line; what was written stays; it goes on once there is room. At every size, down to no room for the index."""
+    disk, resize = small_disk
+    monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 60_000)
+    whole = write(work, tmp_path / "whole")
+    room = shutil.disk_usage(disk)._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)  # somebody else fills it meanwhile
+    need = sum(-(-path.stat().st_size // 4096) * 4 for path in whole.iterdir())
+    before = 0
+    for size in (200, 400, need - 4):
+        resize(f"{size}k")
+        line = refused(capsys, write, work, disk / "out")
+        assert "cannot be written" in line and "make room and start again" in line and str(disk) in line
+        assert hidden(disk / "out") == []
+        assert len(read_folder(disk / "out")) >= before and (before := len(read_folder(disk / "out"))) > 0
+    resize("10m")
+    write(work, disk / "out")
+    assert same(disk / "out", whole)
+    with contextlib.suppress(OSError), (disk / "fill").open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    assert "cannot be written" in refused(capsys, write, work, disk / "other")
 
 
-# ---------------------------------------------------------------------------- command line
-def test_command_line(llama_folder):
-    command = [sys.executable, tiny.REPOSITORY / "prepare_hidden_states.py", "--target_model_path", llama_folder]
-    done = subprocess.run([*command, "--text", "Hello dog"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    first, *rows = [line for line in done.stdout.splitlines() if line.startswith("layers") or " -> " in line]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), tiny.tokenizer()
-    ids = tokenizer("Hello dog")["input_ids"]
-    assert (
-        first
-        == f"layers [2, 4, 5] of 8, logit scale 1.0, soft cap None, auxiliary ({len(ids)}, 192), last ({len(ids)}, 64)"
-    )
-    with torch.no_grad():
-        probability, best = model(torch.tensor([ids])).logits[0].softmax(-1).max(-1)
-    wanted = [
-        f"{tokenizer.decode([i])!r} -> {tokenizer.decode([b])!r} {p:.3f}"
-        for i, b, p in zip(ids, best, probability, strict=True)
-    ]
-    assert ["".join(row.split()) for row in rows] == ["".join(row.split()) for row in wanted]
+def test_no_room_for_the_index(work, tmp_path, monkeypatch, capsys):
+    """The rows are all there then: the next start writes the index alone."""
+    whole, write_atomic = work / "bfloat16", prepare_hidden_states.write_atomic
+
+    def full(path, text):
+        if '"head"' in text and "train/0" in text:
+            raise OSError(28, "No space left on device")
+        write_atomic(path, text)
+
+    monkeypatch.setattr(prepare_hidden_states, "write_atomic", full)
+    line = refused(capsys, write, work, tmp_path / "out", "--batch_size", 1)
+    assert "No space left" in line and "make room and start again" in line
+    monkeypatch.undo()
+    write(work, tmp_path / "out", "--batch_size", 1)
+    assert same(tmp_path / "out", whole)
+    assert (tmp_path / "out" / "index.json").read_text() == (whole / "index.json").read_text()
 
 
-def test_command_line_bad_input(llama_folder, capsys, no_weights):
-    def main(**options):
-        given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None}
-        prepare_hidden_states.main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
-
-    assert "text" in refused(capsys, main, text="")
-    assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])
-    assert "/nowhere" in refused(capsys, main, target_model_path="/nowhere")
-
-
-# ---------------------------------------------------------------------------- where the target is
-def lay_out(folder, model, tokenizer, config=None):
-    """Empty files of a target in three folders below the given one."""
-    for path in (model, tokenizer, config or model):
-        (folder / path).mkdir(parents=True, exist_ok=True)
-    (folder / model / "model.safetensors").touch()
-    (folder / (config or model) / "config.json").write_text('{"model_type": "llama"}')
-    (folder / tokenizer / "tokenizer.json").write_text("{}")
+@SLOW
+def test_full_disk_while_training_caches(work, tmp_path, small_disk, monkeypatch, capsys):
+    """The training goes on as if nothing were kept."""
+    disk, _ = small_disk
+    monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 60_000)
+    flags = "--num_epochs", 2, "--hidden_states_dtype", "float32"
+    lines = train(work, tmp_path / "a", *flags, "--hidden_states_path", disk / "out", "--on_generate", "cache")
+    assert capsys.readouterr().err.count("hidden states are not kept from here on") == 1
+    assert hidden(disk / "out") == [] and 0 < len(read_folder(disk / "out")) < 26
+    assert identical(lines, train(work, tmp_path / "b", "--num_epochs", 2))
 
 
-@pytest.mark.parametrize(
-    ("model", "tokenizer", "files"),
-    [
-        (".", ".", {}),
-        (".", ".", {"checkpoint/config.json": '{"model_type": "llama"}', "checkpoint/tokenizer.json": ""}),
-        ("a/b/nested", "a/b/nested", {"a/config.json": '{"no": "model"}'}),
-        ("data/model", "data/tokenizer", {"MLmodel": ""}),
-        ("data/model", "data/tokenizer", {"MLmodel": "", "data/config/config.json": '{"model_type": "llama"}'}),
-        ("data/model", "data/model", {"data/tokenizer/tokenizer.json": ""}),
-        ("model", "components/tokenizer", {"MLmodel": "", "model/checkpoint/config.json": '{"model_type": "llama"}'}),
-        ("mlflow_model/data/model", "mlflow_model/data/tokenizer", {"mlflow_model/MLmodel": ""}),
-        ("snapshots/abc", "snapshots/abc", {"refs/main": "abc", "snapshots/def/config.json": '{"model_type": "x"}'}),
-        ("models--o--n/snapshots/abc", "models--o--n/snapshots/abc", {"models--o--n/refs/main": "abc"}),
-    ],
-)
-def test_target_and_tokenizer_are_found(tmp_path, model, tokenizer, files):
-    lay_out(tmp_path, model, tokenizer)
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert resolve_target(tmp_path) == (tmp_path / model).resolve()
-    assert locate(tmp_path, TOKENIZER_FILES) == (tmp_path / tokenizer).resolve()
-
-
-def test_config_apart_from_the_weights_is_linked_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    lay_out(tmp_path / "ml", "data/model", "data/tokenizer", config="data/config")
-    for _ in range(2):
-        model = resolve_target(tmp_path / "ml")
-        assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
-        assert (model / "model.safetensors").resolve() == tmp_path / "ml" / "data" / "model" / "model.safetensors"
-
-
-def test_a_target_that_is_not_there(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert f"{tmp_path / 'none'}: neither a folder" in refused(capsys, resolve_target, tmp_path / "none")
-    assert "no-one/nothing" in refused(capsys, resolve_target, "no-one/nothing", weights=False)
+def test_a_folder_of_anything_else_is_refused_by_name(work, tmp_path, no_target, capsys):
+    """Before the target is loaded, by the writer and by the training; the folder stays as it is."""
+    out = shutil.copytree(work / "float32", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    tiny.write_target(tmp_path / "target", seed=1)
+    tiny.write_jsonl(tmp_path / "other.jsonl", rows(20, seed=7))
+    make_data(work, tmp_path / "more", tmp_path / "other.jsonl")
+    template = shutil.copytree(work / "target", tmp_path / "template")
+    (template / "chat_template.jinja").write_text((template / "chat_template.jinja").read_text() + "{# other #}")
+    make_data(work, tmp_path / "templated", target=template)
+    of_states = {
+        "of another target": ("--target_model_path", tmp_path / "target"),
+        "of another layers": ("--target_layer_ids", 1, 4, 5),
+        "of another data": ("--data_path", tmp_path / "more"),
+        "of another tokenizer": ("--target_model_path", template, "--data_path", tmp_path / "templated"),
+    }
+    for words, flags in of_states.items():
+        line = refused(capsys, write, work, out, "--hidden_states_dtype", "float32", *flags)
+        assert f"the hidden states in {out} are {words}" in line
+        line = refused(capsys, train, work, tmp_path / "run", "--hidden_states_path", out, *flags)
+        assert f"the hidden states in {out} are {words}" in line
+    line = refused(capsys, write, work, out, "--hidden_states_dtype", "float32", "--target_model_path", template)
+    assert "another tokenizer or chat template" in line
+    assert "is written in float32: give --hidden_states_dtype float32" in refused(capsys, write, work, out)
     (tmp_path / "file").touch()
-    assert "neither a folder" in refused(capsys, resolve_target, tmp_path / "file")
-    assert "0 folders with config.json" in refused(capsys, resolve_target, tmp_path)
-    lay_out(tmp_path, "a", "a")
-    lay_out(tmp_path, "b", "b")
-    assert "2 folders with config.json in it instead of one: a, b" in refused(capsys, resolve_target, tmp_path)
-    (tmp_path / "a" / "tokenizer.json").unlink()
-    assert "0 folders with tokenizer.json or" in refused(capsys, load_tokenizer, tmp_path / "a")
+    assert "cannot be written" in refused(capsys, write, work, tmp_path / "file")
+    for text in ("[1]", "{", '{"format": 1}'):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "index.json").write_text(text)
+        assert str(tmp_path / "broken") in refused(capsys, write, work, tmp_path / "broken")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+# --- damage ---
+
+
+def open_store(work, folder):
+    model, (data, config) = work / "target", open_data(work / "data")
+    return Store(folder, store_settings(model, default_layer_ids(8), config)), all_rows(data)
+
+
+def test_any_flipped_byte_and_any_truncation_is_noticed(work, tmp_path, small_shards):
+    """A row is read as it was written or not at all; rows of other shards are read, and those of the same shard if the
+    damage is in a row's own bytes."""
+    whole = write(work, tmp_path / "whole", "--hidden_states_dtype", "fp8", "--batch_size", 1)
+    expected, choose = read_folder(whole), random.Random(0)
+    shards = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert len(shards) > 1
+    victim = whole / shards[1]
+    content, (header,) = victim.read_bytes(), [8 + int.from_bytes(victim.read_bytes()[:8], "little")]
+    with safe_open(victim, "pt") as file:
+        own = {name.rsplit(".", 1)[0] for name in file.keys()}  # noqa: SIM118 (not a dict)
+    flips = [*range(0, 8), *(choose.randrange(8, header) for _ in range(60)),
+             *(choose.randrange(header, len(content)) for _ in range(40))]  # fmt: skip
+    cuts = [0, 4, 8, header - 1, header, *(choose.randrange(header, len(content)) for _ in range(5)), len(content) - 1]
+    for indexed in (True, False):
+        folder = shutil.copytree(whole, tmp_path / str(indexed))
+        if not indexed:
+            index = json.loads((folder / "index.json").read_text())
+            (folder / "index.json").write_text(json.dumps(index | {"shards": {}}))
+        damages = [(at, bytes([content[at] ^ (1 << choose.randrange(8))]), None) for at in flips]
+        damages += [(0, b"", end) for end in cuts] + [(0, b"", "gone")]
+        for at, byte, end in damages:
+            if end is None:
+                (folder / victim.name).write_bytes(content[:at] + byte + content[at + 1 :])
+            elif end == "gone":
+                (folder / victim.name).unlink()
+            else:
+                (folder / victim.name).write_bytes(content[:end])
+            prepare_hidden_states.open_shard.cache_clear()
+            store, names = open_store(work, folder)
+            lost = []
+            for row in names:
+                tensors, wrong = store.read(row)
+                if tensors is None:
+                    lost.append(row)
+                    assert wrong in ("missing", "damaged") and row in own, (at, end, row)
+                else:
+                    assert not wrong and tensors.keys() == expected[row].keys()
+                    assert all(raw(tensors[name]) == raw(x) for name, x in expected[row].items())
+            if end is None and at >= header:
+                assert len(lost) == 1, "one row has that byte"
+            elif end is not None:
+                assert set(lost) == own
+
+
+# --- several ranks, and ends at any moment ---
+
+
+def launch(ranks, runs, folder, shard_bytes=200_000, timeout=400):
+    """Run several command lines on ranks that are started once; returns (exit codes on rank 0, stdout, stderr)."""
+    (folder / "wrapper.py").write_text(WRAPPER)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    result = subprocess.run(
+        [*start, folder / "wrapper.py", str(shard_bytes), json.dumps(runs)],
+        capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return json.loads(re.search(r"^exit (.*)", result.stdout, re.MULTILINE)[1]), result.stdout, result.stderr
+
+
+def test_two_ranks_write_and_read_the_same(work, tmp_path):
+    """However two ranks share rows and target, every row is written once; they train from it as they do online."""
+    states, whole = ("--hidden_states_dtype", "float32"), work / "float32"
+    shared = {"none": (), "tp": ("--tp_size", 2), "zero3": ("--target_sharding", "zero3")}
+    runs = [["write", writing(work, tmp_path / name, *states, "--batch_size", 1, *flags)]
+            for name, flags in shared.items()]  # fmt: skip
+    damaged = shutil.copytree(whole, tmp_path / "damaged")
+    (shard,) = damaged.glob("*.safetensors")
+    with shard.open("r+b") as file:  # the last byte: of one row
+        file.seek(-1, 2)
+        byte = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([byte[0] ^ 1]))
+    offline = ("--hidden_states_path", whole, "--on_missing", "raise")
+    hybrid = ("--hidden_states_path", tmp_path / "hybrid", "--on_generate", "cache", *states)
+    mended = ("--hidden_states_path", damaged, "--on_generate", "cache", "--target_sharding", "zero3")
+    for name, flags in (("online", ()), ("offline", offline), ("cached", hybrid), ("mended", mended)):
+        runs.append(["train", training(work, tmp_path / name, *flags)])
+    codes, printed, _ = launch(2, runs, tmp_path)
+    assert codes == [0] * len(runs)
+    for name in shared:
+        assert_states_close(tmp_path / name, whole)
+        ranks = {path.name.split("-")[1] for path in (tmp_path / name).glob("*.safetensors")}
+        assert len(ranks) == (1 if name == "tp" else 2), "each copy of the target writes"
+    assert same(tmp_path / "none", whole)
+    online = outcome(tmp_path / "online")
+    assert identical(outcome(tmp_path / "offline"), online)
+    assert identical(outcome(tmp_path / "cached"), online)
+    assert same(tmp_path / "hybrid", whole)
+    assert_close(outcome(tmp_path / "mended"), online, rel=1e-5)
+    assert "rows damaged 1 (generated)" in printed
+    store, names = open_store(work, damaged)
+    assert all(store.read(row)[1] == "" for row in names), "the damaged row is kept, and it is what counts"
+
+
+@SLOW
+def test_killed_ten_times_while_writing(work, tmp_path):
+    """kill -9 at random moments, started again each time: in the end the same bytes as if nothing had happened."""
+    tiny.write_jsonl(tmp_path / "many.jsonl", rows(400))
+    make_data(work, tmp_path / "data", tmp_path / "many.jsonl")
+    folder, flags = tmp_path / "states", ("--data_path", tmp_path / "data", "--batch_size", 3)
+    (tmp_path / "wrapper.py").write_text(WRAPPER)
+    variables = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    variables |= {"OMP_NUM_THREADS": "1"}
+
+    def start(output, count=20_000):
+        runs = json.dumps([["write", writing(work, output, *flags)]])
+        command = [sys.executable, tmp_path / "wrapper.py", str(count), runs]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True, env=variables)  # fmt: skip
+
+    whole = start(tmp_path / "whole")
+    assert "exit [0]" in whole.communicate(timeout=300)[0]
+    many, moments, progress = len(list((tmp_path / "whole").glob("*.safetensors"))), random.Random(0), [0]
+    assert many > 100
+    for number in range(10):
+        process, goal = start(folder), (number + 1) * many // 11
+        until = time.monotonic() + 240
+        while len(list(folder.glob("*.safetensors"))) < goal and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.03)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        progress.append(len(read_folder(folder)))
+    assert all(a < b for a, b in zip(progress, progress[1:], strict=False)), progress
+    assert progress[-1] < len(read_folder(tmp_path / "whole"))
+    last = start(folder)
+    assert "exit [0]" in last.communicate(timeout=300)[0]
+    assert same(folder, tmp_path / "whole") and hidden(folder) == []
+
+
+# --- training from them ---
+
+
+@pytest.fixture(scope="module")
+def online(work, tmp_path_factory):
+    return train(work, tmp_path_factory.mktemp("online") / "run")
+
+
+def offline(folder, on_missing="raise", *flags):
+    return "--hidden_states_path", folder, "--on_missing", on_missing, *flags
+
+
+def test_offline_in_float32_is_online_bit_by_bit(work, tmp_path, online, no_target):
+    """Losses, accuracies, gradient norms, validation and weights; the target's layers are never loaded."""
+    assert len([line for line in online[0] if line["split"] == "validation"]) == 2
+    found = train(work, tmp_path / "a", *offline(work / "float32"))
+    assert found[0] == online[0] and identical(found, online)
+    # Whoever reads ahead, and if what is there is complete, on_missing does not matter.
+    assert identical(train(work, tmp_path / "b", *offline(work / "float32", "generate"), "--num_workers", 2), online)
+
+
+@pytest.mark.parametrize(("dtype", "gap"), [("bfloat16", 2e-2), ("fp8", 8e-2)])
+def test_other_dtypes_give_the_same_training_to_their_rounding(work, tmp_path, online, no_target, dtype, gap):
+    found = train(work, tmp_path / "out", *offline(work / dtype))
+    assert_close(found, online, rel=gap)
+    assert not identical(found, online)
+
+
+@SLOW
+@pytest.mark.parametrize("batch", [("--draft_micro_batch_size", 2), ("--total_seq_len", 256)])
+def test_offline_in_larger_micro_batches(work, tmp_path, no_target, monkeypatch, batch):
+    flags = "--num_epochs", 1, *batch
+    found = train(work, tmp_path / "a", *offline(work / "float32"), *flags)
+    monkeypatch.undo()
+    assert_close(found, train(work, tmp_path / "b", *flags, "--batch_size", 2), rel=1e-5)
+
+
+def test_hybrid_caches_in_the_first_epoch_and_reads_in_the_second(work, tmp_path, online, small_shards, monkeypatch):
+    """float32: all equals online. The second epoch generates nothing, though it is a new one of the same run."""
+    counts, run = [], prepare_hidden_states.Source.expect
+    asked = lambda source, batches, data: counts.append((data.name, any(  # noqa: E731
+        reason for batch in batches for _, reason, _ in batch["stored"]))) or run(source, batches, data)  # fmt: skip
+    monkeypatch.setattr(prepare_hidden_states.Source, "expect", asked)
+    flags = "--on_generate", "cache", "--hidden_states_dtype", "float32"
+    assert identical(train(work, tmp_path / "a", *offline(tmp_path / "states", "generate", *flags)), online)
+    assert counts == [("train", True)] * 5 + [("validation", True)] * 6 + [("train", False)] * 5 + [
+        ("validation", False)] * 6  # fmt: skip
+    assert same(tmp_path / "states", work / "float32") and hidden(tmp_path / "states") == []
+
+
+@pytest.mark.parametrize("validation", [True, pytest.param(False, marks=SLOW)])
+def test_a_single_epoch_keeps_every_row(work, tmp_path, validation, no_target, monkeypatch):
+    """The rows in memory at the end are written too, also of the last evaluation; bfloat16 as the writer's."""
+    monkeypatch.undo()
+    data = work / "data"
+    if not validation:
+        prepare(work / "train.jsonl", tmp_path / "data", work / "target", num_proc=1, max_rejected_ratio=1.0)
+        data = tmp_path / "data"
+    train(work, tmp_path / "out", *offline(tmp_path / "states", "generate", "--on_generate", "cache"),
+          "--num_epochs", 1, "--data_path", data)  # fmt: skip
+    there = read_folder(tmp_path / "states")
+    assert there.keys() == set(all_rows(open_data(data)[0]))
+    if validation:
+        assert same(tmp_path / "states", work / "bfloat16")
+    # The second epoch of a hybrid run is what an offline epoch is, rounding included.
+    still = ("--learning_rate", 0, "--data_path", data)
+    several = train(work, tmp_path / "hybrid", *offline(tmp_path / "new", "generate", "--on_generate", "cache"), *still)
+    again = train(work, tmp_path / "again", *offline(tmp_path / "states"), *still)
+    half = len(again[0]) // 2
+    assert several[0][half:] == again[0][half:] and several[0][:half] != again[0][:half]
+
+
+@SLOW
+def test_generated_and_deleted_leaves_nothing(work, tmp_path, online):
+    flags = "--on_generate", "delete", "--hidden_states_dtype", "float32"
+    assert identical(train(work, tmp_path / "a", *offline(tmp_path / "states", "generate", *flags)), online)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["index.json"]
+
+
+def without(work, folder, lacking):
+    """A copy of the float32 store that lacks some rows."""
+    shutil.copytree(work / "float32", folder)
+    (shard,) = folder.glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        crc = json.loads(file.metadata()["rows"])
+    tensors = {name: x for name, x in load_file(shard).items() if name.rsplit(".", 1)[0] not in lacking}
+    save_file(tensors, shard, {"rows": json.dumps({row: x for row, x in crc.items() if row not in lacking})})
+    index = json.loads((folder / "index.json").read_text())
+    for row in lacking:
+        del index["shards"][shard.name][row]
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_what_is_missing_is_left_out_generated_or_an_error(work, tmp_path, online, capsys):
+    lacking = ["train/2", "train/17", "validation/1"]
+    folder, flags = without(work, tmp_path / "states", lacking), ("--draft_global_batch_size", 20, "--num_epochs", 3)
+    line = refused(capsys, train, work, tmp_path / "raise", *offline(folder))
+    assert f"{folder} lacks 3 of 26 rows, such as train/2: write them with prepare_hidden_states.py" in line
+    skipped = train(work, tmp_path / "skip", *offline(folder, "skip"), *flags)
+    streams = capsys.readouterr()
+    assert "is missing" not in streams.err and streams.out.count("validation rows missing 1 (left out)") == 3
+    assert sum(map(int, re.findall(r"train rows missing (\d+)", streams.out))) == 6
+    warned = train(work, tmp_path / "warn", *offline(folder, "warn"), *flags)
+    assert identical(skipped, warned)
+    err = capsys.readouterr().err
+    assert all(err.count(f"row {row} of {folder} is missing: left out") == 3 for row in lacking)
+    # One step an epoch on all rows: the same as with data that never had these rows, but for the order of sums.
+    for name, gone in (("train", {2, 17}), ("validation", {1})):
+        lines = (work / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(x for i, x in enumerate(lines) if i not in gone))
+    shutil.copytree(work / "target", tmp_path / "target")
+    make_data(tmp_path, "data")
+    assert_close(skipped, train(tmp_path, tmp_path / "less", *flags, "--draft_global_batch_size", 18), rel=1e-5)
+    assert identical(train(work, tmp_path / "generate", *offline(folder, "generate")), online)
+    assert "train rows missing 2 (generated)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flipped", pytest.param("cut", marks=SLOW), pytest.param("gone", marks=SLOW)])
+def test_training_survives_damage(work, tmp_path, online, small_shards, capsys, damage):
+    """Each way of dealing with it, named; under generate with cache it is mended, and nothing else is lost."""
+    whole = write(work, tmp_path / "whole", "--hidden_states_dtype", "float32", "--batch_size", 1)
+    victim = sorted(whole.glob("*.safetensors"))[1]
+    with safe_open(victim, "pt") as file:
+        own = json.loads(file.metadata()["rows"])
+        split, number = next(row for row in own if row.startswith("train/")).split("/")
+    content = bytearray(victim.read_bytes())
+    if damage == "flipped":
+        header = 8 + int.from_bytes(content[:8], "little")
+        at = json.loads(content[8:header])[f"train/{number}.input_ids"]["data_offsets"][0]
+        content[header + at] ^= 4
+        victim.write_bytes(content)
+    elif damage == "cut":
+        victim.write_bytes(content[:-100])
+    else:
+        victim.unlink()
+    wrong = {"flipped": "damaged", "cut": "damaged", "gone": "missing"}[damage]
+    prepare_hidden_states.open_shard.cache_clear()
+    line = refused(capsys, train, work, tmp_path / "raise", *offline(whole))
+    if damage == "gone":
+        assert f"{whole} lacks {len(own)} of 26 rows" in line
+    else:
+        assert str(victim) in line and "is damaged: remove this file, write it with prepare_hidden_states.py" in line
+    flags = offline(whole, "skip"), offline(whole, "warn")
+    assert identical(*(train(work, tmp_path / mode[3], *mode, "--num_epochs", 1) for mode in flags))
+    err = capsys.readouterr().err
+    assert re.search(rf"row train/{number} of \S+ is {wrong}: left out", err)
+    mended = offline(whole, "generate", "--on_generate", "cache")
+    assert identical(train(work, tmp_path / "mend", *mended), online)
+    assert re.search(rf"train rows {wrong} \d+.* \(generated\)", capsys.readouterr().out)
+    store, names = open_store(work, whole)
+    assert all(store.read(row)[1] == "" for row in names)
+    assert identical(train(work, tmp_path / "again", *offline(whole)), online)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from prepare_hidden_states import Watch, saved_dtype
+from share_target import Watch, saved_dtype
 
 
 @pytest.fixture

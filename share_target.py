@@ -1,0 +1,725 @@
+"""The target model: how ranks start and share it, which of its layers are read, what it says about a text.
+
+In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); tokens of several
+     sequences behind one another.
+Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
+     latter the teacher: the distribution over the draft vocabulary and the full-vocabulary argmax.
+
+train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text:
+
+    python share_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
+"""
+
+import atexit
+import contextlib
+import ctypes
+import datetime
+import functools
+import hashlib
+import json
+import math
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+from deal_batches import positions_of
+from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
+
+MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
+# Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
+# (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
+LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+
+
+def start_distributed(timeout, local_rank=-1):
+    """Join the process group that the variables of a launcher or a service describe, or be a group of one.
+
+    timeout: minutes that a collective may take. local_rank: the launcher's flag, -1 = from the variables. Returns the
+    device of this rank.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" in missing:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        os.environ.update(zip((*names, "LOCAL_RANK"), ("0", "1", "127.0.0.1", port, "0"), strict=True))
+    elif missing:
+        fail(f"RANK is set, but not {', '.join(missing)}: set all of {', '.join(names)}, or none of them for one rank")
+    cuda = torch.cuda.is_available()
+    if local_rank < 0:  # some services set RANK alone: ranks are dealt to a node's devices in turn
+        local_rank = int(os.environ["RANK"]) % torch.cuda.device_count() if cuda else 0
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    # DeepSpeed builds its C++ helper with the ninja that it finds: the environment's own, activated or not.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as way:
+            # gloo listens at the address of the host's name, on many systems the loopback's: rather towards rank 0.
+            way.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
+            for name, addresses in psutil.net_if_addrs().items():
+                if way.getsockname()[0] in (entry.address for entry in addresses):
+                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    timeout = datetime.timedelta(minutes=timeout)
+    # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
+
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    if dist.get_world_size() > 1 and not Watch.running:
+        Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
+    return device
+
+
+class Watch:
+    """Ends this rank when another one has died, hangs or has failed, with a line that names that one.
+
+    Each rank has a connection with rank 0, and sends every second what its peer shall say when it is gone. The kernel
+    closes the connection of a process that dies, however it does. Rank 0 then ends with the same words, and so all do.
+    A rank that ends as it should leaves an empty line. Who does not know the run's token is not listened to.
+    """
+
+    running = None
+
+    def __init__(self, limit):
+        self.limit, self.peers, self.sending, self.ending = limit, [], threading.Lock(), threading.Lock()
+        self.me = f"rank {dist.get_rank()} (host {socket.gethostname()}, pid {os.getpid()})"
+        self.words = f"{self.me} has died: it was killed, or its own output says why"
+        server, where = None, [None, secrets.token_hex()]
+        if dist.get_rank() == 0:
+            both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+            server = socket.create_server(("", 0), backlog=4096, **both)
+            server.settimeout(1)
+            where[0] = server.getsockname()[1]
+        dist.broadcast_object_list(where)
+        port, self.token = where
+        atexit.register(self.tell, "")
+        os.register_at_fork(after_in_child=self.let_go)
+        threading.Thread(target=self.beat, args=[server, port], daemon=True).start()
+
+    def beat(self, server, port):
+        """Connect, rank 0 with whoever comes and another rank with rank 0, and repeat this rank's words for good."""
+        if not server:
+            try:
+                peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+                peer.sendall(f"{self.token}\n".encode())
+            except OSError as error:
+                print(f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
+                      "a rank that is lost will show only after dist_timeout", file=sys.stderr)  # fmt: skip
+                return
+            threading.Thread(target=self.hear, args=[peer], daemon=True).start()
+        while True:
+            if server:
+                with contextlib.suppress(TimeoutError):
+                    threading.Thread(target=self.hear, args=[server.accept()[0], True], daemon=True).start()
+            else:
+                time.sleep(1)
+            self.tell()
+
+    def hear(self, peer, unknown=False):
+        """Listen to a peer until its end, or until it is silent for `limit` seconds."""
+        peer.settimeout(self.limit)
+        lines, words = peer.makefile(errors="replace"), ""
+        try:
+            if unknown and lines.readline(100).strip() != self.token:
+                return
+            self.peers.append(peer)
+            peer.sendall(f"{self.words}\n".encode())
+            for line in iter(functools.partial(lines.readline, 10000), ""):
+                words = line
+        except OSError as error:  # or a reset, as the end left something unread
+            if isinstance(error, TimeoutError):
+                name = words.partition(")")[0]
+                words = f"{name}) has not been heard of for {self.limit:.0f} s: it hangs or cannot be reached"
+        if words.startswith("rank"):  # not the empty line
+            self.end(words.strip())
+
+    def let_go(self):
+        """In a forked process: close the connections, or they would stay open when this rank dies."""
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                os.close(peer.fileno())
+
+    def tell(self, words=None):
+        """Send this rank's words, from now on the given ones."""
+        with self.sending:
+            self.words = self.words if words is None else words
+            for peer in self.peers:
+                with contextlib.suppress(OSError):  # gone: `hear` sees it
+                    peer.sendall(f"{self.words}\n".encode())
+
+    def end(self, why):
+        """End this rank, on rank 0 all others too."""
+        self.ending.acquire()  # for good: the first reason counts
+        self.tell(why)
+        sys.stdout.flush()
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def run_together(main, args):
+    """Run main(args). A rank that fails says why, as it would alone; the others end with a line that names it."""
+    try:
+        main(args)
+    except BaseException as error:
+        watch, stop = Watch.running, isinstance(error, SystemExit)
+        code = 1 if not stop else error.code if isinstance(error.code, int) else bool(error.code)
+        if not watch or not code:
+            raise
+        if not stop:
+            time.sleep(1)  # if this follows from another rank's death, the watch has seen that, and ends this one
+            print(f"{watch.me}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        watch.ending.acquire()
+        watch.tell(f"{watch.me} ended by {error!r}: its own output says why")
+        time.sleep(2)  # for ranks that fail for the same reason to say so
+        sys.stdout.flush()
+        os._exit(code)
+    dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """On CPUs: have glibc keep what is freed. It would give large blocks back and page them in anew in every step."""
+    with contextlib.suppress(AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def read_deepspeed_config(path, decided, device):
+    """DeepSpeed's configuration of a JSON file, completed by what flags decide: {key: (flag, value)}.
+
+    A value in the file that contradicts a flag ends the program.
+    """
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"deepspeed_config {path} cannot be read: {error}")
+    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
+        fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
+    for key, (flag, value) in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
+        config[key] = value
+    for key in {"optimizer", "scheduler"} & config.keys():
+        fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
+    zero = config.get("zero_optimization", {})
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            if zero.get("stage") != 3:
+                fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
+            check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
+    half = config.setdefault("bf16", {})
+    if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
+        half["enabled"] = device.type == "cuda"
+    config.setdefault("steps_per_print", sys.maxsize)
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in every micro-batch
+    return config
+
+
+def check_disk(name, folder):
+    """End the program if DeepSpeed cannot keep tensors in `folder`, which the user gave as `name`."""
+    try:
+        tempfile.TemporaryFile(dir=folder or os.devnull).close()
+    except OSError as error:
+        fail(f"{name} {folder} cannot be written: {error.strerror}; give a folder on the NVMe disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
+
+
+def on_first_rank(work):
+    """Run work() on rank 0 while the others wait, and give them its result; if it ends the program, all end."""
+    result = [None, 1]
+    if dist.get_rank() == 0:
+        try:
+            result = [work(), 0]
+        except SystemExit as stop:
+            result[1] = stop.code
+            raise
+        finally:
+            dist.broadcast_object_list(result)
+    else:
+        dist.broadcast_object_list(result)
+        if result[1]:
+            sys.exit(result[1])
+    return result[0]
+
+
+def on_each_node(work):
+    """Run work() on the first rank of each node, then on the others: they find what it downloaded."""
+    for turn in (True, False):
+        if turn == (os.environ["LOCAL_RANK"] == "0"):
+            result = work()
+        dist.barrier()
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The target
+
+
+@dataclass
+class Head:
+    """The target's output head: logits = scale · (W h + b), and with a soft cap c: c · tanh(logits / c)."""
+
+    weight: torch.Tensor  # [V, Ht]
+    bias: torch.Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden):
+        """Logits [N, V] of hidden states [N, Ht] (after the final norm), in fp32 at least."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits * self.scale if self.scale != 1 else logits
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def teach(self, hidden, draft_ids):
+        """What the target says about the next token: p [N, Vd] over the draft vocabulary, in fp32 at least; mass [N],
+        the share of the whole that this is; argmax [N] over the full vocabulary (the lowest id among equals).
+
+        hidden [N, Ht]: few rows at a time, as [N, V] logits are formed. draft_ids [Vd]: target ids, ascending.
+        """
+        logits = self.logits(hidden)
+        top, best = logits.max(dim=-1)
+        share = logits.softmax(dim=-1).gather(1, best[:, None])[:, 0]  # so the logsumexp is top - log(share)
+        if len(draft_ids) < logits.shape[1]:
+            logits = logits[:, draft_ids]
+        p = logits.softmax(dim=-1)
+        drafted, index = logits.max(dim=-1)
+        return p, (drafted - top).exp() * share / p.gather(1, index[:, None])[:, 0], best
+
+
+@dataclass
+class Target:
+    """A frozen target and its pieces. Sizes: Ht hidden, V vocabulary, L layers."""
+
+    model: torch.nn.Module  # the whole causal language model; None if its hidden states come from elsewhere
+    config: object  # its text configuration
+    head: Head
+    embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
+    layer_ids: list  # in transformers' hidden_states indexing: 0 = embeddings, i = after i layers
+    packs: bool = True  # whether the family ends attention at the borders of concatenated sequences
+    captured: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.decoder = self.model and self.model.get_decoder()
+        if self.decoder is None:
+            return
+        if not hasattr(self.decoder, "layers"):
+            fail(f"the layers of model_type {self.config.model_type} are not where hooks look: it is not supported")
+        for index in self.layer_ids:
+            # hidden_states[0] is what enters the first layer; hidden_states[i] what the i-th leaves behind.
+            if index == 0:
+                self.decoder.layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            else:
+                self.decoder.layers[index - 1].register_forward_hook(self._keep_output(index))
+
+    def _keep_input(self, module, args, kwargs):
+        self.captured[0] = args[0] if args else kwargs["hidden_states"]
+
+    def _keep_output(self, index):
+        def hook(module, args, output):
+            self.captured[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def hidden_states(self, input_ids, lengths, first=0, end=None):
+        """One forward over concatenated sequences, without the head.
+
+        input_ids [T] int64 with T = sum(lengths). Positions restart and attention ends at every sequence's border: with
+        neither mask nor cache, most families read the borders off the position ids. For those that do not, the
+        sequences are padded at the right, which no causal model can see from the left.
+        Returns auxiliary hidden states [T', 3·Ht] and the last hidden state [T', Ht] of the sequences first to end, in
+        the target's dtype.
+        """
+        keep = 0, slice(sum(lengths[:first]), sum(lengths[:end]))
+        positions, input_ids = positions_of(lengths, input_ids.device)[None], input_ids[None]
+        if not self.packs:
+            input_ids = pad_sequence(input_ids[0].split(lengths), batch_first=True)
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
+            keep[:first] = keep[len(lengths) if end is None else end :] = False
+        with torch.no_grad():  # not inference mode: FSDP, in a copy for several groups of ranks, fails in it
+            output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
+        last = output.last_hidden_state[keep]
+        return self.auxiliary(keep), last.clone() if self.packs else last  # a slice would keep all of the group's
+
+    def states(self, batches):
+        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each of batches, as `collate` made them.
+
+        The forwards before a batch may be about later ones too, and other ranks' sequences.
+        """
+        ready = []
+        for batch in batches:
+            ready += self.run(batch)
+            mine, ready = ready[: len(batch["lengths"])], ready[len(batch["lengths"]) :]
+            yield tuple(map(torch.cat, zip(*mine, strict=True)))
+
+    def run(self, batch):
+        """(auxiliary, last) of each of this rank's sequences in the forwards that come before a batch."""
+        several = batch["forward_ids"].split([sum(lengths) for lengths, *_ in batch["forwards"]])
+        found = []
+        for input_ids, (lengths, first, end) in zip(several, batch["forwards"], strict=True):
+            states = self.hidden_states(input_ids, lengths, first, end)
+            found += zip(*(x.split(lengths[first:end]) for x in states), strict=True)
+        return found
+
+    def auxiliary(self, keep=0):
+        """The auxiliary hidden states [T, 3·Ht] that the last forward left behind; keep: which of [batch, tokens]."""
+        return torch.cat([self.captured.pop(index)[keep] for index in self.layer_ids], dim=-1)
+
+
+def resolve_target(path_or_hub_id, weights=True):
+    """The folder with config.json and weights of a snapshot, of the one model below a folder, of MLflow or a hub id.
+
+    weights=False downloads only the small files of a hub id. Ends with one line if there is no such model.
+    """
+    model_dir = locate(path_or_hub_id, ["config.json"], SMALL_FILES + ["*.safetensors"] * weights)
+    if weights and not any(model_dir.glob("*.safetensors")):  # on the hub there may be weights in the older format
+        model_dir = locate(path_or_hub_id, ["config.json"], [*SMALL_FILES, "*.bin"])
+    if model_dir.name == "config" and (model_dir.parent / "model").is_dir():
+        return _link_together(model_dir, model_dir.parent / "model")
+    return model_dir
+
+
+def _link_together(*folders):
+    """One folder of links in the hub's cache: transformers wants one folder, and the input may be mounted read-only."""
+    files = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()}
+    name = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    merged = Path(constants.HF_HOME) / "mlflow_models" / name
+    merged.mkdir(parents=True, exist_ok=True)
+    for name, path in files.items():
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            (merged / name).symlink_to(path)
+    return merged
+
+
+def read_target_config(model_dir, trust_remote_code=False):
+    """(text configuration, whole configuration) of a target folder; ends the program if it cannot train a draft."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"target_model_path {model_dir}: its config.json cannot be read: {str(error).splitlines()[0]}")
+    text = config.get_text_config()
+    if text.num_hidden_layers < MIN_TARGET_LAYERS:
+        fail(
+            f"the target {model_dir} has {text.num_hidden_layers} layers; EAGLE-3 reads three distinct ones "
+            f"(2, L//2, L-3), which needs at least {MIN_TARGET_LAYERS}"
+        )
+    return text, config
+
+
+def default_layer_ids(num_layers):
+    """The auxiliary layers 2, L//2, L-3 in hidden_states indexing (the default of SGLang and vLLM)."""
+    return [2, num_layers // 2, num_layers - 3]
+
+
+# (name, type, default, help, least value if any): see prepare_data.parse_flags
+SHARING_FLAGS = [
+    ("batch_size", int, 2, "sequences per rank that share a forward of the target, and in evaluation", 1),
+    ("tp_size", int, 1, "ranks that share one copy of the target, tensor parallel", 1),
+    ("dp_size", int, None, "derived: ranks / tp_size; another value is replaced"),
+    ("target_sharding", ("none", "tp", "zero3"), None, "zero3: gathered layer by layer; none given: as tp_size says"),
+    ("target_offload", ("none", "cpu", "nvme"), "none", "where a rank's share of the target stays, under zero3"),
+    ("target_offload_path", str, None, "folder on the NVMe disk, for target_offload nvme"),
+]
+
+
+def check_sharding(args, world):
+    """Fill in args.target_sharding and args.dp_size; end the program if `world` ranks cannot share a target so."""
+    tp, offload, path = args.tp_size, args.target_offload, args.target_offload_path
+    sharding = args.target_sharding or ("tp" if tp > 1 else "none")
+    fits = [n for n in range(1, world + 1) if world % n == 0]
+    near = {max(n for n in fits if n <= tp), min((n for n in fits if n >= tp), default=world)}
+    near = " or ".join(map(str, sorted(near)))
+    for wrong, message in (
+        (world % tp, f"tp_size {tp} does not divide the {world} ranks; nearest that fit: {near}"),
+        ((sharding == "tp") != (tp > 1), f"target_sharding {sharding} contradicts tp_size {tp}: "
+         "tp needs a tp_size of at least 2, and no other does"),
+        (offload != "none" and sharding != "zero3", f"target_offload {offload} needs target_sharding zero3"),
+        ((offload == "nvme") != bool(path), f"target_offload {offload} with target_offload_path {path}: nvme needs a "
+         "folder on the disk, and no other does"),
+    ):  # fmt: skip
+        if wrong:
+            fail(message)
+    if offload == "nvme":
+        with contextlib.suppress(OSError):  # which the check names
+            Path(path).mkdir(parents=True, exist_ok=True)
+        check_disk("target_offload_path", path)
+    if args.dp_size not in (None, world // tp):
+        print(f"dp_size {args.dp_size} is replaced by {world // tp} ({world} ranks / tp_size {tp})")
+    args.target_sharding, args.dp_size = sharding, world // tp
+
+
+def check_heads(text, tp_size):
+    """End the program if tensor parallelism cannot divide a target with this text configuration."""
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := getattr(text, name, None) or tp_size) % tp_size:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
+            fail(f"tp_size {tp_size} does not divide the target's {heads} {name}; these do: {fits}")
+    if tp_size > 1 and not text.base_model_tp_plan:
+        fail(f"transformers has no tensor-parallel plan for model_type {text.model_type}: use target_sharding zero3")
+
+
+def saved_dtype(model_dir, config):
+    """The dtype that a target was saved in: its configuration's or, if that names none, its first weights'."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for path in sorted(Path(model_dir).glob("*.safetensors")) if config.dtype is None else ():
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                if file.get_slice(name).get_dtype() in names:
+                    return names[file.get_slice(name).get_dtype()]
+    return config.dtype or torch.float32
+
+
+def zero3_config(model_dir, device, dtype, offload="none", path=None, trust_remote_code=False):
+    """DeepSpeed's configuration under which a target's layers are gathered one by one, the next one ahead of its turn.
+
+    offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the folder `path`.
+    """
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if not hasattr(model.get_decoder(), "layers"):
+        fail(f"the layers of model_type {config.model_type} are not where hooks look: it is not supported")
+    if dtype == torch.float16 and device.type == "cpu":
+        fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers)
+    zero = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer,
+        "stage3_max_reuse_distance": 0,  # nothing is used twice in a pass
+        "stage3_param_persistence_threshold": config.get_text_config().hidden_size,  # norms stay
+    }
+    if offload != "none":
+        zero["offload_param"] = {"device": offload, "pin_memory": device.type == "cuda"}
+    if offload == "nvme":  # a buffer holds a rank's share of any tensor, however the shares are rounded
+        largest = max(p.numel() for p in model.parameters())
+        # A folder of this run's own: DeepSpeed empties it.
+        path = Path(path) / f"target-of-port-{os.environ['MASTER_PORT']}"
+        zero["offload_param"] |= {"nvme_path": str(path), "buffer_size": largest // dist.get_world_size() + 4096}
+    return {
+        "train_micro_batch_size_per_gpu": 1, "steps_per_print": sys.maxsize, "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
+    }  # fmt: skip
+
+
+def whole(parameter):
+    """A parameter's values on this rank's device, though ranks may share it out; None stays None."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameter):
+            return parameter.detach().clone()
+    parameter = parameter if parameter is None else parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def load_target(
+    model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False,
+    sharding="none", tp_size=1, offload="none", offload_path=None,
+):  # fmt: skip
+    """The target in memory, frozen, ready for hidden_states(); dtype "auto" is the one it was saved in.
+
+    sharding "tp": tp_size consecutive ranks share its layers; "zero3": all ranks do and gather them one by one, from
+    where `offload` says. Then all ranks call this, and each forward. The head and the embedding table are whole on
+    every rank: a part of the head would have to send 4·Vd bytes of probabilities for each token's 2·Ht of hidden state.
+
+    Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
+    are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
+    """
+    device, (text, whole_config) = torch.device(device), read_target_config(model_dir, trust_remote_code)
+    layers, layer_ids = text.num_hidden_layers, list(layer_ids or default_layer_ids(text.num_hidden_layers))
+    if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
+        fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
+    options = {"device_map": {"": device}}  # straight to the device: a copy a rank fits no host memory
+    if sharding == "tp":
+        copies = dist.get_world_size() // tp_size
+        several = {"dp_replicate_size": copies} if copies > 1 else {}
+        options = {"distributed_config": DistributedConfig(tp_size=tp_size, **several)}
+    elif sharding == "zero3":
+        dtype, options = saved_dtype(model_dir, whole_config) if dtype == "auto" else dtype, {}
+        zero3 = zero3_config(model_dir, device, dtype, offload, offload_path, trust_remote_code)
+        partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
+            raise
+        fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
+    finally:
+        unset_hf_deepspeed_config()
+    if info["missing_keys"]:  # transformers would go on with random values
+        fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    model.eval().requires_grad_(False)
+    if sharding == "zero3":
+        import deepspeed
+
+        deepspeed.initialize(model=model.get_decoder(), config=zero3)
+    output, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    head = Head(whole(output.weight), whole(output.bias))
+    target = Target(model, text, head, head.weight if table is output.weight else whole(table), layer_ids)
+    if sharding == "zero3":  # the model's own stays in parts
+        own = [x if x is None else torch.nn.Parameter(x, requires_grad=False) for x in (head.weight, head.bias)]
+        output = torch.nn.Linear(1, 1, device="meta")
+        output.weight, output.bias = own
+        model.set_output_embeddings(output)
+    _fit_head(target)
+    target.packs = _ends_at_borders(target)
+    return target
+
+
+def share_of_weights(target, args, row_tokens):
+    """One line: what this rank holds of the target's weights, and what a forward moves; row_tokens: a row's average."""
+    if target.decoder is None:
+        return f"{target.config.model_type}, head and embedding alone, hidden states of {args.hidden_states_path}"
+    total = mine = 0
+    for p in target.decoder.parameters():
+        part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
+        total += getattr(p, "ds_numel", p.numel()) * p.itemsize / 1e9
+        mine += part.numel() * p.itemsize / 1e9
+    line = f"{target.config.model_type}, {mine:.3g} of {total:.3g} GB of weights on each rank"
+    if args.target_sharding == "tp":
+        line += f", tensor parallel over {args.tp_size}"
+    if args.target_sharding == "zero3":
+        place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
+        a_token = 1000 * total / (args.batch_size * row_tokens)
+        line += (f" (zero3{place}); a forward moves {total:.3g} GB to each: {a_token:.3g} MB a token, as "
+                 f"{args.batch_size} sequences of {row_tokens:.0f} tokens share it")  # fmt: skip
+    return line
+
+
+def _probe(target, count):
+    """`count` token ids to try the target on."""
+    return torch.arange(1, count + 1, device=target.embedding.device) % len(target.embedding)
+
+
+def _fit_head(target):
+    """Find scale and soft cap of the target's logits by one forward of the whole model; fail if nothing fits."""
+    config, head, ids = target.config, target.head, _probe(target, 8)
+    with torch.no_grad():
+        own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
+    _, last = target.hidden_states(ids, [len(ids)])
+    scales = [1.0]
+    for value in (getattr(config, key, None) for key in LOGIT_SCALE_KEYS):
+        if isinstance(value, int | float) and not isinstance(value, bool) and value:
+            scales += [float(value), 1 / value]
+    cap = getattr(config, "final_logit_softcapping", None)
+    gaps = {}
+    for softcap in dict.fromkeys((cap or None, None)):
+        for scale in scales:
+            head.scale, head.softcap = scale, softcap
+            gaps[scale, softcap] = float((head.logits(last) - own).abs().max())
+    head.scale, head.softcap = best = min(gaps, key=gaps.get)  # the best, as small logits fit several
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
+    if not gaps[best] <= tolerance * own.abs().max():
+        fail(
+            f"the target's logits are not its head applied to its last hidden state (model_type {config.model_type}, "
+            f"tried scales {scales}, soft cap {cap}, smallest difference {gaps[best]:.3g} of logits up to "
+            f"{own.abs().max():.3g}): this family is not supported"
+        )
+
+
+def _ends_at_borders(target):
+    """Whether a sequence gets the same states behind another one as alone; some families ignore the position ids."""
+    ids, count = _probe(target, 24), 16
+    behind, alone = target.hidden_states(ids, [count, 8])[1][count:], target.hidden_states(ids[count:], [8])[1]
+    gaps = (behind - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    # The median, because rounding may send single tokens to other experts. What leaks in shows in every token.
+    return bool(gaps.median() < (1e-4 if alone.dtype == torch.float32 else 2e-2))
+
+
+def read_target_tensor(model_dir, names, default=...):
+    """The first tensor that a target's safetensors files hold under one of `names`, or behind a prefix; read alone.
+
+    Without a default, its absence ends the program.
+    """
+    model_dir = Path(model_dir)
+    index = model_dir / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+    elif (model_dir / "model.safetensors").exists():
+        with safe_open(model_dir / "model.safetensors", "pt") as file:
+            weight_map = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        fail(f"{model_dir} has neither model.safetensors nor model.safetensors.index.json")
+    for name in names:
+        found = [key for key in weight_map if key == name] or [key for key in weight_map if key.endswith(f".{name}")]
+        if len(found) == 1:
+            with safe_open(model_dir / weight_map[found[0]], "pt") as file:
+                return file.get_tensor(found[0])
+    if default is not ...:
+        return default
+    fail(f"{model_dir} holds none of the tensors {', '.join(names)}")
+
+
+def load_head(model_dir, device, scale, softcap, layer_ids=None, trust_remote_code=False):
+    """A target of which there are only the head and the embedding table; scale, softcap: of its logits."""
+    text, whole = read_target_config(model_dir, trust_remote_code)
+    dtype = text.dtype or whole.dtype or torch.float32
+    embedding = read_target_tensor(model_dir, ["model.embed_tokens.weight", "embed_tokens.weight"]).to(device, dtype)
+    weight = None if text.tie_word_embeddings else read_target_tensor(model_dir, ["lm_head.weight"], None)
+    bias = read_target_tensor(model_dir, ["lm_head.bias"], None)
+    weight, bias = (x if x is None else x.to(device, dtype) for x in (weight, bias))
+    return Target(None, text, Head(embedding if weight is None else weight, bias, scale, softcap), embedding, layer_ids)
+
+
+FLAGS = {
+    "the target and a text": [
+        ("target_model_path", str, ..., "folder or hub id of the target"),
+        ("text", str, ..., "text to run the target on"),
+        ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
+        ("trust_remote_code", boolean, False, "run code that comes with the target"),
+    ]
+}
+
+
+def parse_args(argv=None):
+    return parse_flags(__doc__, FLAGS, argv)
+
+
+def main(args):
+    model_dir = resolve_target(args.target_model_path)
+    tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
+    ids = tokenizer(args.text)["input_ids"]
+    if not ids:
+        fail("text has no tokens")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target(model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code)
+    ids = torch.tensor(ids, device=device)
+    auxiliary, last = target.hidden_states(ids, [len(ids)])
+    best, argmax = target.head.logits(last).log_softmax(dim=-1).max(dim=-1)
+    print(f"layers {target.layer_ids} of {target.config.num_hidden_layers}, logit scale {target.head.scale}, "
+          f"soft cap {target.head.softcap}, auxiliary {tuple(auxiliary.shape)}, last {tuple(last.shape)}")  # fmt: skip
+    for token, follows, p in zip(ids.tolist(), argmax.tolist(), best.tolist(), strict=True):
+        print(f"{tokenizer.decode([token])!r:>20} -> {tokenizer.decode([follows])!r:<20} {math.exp(p):.3f}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

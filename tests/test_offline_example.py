@@ -1,0 +1,70 @@
+"""The offline recipe and the benchmark of hidden states on disk, run as they are."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+from test_examples import run
+
+from export_eagle3 import check_draft
+
+
+@pytest.mark.slow
+def test_llama3_offline_recipe_with_a_small_target(tmp_path):
+    """Both stages one by one: the second finds no weights of the target's layers, and needs none."""
+    target = tiny.write_target(tmp_path / "target", max_shard_size="60KB")
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(40, 2))
+    variables = {
+        "OUTPUT": tmp_path / "out", "TARGET": target, "NUM_GPUS": 2, "DATASET": tmp_path / "chats.jsonl",
+        "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "NUM_PROMPTS": 2,
+        "MAX_NEW_TOKENS": 12, "LOG_STEPS": 1, "OMP_NUM_THREADS": 1, "HIDDEN_STATES": tmp_path / "disk" / "states",
+    }  # fmt: skip
+    printed = run("run_llama3_offline.sh", 600, **variables, STAGES="states", HIDDEN_STATES_DTYPE="fp8", MAX_DISK=1)
+    assert "40 of 40 rows to write" in printed and "40 rows" in printed.split("=== 1b")[1]
+    index = json.loads((tmp_path / "disk" / "states" / "index.json").read_text())
+    assert index["dtype"] == "fp8" and sum(map(len, index["shards"].values())) == 40
+    again = run("run_llama3_offline.sh", 600, **variables, STAGES="states", HIDDEN_STATES_DTYPE="fp8")
+    assert "0 of 40 rows to write" in again
+    printed = run("run_llama3_offline.sh", 900, **variables, STAGES="train")
+    assert "40 of 40 rows are there" in printed and "head and embedding alone" in printed and "=== 1" not in printed
+    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
+
+
+def test_offline_recipe_refuses_an_unknown_stage():
+    script = tiny.REPOSITORY / "examples" / "run_llama3_offline.sh"
+    variables = {**os.environ, "EAGLE3_VENV": "none", "STAGES": "both"}
+    done = subprocess.run(["bash", script], env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: STAGES is both: choose states, train or all\n")
+
+
+def benchmark(*argv, timeout=300):
+    command = [sys.executable, tiny.REPOSITORY / "benchmarks" / "hidden_states.py", *map(str, argv)]
+    variables = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_benchmark_counts_the_bytes_of_a_token():
+    """By hand: 5 bytes of token and mask; 4 layers, the last only of supervised tokens; fp8 has 4 bytes of scale."""
+    lines = benchmark("size", "--hidden_size", 512, "--tokens", 1000, "--shares", 50).splitlines()
+    header = next(line for line in lines if line.startswith("| supervised"))
+    found = dict(zip(re.findall(r"\w+", header)[1:], re.findall(r"([\d,]+) \(", lines[-1]), strict=True))
+    for dtype, size in (("bfloat16", 1024), ("float16", 1024), ("float32", 2048), ("fp8", 516)):
+        assert int(found[dtype].replace(",", "")) == pytest.approx(5 + 3.5 * size, rel=0.01), dtype
+
+
+@pytest.mark.slow
+def test_benchmark_measures_the_waiting(tmp_path):
+    target = tiny.write_target(tmp_path / "target")
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(16, 2))
+    flags = ["--target_model_path", target, "--dataset_train_split", tmp_path / "chats.jsonl", "--ttt_length", 3,
+             "--output_dir", tmp_path / "out", "--hidden_states_path", tmp_path / "states", "--on_generate", "cache",
+             "--total_steps", 6]  # fmt: skip
+    printed = benchmark("wait", "--skip", 2, *flags)
+    assert re.search(r"data waiting: \d+\.\d\d% of a step; 4 steps of \d+ ms", printed), printed[-500:]

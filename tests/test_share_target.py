@@ -1,0 +1,428 @@
+"""The target: states of concatenated sequences, its head, the teacher, and every layout of its folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import share_target
+from deal_batches import collate, deal_forwards, positions_of
+from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
+from share_target import (
+    Head,
+    load_target,
+    read_target_tensor,
+    resolve_target,
+)
+
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+LAYERS, VOCABULARY = 8, 97
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
+# name: (configuration class, its own options, expected (logit scale, soft cap), are sequences packed?)
+FAMILIES = {
+    "llama": ("LlamaConfig", {"head_dim": 8}, (1.0, None), True),
+    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}, (1.0, None), True),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}, (1.0, None), True),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
+                                    "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}, (1.0, 5.0), True),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}, (1.0, None), True),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                                      "attention_multiplier": 0.3}, (0.125, None), True),
+    "cohere": ("CohereConfig", {"logit_scale": 0.0625}, (0.0625, None), True),
+    "phi": ("PhiConfig", {}, (1.0, None), True),  # a bias on the head
+    "qwen3 experts": ("Qwen3MoeConfig", dict(**EXPERTS, num_experts=4, moe_intermediate_size=16), (1.0, None), True),
+    # These do not read the borders off the position ids.
+    "gpt-oss": ("GptOssConfig", dict(**EXPERTS, num_local_experts=4, sliding_window=6), (1.0, None), False),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (1.0, None), False),
+}  # fmt: skip
+LENGTHS = [1, 3, 40, 1, 9]
+
+
+def write_model(folder, config, seed=0, **options):
+    """A random model in `folder` whose norms and biases are random too, so that leaving one out shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    return tiny.write_target(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(folder, plain model of transformers, expected (scale, soft cap), packs) of each family."""
+    name, options, scaling, packs = FAMILIES[request.param]
+    config = getattr(transformers, name)(**{**SIZES, **options})
+    folder = write_model(tmp_path_factory.mktemp("family"), config)
+    return folder, AutoModelForCausalLM.from_pretrained(folder).eval(), scaling, packs
+
+
+def close(a, b):
+    """Equal to rounding, in relation to the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max()) < 2e-5
+
+
+def refused(capsys, function, *args, **options):
+    """The one line on stderr with which function ends the program with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **options)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights is an error."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+# ---------------------------------------------------------------------------- hidden states
+def test_states_of_concatenated_sequences_equal_transformers_one_by_one(family):
+    folder, model, scaling, packs = family
+    sequences = torch.randint(3, VOCABULARY, (sum(LENGTHS),)).split(LENGTHS)
+    default, custom = load_target(folder), load_target(folder, layer_ids=[0, 1, LAYERS])
+    assert (default.layer_ids, default.packs) == ([2, LAYERS // 2, LAYERS - 3], packs)
+    assert (default.head.scale, default.head.softcap) == scaling
+    with torch.no_grad():
+        outputs = [model(input_ids=ids[None], output_hidden_states=True, use_cache=False) for ids in sequences]
+    for target in (default, custom):
+        auxiliary, last = target.hidden_states(torch.cat(sequences), LENGTHS)
+        decoder = target.decoder
+        norm = next(
+            getattr(decoder, name) for name in ("norm", "final_layernorm", "final_layer_norm") if hasattr(decoder, name)
+        )
+        for output, a, h in zip(outputs, auxiliary.split(LENGTHS), last.split(LENGTHS), strict=True):
+            parts = a.split(h.shape[1], dim=-1)
+            for index, part in zip(target.layer_ids, parts, strict=True):
+                if index == LAYERS:  # transformers' last entry is the one after the norm
+                    part = norm(part)
+                assert close(part, output.hidden_states[index][0]), index
+            assert close(h, output.hidden_states[-1][0])
+            assert close(target.head.logits(h), output.logits[0])
+        alone = [target.hidden_states(ids, [len(ids)]) for ids in sequences]
+        assert close(auxiliary, torch.cat([a for a, _ in alone]))
+        assert close(last, torch.cat([h for _, h in alone]))
+
+
+def test_states_see_nothing_of_the_other_sequences(family):
+    target = load_target(family[0])
+    ids = torch.randint(3, VOCABULARY, (30,))
+    before = target.hidden_states(ids, [11, 19])
+    ids[:11] = ids[:11].flip(0)
+    after = target.hidden_states(ids, [11, 19])
+    assert all(close(b[11:], a[11:]) for a, b in zip(before, after, strict=True))
+    assert not close(before[1][:11], after[1][:11])
+    # The comparison can fail: as one sequence, the same change shows behind it.
+    whole = [target.hidden_states(x, [30])[1][11:] for x in (ids, torch.cat([ids[:11].flip(0), ids[11:]]))]
+    assert not close(*whole)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
+def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, monkeypatch):
+    target, forwards = load_target(llama_folder), []
+    forward = target.hidden_states
+    monkeypatch.setattr(
+        target, "hidden_states", lambda ids, n, *mine: forwards.append(n) or forward(ids, n, *mine), raising=False
+    )
+    lists = [[5, 1, 30], [8], [2, 3]]
+    rows = [torch.randint(400, (n,)) for lengths in lists for n in lengths]
+    numbers = [[0, 1, 2], [3], [4, 5]]
+    dealt = deal_forwards([numbers], 0, batch_size)
+    micro_batches = []
+    for part, due in zip(numbers, dealt, strict=True):
+        before = [([rows[i] for i in several], *mine) for several, *mine in due]
+        micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before))
+    flat, batches = collate(micro_batches, 2)
+    flat = iter(flat.split([x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]))
+    batches = [{k: next(flat).view(x) if isinstance(x, torch.Size) else x for k, x in b.items()} for b in batches]
+    found = list(target.states(batches))
+    assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
+    for batch, (auxiliary, last) in zip(batches, found, strict=True):
+        expected = [forward(ids, [len(ids)]) for ids in batch["input_ids"].split(batch["lengths"])]
+        assert close(auxiliary, torch.cat([e[0] for e in expected])) and close(
+            last, torch.cat([e[1] for e in expected])
+        )
+
+
+def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
+    target = load_target(llama_folder)
+    target.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was run on every token"))
+    auxiliary, last = target.hidden_states(torch.arange(12), [7, 5])
+    assert not auxiliary.is_inference() and not last.is_inference() and not auxiliary.requires_grad
+    linear = torch.nn.Linear(auxiliary.shape[1], last.shape[1])
+    (linear(auxiliary) * last).sum().backward()
+    assert torch.allclose(linear.weight.grad, last.T @ auxiliary, rtol=1e-4, atol=1e-3)
+    assert not any(p.requires_grad for p in target.model.parameters()) and not target.captured
+
+
+def test_positions_restart():
+    assert positions_of([3, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+# ---------------------------------------------------------------------------- loading
+def arrange(layout, source, root):
+    """The model of `source` in one of the layouts of a target's folder; returns what the user would give."""
+    weights, tokenizer = ["model.safetensors"], ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    config = ["config.json", "generation_config.json"]
+    places = {
+        "nested": {"some/where": [*config, *weights, *tokenizer]},
+        "mlflow data": {"data/model": [*config, *weights], "data/tokenizer": tokenizer},
+        "mlflow data, config apart": {"data/model": weights, "data/tokenizer": tokenizer, "data/config": config},
+        "mlflow components": {"model": [*config, *weights], "components/tokenizer": tokenizer},
+    }[layout]
+    root.mkdir()
+    if "mlflow" in layout:
+        (root / "MLmodel").write_text("flavors: {}\n")
+    for folder, names in places.items():
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            if (source / name).exists():
+                shutil.copy(source / name, root / folder / name)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["nested", "mlflow data", "mlflow data, config apart", "mlflow components"])
+def test_folder_layouts_give_the_same_target(layout, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    given = arrange(layout, llama_folder, tmp_path / "given")
+    model_dir = resolve_target(given)
+    expected, ids = load_target(llama_folder), torch.arange(20)
+    for got, wanted in zip(
+        load_target(model_dir).hidden_states(ids, [20]), expected.hidden_states(ids, [20]), strict=True
+    ):
+        assert torch.equal(got, wanted)
+    assert load_tokenizer(given).get_vocab() == load_tokenizer(llama_folder).get_vocab()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_file_sharded_and_tied_weights(tied, tmp_path):
+    config = tiny.llama_config(layers=7, tie_word_embeddings=tied, initializer_range=0.2)
+    targets = []
+    for name, size in (("single", "5GB"), ("sharded", "100KB")):
+        folder = write_model(tmp_path / name, config, max_shard_size=size)
+        assert len(list(folder.glob("*.safetensors"))) == 1 if name == "single" else 3
+        targets.append(load_target(folder))
+        embedding = read_target_tensor(folder, ["absent", "model.embed_tokens.weight"])
+        assert torch.equal(embedding, targets[-1].embedding)
+    single, sharded = (target.hidden_states(torch.arange(9), [9]) for target in targets)
+    assert all(torch.equal(a, b) for a, b in zip(single, sharded, strict=True))
+    assert torch.equal(targets[0].head.weight, targets[1].head.weight)
+    assert torch.equal(targets[0].head.weight, targets[0].embedding) == tied
+
+
+def test_read_target_tensor_names_what_is_missing(llama_folder, tmp_path, capsys):
+    assert "model.nothing, other" in refused(capsys, read_target_tensor, llama_folder, ["model.nothing", "other"])
+    assert "neither model.safetensors nor" in refused(capsys, read_target_tensor, tmp_path, ["model.norm.weight"])
+
+
+def test_weights_that_are_not_whole_are_refused(llama_folder, tmp_path, capsys):
+    folder = shutil.copytree(llama_folder, tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lack model.norm.weight" in refused(capsys, load_target, folder)
+    save_file(
+        tensors | {"model.norm.weight": norm[:3].clone()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    refused(capsys, load_target, folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    assert str(folder) in refused(capsys, load_target, folder)
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded" in refused(capsys, load_target, folder)
+
+
+def test_bad_targets_are_refused_before_the_weights_load(llama_folder, tmp_path, capsys, no_weights):
+    config = json.loads((llama_folder / "config.json").read_text())
+    for name, change, words in (
+        ("six", {"num_hidden_layers": 6}, "has 6 layers"),
+        ("unknown", {"model_type": "never_heard_of"}, "config.json cannot be read"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+        assert words in refused(capsys, load_target, tmp_path / name)
+    for layers in ([2, 4, 9], [-1, 2, 4], [2, 2, 5]):
+        assert str(layers) in refused(capsys, load_target, llama_folder, layer_ids=layers)
+
+
+def test_a_family_with_other_logits_or_other_layers_is_refused(llama_folder, tmp_path, capsys, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def changed(self, *args, **options):
+        output = forward(self, *args, **options)
+        output.logits = output.logits + 0.01 * output.logits.pow(2)
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", changed)
+    assert "this family is not supported" in refused(capsys, load_target, llama_folder)
+    write_model(tmp_path, transformers.GPT2Config(n_embd=32, n_layer=8, n_head=4, vocab_size=97))
+    assert "gpt2" in refused(capsys, load_target, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "scale"), [("LlamaConfig", 1.0), ("GraniteConfig", 0.125)])
+def test_the_scale_that_fits_best_is_taken(kind, scale, dtype, tmp_path):
+    """Llama does not use the scale in its config; logits this small fit every scale within an absolute tolerance."""
+    options = {**SIZES, "initializer_range": 5e-4, "logits_scaling": 8.0, "dtype": dtype}
+    target = load_target(write_model(tmp_path, getattr(transformers, kind)(**options)), dtype=dtype)
+    assert (target.head.scale, target.head.softcap, target.head.weight.dtype) == (scale, None, dtype)
+
+
+# ---------------------------------------------------------------------------- teacher
+def full_logits(head, hidden):
+    """float64 [N, V], from the definition."""
+    logits = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+    logits = logits * head.scale
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.125, "bias": True}])
+def test_head_teaches_what_the_full_logits_say(options, dtype):
+    torch.manual_seed(0)
+    bias = 3 * torch.randn(501) if options.get("bias") else None
+    head, hidden = Head(torch.randn(501, 16), **{**options, "bias": bias}), torch.randn(23, 16)
+    full, head.weight = full_logits(head, hidden), head.weight.to(dtype)
+    head.bias = None if bias is None else bias.to(dtype)
+    for draft_ids in (torch.randperm(501)[:60].sort().values, torch.arange(501)):
+        p, mass, argmax = head.teach(hidden, draft_ids)
+        assert p.dtype == mass.dtype == dtype and argmax.dtype == torch.int64
+        assert torch.allclose(p.double(), full[:, draft_ids].softmax(-1), atol=1e-6)
+        assert torch.allclose(mass.double(), full.softmax(-1)[:, draft_ids].sum(-1), atol=1e-6)
+        assert torch.equal(argmax, full.argmax(-1))
+    assert head.teach(hidden.to(torch.bfloat16), draft_ids)[0].dtype == dtype
+
+
+def test_a_draft_vocabulary_that_the_target_never_says_is_no_division_by_zero():
+    head = Head(torch.tensor([[400.0], [0.0], [1.0]]))
+    p, mass, argmax = head.teach(torch.ones(1, 1), torch.tensor([1, 2]))
+    assert (
+        torch.allclose(p, torch.tensor([[0.0, 1.0]]).softmax(-1)) and mass.tolist() == [0.0] and argmax.tolist() == [0]
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_head_takes_the_lowest_of_equal_ids(softcap):
+    """Equal rows of the head; a soft cap also makes all large logits equal."""
+    torch.manual_seed(0)
+    weight = torch.randint(-3, 4, (100, 8)).float()  # whole numbers: no rounding
+    for ids in ([37, 38], [12, 95], [99], [0, 9, 10]):
+        head = Head(weight.clone(), softcap=softcap)
+        head.weight[ids] = torch.full((8,), 4.0)
+        argmax = head.teach(torch.ones(5, 8), torch.arange(3))[2].tolist()
+        assert argmax == [int(head.logits(torch.ones(1, 8)).argmax())] * 5
+        assert softcap or argmax == [min(ids)] * 5
+    saturated = Head(torch.full((100, 8), 50.0), softcap=0.5)
+    saturated.weight[:42] = -50.0
+    assert saturated.teach(torch.ones(2, 8), torch.arange(100))[2].tolist() == [42, 42]
+
+
+# ---------------------------------------------------------------------------- command line
+def test_command_line(llama_folder):
+    command = [sys.executable, tiny.REPOSITORY / "share_target.py", "--target_model_path", llama_folder]
+    done = subprocess.run([*command, "--text", "Hello dog"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    first, *rows = [line for line in done.stdout.splitlines() if line.startswith("layers") or " -> " in line]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), tiny.tokenizer()
+    ids = tokenizer("Hello dog")["input_ids"]
+    assert (
+        first
+        == f"layers [2, 4, 5] of 8, logit scale 1.0, soft cap None, auxiliary ({len(ids)}, 192), last ({len(ids)}, 64)"
+    )
+    with torch.no_grad():
+        probability, best = model(torch.tensor([ids])).logits[0].softmax(-1).max(-1)
+    wanted = [
+        f"{tokenizer.decode([i])!r} -> {tokenizer.decode([b])!r} {p:.3f}"
+        for i, b, p in zip(ids, best, probability, strict=True)
+    ]
+    assert ["".join(row.split()) for row in rows] == ["".join(row.split()) for row in wanted]
+
+
+def test_command_line_bad_input(llama_folder, capsys, no_weights):
+    def main(**options):
+        given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None}
+        share_target.main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
+
+    assert "text" in refused(capsys, main, text="")
+    assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])
+    assert "/nowhere" in refused(capsys, main, target_model_path="/nowhere")
+
+
+# ---------------------------------------------------------------------------- where the target is
+def lay_out(folder, model, tokenizer, config=None):
+    """Empty files of a target in three folders below the given one."""
+    for path in (model, tokenizer, config or model):
+        (folder / path).mkdir(parents=True, exist_ok=True)
+    (folder / model / "model.safetensors").touch()
+    (folder / (config or model) / "config.json").write_text('{"model_type": "llama"}')
+    (folder / tokenizer / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "files"),
+    [
+        (".", ".", {}),
+        (".", ".", {"checkpoint/config.json": '{"model_type": "llama"}', "checkpoint/tokenizer.json": ""}),
+        ("a/b/nested", "a/b/nested", {"a/config.json": '{"no": "model"}'}),
+        ("data/model", "data/tokenizer", {"MLmodel": ""}),
+        ("data/model", "data/tokenizer", {"MLmodel": "", "data/config/config.json": '{"model_type": "llama"}'}),
+        ("data/model", "data/model", {"data/tokenizer/tokenizer.json": ""}),
+        ("model", "components/tokenizer", {"MLmodel": "", "model/checkpoint/config.json": '{"model_type": "llama"}'}),
+        ("mlflow_model/data/model", "mlflow_model/data/tokenizer", {"mlflow_model/MLmodel": ""}),
+        ("snapshots/abc", "snapshots/abc", {"refs/main": "abc", "snapshots/def/config.json": '{"model_type": "x"}'}),
+        ("models--o--n/snapshots/abc", "models--o--n/snapshots/abc", {"models--o--n/refs/main": "abc"}),
+    ],
+)
+def test_target_and_tokenizer_are_found(tmp_path, model, tokenizer, files):
+    lay_out(tmp_path, model, tokenizer)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert resolve_target(tmp_path) == (tmp_path / model).resolve()
+    assert locate(tmp_path, TOKENIZER_FILES) == (tmp_path / tokenizer).resolve()
+
+
+def test_config_apart_from_the_weights_is_linked_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    lay_out(tmp_path / "ml", "data/model", "data/tokenizer", config="data/config")
+    for _ in range(2):
+        model = resolve_target(tmp_path / "ml")
+        assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
+        assert (model / "model.safetensors").resolve() == tmp_path / "ml" / "data" / "model" / "model.safetensors"
+
+
+def test_a_target_that_is_not_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert f"{tmp_path / 'none'}: neither a folder" in refused(capsys, resolve_target, tmp_path / "none")
+    assert "no-one/nothing" in refused(capsys, resolve_target, "no-one/nothing", weights=False)
+    (tmp_path / "file").touch()
+    assert "neither a folder" in refused(capsys, resolve_target, tmp_path / "file")
+    assert "0 folders with config.json" in refused(capsys, resolve_target, tmp_path)
+    lay_out(tmp_path, "a", "a")
+    lay_out(tmp_path, "b", "b")
+    assert "2 folders with config.json in it instead of one: a, b" in refused(capsys, resolve_target, tmp_path)
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    assert "0 folders with tokenizer.json or" in refused(capsys, load_tokenizer, tmp_path / "a")
