@@ -643,7 +643,7 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
             output_loading_info=True,
         )  # fmt: skip
         output, table = model.eval().requires_grad_(False).get_output_embeddings(), model.get_input_embeddings().weight
-        target, called = Target(model, text, Head(output.weight, output.bias), table, []), []
+        target, called = Target(model, text, Head(whole(output.weight), whole(output.bias)), whole(table), []), []
         for part in target.decoder.modules():
             part.register_forward_hook(lambda part, args, states: called.append((states, part)))
         last = target.decoder(input_ids=_probe(target, 8)[None], use_cache=False).last_hidden_state
@@ -655,7 +655,7 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
-    return Target(None, text, target.head, table, layer_ids, norm=norm)
+    return Target(None, text, target.head, target.embedding, layer_ids, norm=norm)
 
 
 FLAGS = {
