@@ -26,7 +26,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -497,16 +497,16 @@ class Server:
 
     def __init__(self, args, model, shape):
         self.args, self.model, self.shape = args, model, shape
-        self.pool, self.asked = ThreadPool(REQUESTS), {}
+        self.pool, self.asked = ThreadPool(REQUESTS), defaultdict(list)  # a row ends one epoch and begins the next
 
     def ask(self, row, input_ids):
         """Send a request; at most REQUESTS are under way."""
         work = functools.partial(self.generate, input_ids)
-        self.asked[row] = self.pool.apply_async(keep_asking, (self.args, f"row {row}", work))
+        self.asked[row].append(self.pool.apply_async(keep_asking, (self.args, f"row {row}", work)))
 
     def take(self, row):
         """hidden_states [T, layers, Ht] of a row that was asked for, on the CPU; ServerFailed."""
-        return self.asked.pop(row).get()
+        return self.asked[row].pop(0).get()
 
     def generate(self, input_ids):
         """One request. Its file's lock is held by the server until the file is whole; both are removed."""
