@@ -400,7 +400,7 @@ def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:] + said
     assert check_draft(tmp_path / "out" / "draft" / "final") == []
     assert "head and embedding alone" in result.stdout and "complete: " in result.stdout
-    line = json.loads(said.splitlines()[0])
+    line = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert line["layers"] == [2, 4, 5, 8] and line["max_len"] == 512
     assert not Path(line["folder"]).exists()
     with pytest.raises(OSError):
