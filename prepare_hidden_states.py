@@ -227,7 +227,7 @@ def write_shard(path, rows):
 
 # (name, type, default, help, least value if any): see prepare_data.parse_flags
 SOURCE_FLAGS = [
-    ("hidden_states_path", str, None, "folder of prepare_hidden_states.py or with hs_N.safetensors; none: no such"),
+    ("hidden_states_path", str, None, "folder of prepare_hidden_states.py or hs_N.safetensors; none: target in memory"),
     ("on_missing", ("generate", "skip", "warn", "raise"), "generate", "rows that it lacks; generate: by the target"),
     ("on_generate", ("cache", "delete"), "delete", "whether what is generated is kept there"),
     ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "of a new folder; fp8: e4m3, a scale per token and layer"),

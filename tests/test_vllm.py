@@ -240,9 +240,12 @@ def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
 # --- a server that is another, slow, wrong or gone ---
 
 
-def test_server_that_dies_leaves_a_checkpoint(work, server, tmp_path, capsys, waits):
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_server_that_dies_leaves_a_checkpoint(work, server, tmp_path, capsys, waits, save_steps):
+    """One that has been saved at this step before, too."""
     server.lives = 9 + 3 + 4  # in the second epoch
-    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 2)
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 2,
+                    "--save_steps", save_steps)  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["split"] == "train"]
     assert steps and steps[-1] < 6
