@@ -333,7 +333,7 @@ def read_steps(split, args, target, device, steps=None, name="train", **sizes):
             collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
             prefetch_factor=args.prefetch_factor if args.num_workers else None,
         )  # fmt: skip
-        for tensors, batches in loader:
+        for tensors, batches in source.ahead(loader, data) if source else loader:
             parts = {}
             for dtype, flat in tensors.items():
                 counts = [math.prod(x.shape) for batch in batches for x in batch.values() if places(x, dtype)]

@@ -13,15 +13,21 @@ Started again after an interruption it goes on where it stopped. train_eagle3.py
 """
 
 import concurrent.futures
+import fcntl
 import functools
 import hashlib
+import http.client
 import itertools
 import json
 import os
 import shutil
 import sys
+import time
+import urllib.error
+import urllib.request
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -43,6 +49,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 SHARD_BYTES = 256 * 2**20  # a shard is closed when it has grown beyond that
 SAMPLE = 2**20  # bytes of a weight file that are hashed, at its beginning, in its middle and at its end
 STATES = ("aux_hidden_states", "last_hidden_states")
+REQUESTS = 16  # to a server that are under way at once, of each rank
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,10 +239,13 @@ def write_shard(path, rows):
 
 # (name, type, default, help, least value if any): see prepare_data.parse_flags
 SOURCE_FLAGS = [
-    ("hidden_states_path", str, None, "folder of prepare_hidden_states.py; none: the target stays in memory"),
+    ("hidden_states_path", str, None, "folder of prepare_hidden_states.py or hs_N.safetensors; none: target in memory"),
     ("on_missing", ("generate", "skip", "warn", "raise"), "generate", "rows that it lacks; generate: by the target"),
     ("on_generate", ("cache", "delete"), "delete", "whether what is generated is kept there"),
     ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "of a new folder; fp8: e4m3, a scale per token and layer"),
+    ("vllm_endpoint", str, None, "URL of a vLLM server that generates missing rows; none: the target in memory does"),
+    ("request_timeout", float, 180, "seconds that the server may take for a row", 0),
+    ("max_retries", int, 3, "times that it is asked again, after 1, 2, 4, ... seconds", 0),
 ]
 
 
@@ -246,13 +256,25 @@ def open_target(args, model_dir, device, layers, data, data_config):
         load_target, model_dir, device, **options, sharding=args.target_sharding, tp_size=args.tp_size,
         offload=args.target_offload, offload_path=args.target_offload_path,
     )  # fmt: skip
+    generate, server = args.on_missing == "generate", None
+    if generate and args.vllm_endpoint and not args.hidden_states_path:
+        args.hidden_states_path = str(Path(args.output_dir) / "hidden_states")
     if not args.hidden_states_path:
         return load()
-    generate, rows = args.on_missing == "generate", [f"{name}/{n}" for name in data for n in range(len(data[name]))]
+    rows = [f"{name}/{n}" for name in data for n in range(len(data[name]))]
+    shape = len(layers) + 1, read_target_config(model_dir, args.trust_remote_code)[0].hidden_size
+    extracted = any(Path(args.hidden_states_path).glob("hs_*.safetensors"))
+
+    def open_store(settings=None, create=None):
+        folder = args.hidden_states_path
+        return Extracted(folder, data, shape) if extracted else Store(folder, settings, create=create)
 
     def look():
-        settings = store_settings(model_dir, layers, data_config)
-        store = Store(args.hidden_states_path, settings, create=args.hidden_states_dtype if generate else None)
+        if extracted and generate and args.on_generate == "cache":
+            fail(f"on_generate cache: {args.hidden_states_path} has hs_*.safetensors, which are only read: give "
+                 "another folder, or on_generate delete")  # fmt: skip
+        settings = None if extracted else store_settings(model_dir, layers, data_config)
+        store = open_store(settings, args.hidden_states_dtype if generate else None)
         lacking = [row for row in rows if row not in store.rows]
         if lacking and args.on_missing == "raise":
             fail(f"{store.folder} lacks {len(lacking)} of {len(rows)} rows, such as {lacking[0]}: write them with "
@@ -260,28 +282,28 @@ def open_target(args, model_dir, device, layers, data, data_config):
         if generate and args.on_generate == "cache":
             store.remove_rests()
         print(f"{store.folder}: {len(rows) - len(lacking):,} of {len(rows):,} rows are there")
-        return settings, bool(lacking)
+        longest = max(part["longest"] for part in data_config["splits"].values())
+        model = served_model(args, model_dir, longest) if generate and args.vllm_endpoint else None
+        return settings, bool(lacking), model
 
-    settings, lacking = on_first_rank(look)
-    store = Store(args.hidden_states_path, settings)
-    target = load() if generate and lacking or "head" not in store.index else None
-    if "head" not in store.index:
-        store.index["head"] = [target.head.scale, target.head.softcap]
-        if dist.get_rank() == 0:
-            store.write_index()
-    if not (generate and lacking):
-        target = load_head(model_dir, device, *store.index["head"], **options)
-    return Source(args, target, store, load)
+    settings, lacking, model = on_first_rank(look)
+    store, whole = open_store(settings), generate and lacking and not model
+    head = None if whole and not extracted else load_head(model_dir, device, **options)
+    if model:
+        server = Server(args, model, shape)
+    return Source(args, load() if whole else head, store, load, head and head.norm, server)
 
 
 class Source:
-    """Hidden states for training out of a store and, under on_missing generate, of the target for what it lacks.
+    """Hidden states for training out of a store and, under on_missing generate, of target or server for what it lacks.
 
-    target: maybe its head and embedding alone; load(): the whole, should a row turn out to be damaged.
+    target: maybe its head and embedding alone; load(): the whole, should a row turn out to be damaged. norm: the
+    target's last, for states from before it.
     """
 
-    def __init__(self, args, target, store, load):
+    def __init__(self, args, target, store, load, norm=None, server=None):
         self.args, self.target, self.store, self.load, self.counts = args, target, store, load, Counter()
+        self.norm, self.server = norm, server
         self.head, self.embedding, self.config, self.decoder = (
             getattr(target, name) for name in ("head", "embedding", "config", "decoder")
         )
@@ -313,6 +335,18 @@ class Source:
             print(f"hidden states are not kept from here on: {error}", file=sys.stderr)
             self.args.on_generate, self.store.writing, self.store.new, self.store.size = "delete", None, {}, 0
 
+    def ahead(self, loader, data):
+        """loader's items; a server is asked for what one lacks while training is busy with the one before."""
+        waiting = []
+        for item in loader:
+            for row, reason, _ in itertools.chain(*(batch["stored"] for batch in item[1])):
+                if reason and self.server:
+                    self.server.ask(f"{data.name}/{row}", data.row(row)[0].tolist())
+            waiting.append(item)
+            if len(waiting) > bool(self.server):
+                yield waiting.pop(0)
+        yield from waiting
+
     def expect(self, batches, data):
         """Deal with what is missing in batches of an optimizer step, before its first forward: returns them."""
         wrong = [[(row, reason) for row, reason, _ in batch["stored"] if reason] for batch in batches]
@@ -327,6 +361,8 @@ class Source:
                 print(f"{message}: left out", file=sys.stderr)
         if self.args.on_missing != "generate":
             return batches
+        if self.server:
+            return self.collect(batches, wrong, data.name)
         dealt, rank = [[[row for row, _ in part] for part in wrong]], 0
         _, together, in_step = data.forwards
         if in_step > 1:  # the target's ranks run as many forwards, of the same sequences
@@ -340,10 +376,27 @@ class Source:
             batch["forward_ids"], batch["split"] = batch["forward_ids"].to(self.embedding.device), data.name
         return batches
 
+    def collect(self, batches, wrong, split):
+        """Wait for what the server was asked for. ServerFailed on all ranks if one of them does not get it."""
+        every, failed = [None] * dist.get_world_size(), ""
+        try:
+            for batch, rows in zip(batches, wrong, strict=True):
+                batch |= {"split": split, "served": [self.server.take(f"{split}/{row}") for row, _ in rows]}
+        except ServerFailed as error:
+            failed = str(error)
+        dist.all_gather_object(every, failed)
+        if any(every):
+            self.keep(functools.partial(self.store.flush, wait=True))
+            raise ServerFailed(next(filter(None, every)))
+        return batches
+
     def states(self, batches):
         """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each batch; zeros where nothing is read."""
         ready = []
         for batch in batches:
+            for states in batch.pop("served", ()):
+                states = states.to(self.embedding)
+                ready.append((states[:, :-1].flatten(1), self.norm(states[:, -1])))
             if batch.get("forwards"):
                 ready += self.target.run(batch)
             tokens, width = len(batch["input_ids"]), self.embedding.shape[1]
@@ -352,7 +405,9 @@ class Source:
             for name, at, several in zip(STATES, ("aux_at", "last_at"), (layers, 1), strict=True):
                 states.append(self.embedding.new_zeros(tokens, several * width))
                 if at in batch:
-                    states[-1][batch[at]] = from_stored(batch, name, states[-1].dtype)
+                    part = from_stored(batch, name, states[-1].dtype)
+                    before_norm = isinstance(self.store, Extracted) and at == "last_at"
+                    states[-1][batch[at]] = self.norm(part) if before_norm else part
             for (row, reason, start), length in zip(batch["stored"], batch["lengths"], strict=True):
                 if reason and self.args.on_missing == "generate":
                     new = ready.pop(0)
@@ -363,6 +418,150 @@ class Source:
                         tensors = to_stored(*sequence, *new, self.store.dtype)
                         self.keep(functools.partial(self.store.add, f"{batch['split']}/{row}", tensors))
             yield tuple(states)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A vLLM server, and the files that it writes
+
+
+class ServerFailed(Exception):
+    """A row's hidden states cannot be had from the server; the message names both."""
+
+
+class Extracted:
+    """Rows in files of vLLM's extractor, as speculators names them: hs_N.safetensors is row N of the train split, in
+    the folder validation of that split. They are only read. They do not say of which target and layers they are.
+    """
+
+    def __init__(self, folder, data, shape):
+        """data: the splits; shape: auxiliary layers and the last one, and hidden size."""
+        self.folder, self.data, self.shape, self.index = Path(folder), data, shape, {"layers": range(shape[0] - 1)}
+        found = [(split, path.stem) for split in data for path in self.path(split, "*").parent.glob("hs_*.safetensors")]
+        self.rows = {f"{split}/{stem.removeprefix('hs_')}": (f"{stem}.safetensors", None) for split, stem in found}
+
+    def path(self, split, number):
+        return self.folder / ("" if split == "train" else split) / f"hs_{number}.safetensors"
+
+    def read(self, row):
+        """As Store.read, with last_hidden_states from before the final norm."""
+        split, number = row.split("/")
+        input_ids, loss_mask = (torch.tensor(self.data[split][int(number)][name]) for name in COLUMNS)
+        states, wrong = read_extracted(self.path(split, number), input_ids.tolist(), self.shape)
+        if wrong:
+            return None, wrong
+        count, teachers = tokens_read(loss_mask)
+        states = states[:count, :-1].flatten(1), states[teachers, -1]
+        return dict(zip((*COLUMNS, *STATES), (input_ids, loss_mask, *states), strict=True)), ""
+
+
+def read_extracted(path, input_ids, shape):
+    """(hidden_states [T, layers, Ht], "") of a file of vLLM's extractor, or (None, what is wrong with it)."""
+    try:
+        with safe_open(path, "pt") as file:
+            states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids").tolist()
+    except FileNotFoundError:
+        return None, "missing"
+    except (OSError, SafetensorError):
+        return None, "damaged"
+    if tokens != input_ids:
+        return None, "of other tokens"
+    return (states, "") if states.shape == (len(tokens), *shape) else (None, f"of shape {tuple(states.shape)}")
+
+
+def request_answer(args, path, body=None):
+    """The JSON that the server answers; OSError, HTTPException or ValueError if it does not."""
+    base = args.vllm_endpoint.rstrip("/").removesuffix("/v1")
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{base}/v1/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=args.request_timeout) as answer:
+        return json.load(answer)
+
+
+def keep_asking(args, what, work):
+    """work()'s result, tried max_retries times again. ServerFailed, at once if asking again cannot help."""
+    for attempt in range(args.max_retries + 1):
+        time.sleep(2 ** (attempt - 1) if attempt else 0)
+        try:
+            return work()
+        except ServerFailed as error:
+            raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint}, {what}: {error}") from error
+        except urllib.error.HTTPError as error:
+            said = f"{error}: {error.read(300).decode(errors='replace')}"
+            if error.code < 500 and error.code not in (408, 429):
+                raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} refuses {what}: {said}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            said = f"{type(error).__name__} {error}"
+    raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} fails for {what}, {attempt + 1} times, at last with {said}")
+
+
+def served_model(args, model_dir, longest):
+    """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
+    try:
+        models = keep_asking(args, "the list of its models", lambda: request_answer(args, "models"))["data"]
+    except ServerFailed as error:
+        fail(error)
+    names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()
+    for model in models:
+        own = [model[key] for key in ("id", "root") if model.get(key)]
+        if any(name in names or Path(name).resolve() == there for name in own):
+            if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
+                fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
+                     f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
+            return model["id"]
+    fail(f"vllm_endpoint {args.vllm_endpoint} serves {', '.join(model['id'] for model in models)}, not the target "
+         f"{names[0]}: start it with that one, or if it is, with --served-model-name {names[0]}")  # fmt: skip
+
+
+class Server:
+    """A vLLM server started with extract_hidden_states: it answers with the path of a file in a shared folder."""
+
+    def __init__(self, args, model, shape):
+        self.args, self.model, self.shape = args, model, shape
+        self.pool, self.asked = ThreadPool(REQUESTS), defaultdict(list)  # a row ends one epoch and begins the next
+
+    def ask(self, row, input_ids):
+        """Send a request; at most REQUESTS are under way."""
+        work = functools.partial(self.generate, input_ids)
+        self.asked[row].append(self.pool.apply_async(keep_asking, (self.args, f"row {row}", work)))
+
+    def take(self, row):
+        """hidden_states [T, layers, Ht] of a row that was asked for, on the CPU; ServerFailed."""
+        return self.asked[row].pop(0).get()
+
+    def generate(self, input_ids):
+        """One request. Its file's lock is held by the server until the file is whole; both are removed."""
+        end = time.monotonic() + self.args.request_timeout
+        body = {"model": self.model, "prompt": input_ids, "max_tokens": 1, "return_token_ids": True}
+        answer = request_answer(self.args, "completions", body)
+        path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
+        if not path:
+            raise ServerFailed("its answer names no file: start it with extract_hidden_states, as the README says")
+        try:
+            with open(f"{path}.lock") as lock:
+                while not locked(lock):
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"{path} is still being written")
+                    time.sleep(0.005)
+                states, wrong = read_extracted(path, input_ids, self.shape)
+                states = states if wrong else states.clone()  # it lies in the file's pages
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: its folder must be seen here under the same path") from error
+        for name in (f"{path}.lock", path):
+            Path(name).unlink(missing_ok=True)
+        if wrong in ("missing", "damaged"):
+            raise OSError(f"{path} is {wrong}")
+        if wrong or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
+            raise ServerFailed(f"what it gives is {wrong or 'of other tokens'}, not {len(input_ids)} x {self.shape}")
+        return states
+
+
+def locked(file):
+    """Whether a shared lock can be had of a file now; closing it gives it back."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -488,9 +687,6 @@ def main(args):
         tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
     ) if pending else None  # fmt: skip
     try:
-        if target and "head" not in store.index and dist.get_rank() == 0:
-            store.index["head"] = [target.head.scale, target.head.softcap]
-            store.write_index()
         bad = write_all(args, target, store, data, pending)
         if dist.get_rank() == 0:
             store.write_index()

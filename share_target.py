@@ -12,6 +12,7 @@ train_eagle3.py imports this file and keeps the target in memory. To look at wha
 
 import atexit
 import contextlib
+import copy
 import ctypes
 import datetime
 import functools
@@ -40,6 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.utils import logging
 
 from deal_batches import positions_of
 from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
@@ -322,6 +324,7 @@ class Target:
     embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
     layer_ids: list  # in transformers' hidden_states indexing: 0 = embeddings, i = after i layers
     packs: bool = True  # whether the family ends attention at the borders of concatenated sequences
+    norm: torch.nn.Module | None = None  # the final norm, where there is no model
     captured: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -625,7 +628,7 @@ def _fit_head(target):
     config, head, ids = target.config, target.head, _probe(target, 8)
     with torch.no_grad():
         own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
-    _, last = target.hidden_states(ids, [len(ids)])
+        last = target.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     scales = [1.0]
     for value in (getattr(config, key, None) for key in LOGIT_SCALE_KEYS):
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
@@ -655,11 +658,8 @@ def _ends_at_borders(target):
     return bool(gaps.median() < (1e-4 if alone.dtype == torch.float32 else 2e-2))
 
 
-def read_target_tensor(model_dir, names, default=...):
-    """The first tensor that a target's safetensors files hold under one of `names`, or behind a prefix; read alone.
-
-    Without a default, its absence ends the program.
-    """
+def read_target_tensor(model_dir, names):
+    """The first tensor that a target's safetensors files hold under one of `names`, or behind a prefix; read alone."""
     model_dir = Path(model_dir)
     index = model_dir / "model.safetensors.index.json"
     if index.exists():
@@ -674,20 +674,36 @@ def read_target_tensor(model_dir, names, default=...):
         if len(found) == 1:
             with safe_open(model_dir / weight_map[found[0]], "pt") as file:
                 return file.get_tensor(found[0])
-    if default is not ...:
-        return default
     fail(f"{model_dir} holds none of the tensors {', '.join(names)}")
 
 
-def load_head(model_dir, device, scale, softcap, layer_ids=None, trust_remote_code=False):
-    """A target of which there are only the head and the embedding table; scale, softcap: of its logits."""
-    text, whole = read_target_config(model_dir, trust_remote_code)
-    dtype = text.dtype or whole.dtype or torch.float32
-    embedding = read_target_tensor(model_dir, ["model.embed_tokens.weight", "embed_tokens.weight"]).to(device, dtype)
-    weight = None if text.tie_word_embeddings else read_target_tensor(model_dir, ["lm_head.weight"], None)
-    bias = read_target_tensor(model_dir, ["lm_head.bias"], None)
-    weight, bias = (x if x is None else x.to(device, dtype) for x in (weight, bias))
-    return Target(None, text, Head(embedding if weight is None else weight, bias, scale, softcap), embedding, layer_ids)
+def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
+    """A target of which only the head, the embedding table and the final norm are loaded: a model without layers."""
+    text, config = read_target_config(model_dir, trust_remote_code)
+    small, verbosity = copy.deepcopy(config), logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the tensors of all layers
+    try:
+        small.get_text_config().num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            small.get_text_config().layer_types = []
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, config=small, dtype="auto", trust_remote_code=trust_remote_code, device_map={"": device},
+            output_loading_info=True,
+        )  # fmt: skip
+        output, table = model.eval().requires_grad_(False).get_output_embeddings(), model.get_input_embeddings().weight
+        target, called = Target(model, text, Head(whole(output.weight), whole(output.bias)), whole(table), []), []
+        for part in target.decoder.modules():
+            part.register_forward_hook(lambda part, args, states: called.append((states, part)))
+        last = target.decoder(input_ids=_probe(target, 8)[None], use_cache=False).last_hidden_state
+        norm = next(part for states, part in called if states is last)
+        _fit_head(target)
+    except Exception as error:  # of the family's own code, too
+        fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+    return Target(None, text, target.head, target.embedding, layer_ids, norm=norm)
 
 
 FLAGS = {

@@ -46,7 +46,7 @@ from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
-from prepare_hidden_states import SOURCE_FLAGS, open_target
+from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, open_target
 from share_target import SHARING_FLAGS, check_heads, check_sharding, on_each_node, on_first_rank
 from share_target import read_deepspeed_config, read_target_config, resolve_target, share_of_weights
 from share_target import run_together, start_distributed
@@ -650,6 +650,7 @@ def save(engine, d2t, folder, files, link=None):
         write_draft(building, engine.module.config, tensors)
         for name, text in files.items():
             write_atomic(building / name, text)
+        shutil.rmtree(folder, ignore_errors=True)  # of the same step
         building.rename(folder)
         if link:
             new = folder.with_name(f".{link}.building")
@@ -986,7 +987,11 @@ def main(args):
         save_step(engine, d2t, args, 0, 0)
     else:
         record = Record(args, settings)
-        train(args, engine, target, data, d2t, record)
+        try:
+            train(args, engine, target, data, d2t, record)
+        except ServerFailed as error:
+            folder = save_step(engine, d2t, args, engine.global_steps, engine.global_steps / args.steps_per_epoch)
+            on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}"))
         record.close()
 
 

