@@ -4,9 +4,7 @@ In:  a folder written by prepare_data.py; the number of ranks and the sizes of b
 Out: per rank and optimizer step its micro-batches: whole sequences behind one another without padding, the slots that
      are supervised at each step of the training-time test, and the target's forwards that have to come before.
 
-train_eagle3.py imports this file. To see beforehand how evenly the work of an epoch falls on the ranks:
-
-    python deal_batches.py --data_path prepared --num_ranks 8 --draft_global_batch_size 16 --total_seq_len 8192
+train_eagle3.py imports this file; it is not run itself.
 """
 
 import bisect
@@ -20,11 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from prepare_data import fail, open_data, parse_flags
-
 QUERY_CHUNK = 128  # slots whose attention is formed at a time
 BLOCK = 128  # slots and keys of a block of FlexAttention
 COLUMNS = ("input_ids", "loss_mask")
+STATES = ("aux_hidden_states", "last_hidden_states")  # of a row on the disk
 HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
 
 
@@ -282,6 +279,18 @@ def collate(micro_batches, steps):
     return {dtype: torch.cat(parts) for dtype, parts in tensors.items()}, batches
 
 
+def put_back(tensors, batches, device):
+    """The batches of `collate` with their tensors, on device, where it left a Place."""
+    parts = {}
+    for dtype, flat in tensors.items():
+        places = [x for batch in batches for x in batch.values() if isinstance(x, Place) and x.dtype == dtype]
+        parts[dtype] = iter(flat.to(device, non_blocking=True).split([math.prod(x.shape) for x in places]))
+    return [
+        {key: next(parts[x.dtype]).view(x.shape) if isinstance(x, Place) else x for key, x in batch.items()}
+        for batch in batches
+    ]
+
+
 def join_forwards(forwards):
     """The target's forwards before a batch: their tokens behind one another, and [(lengths, first, end)]."""
     tokens = [ids for several, *_ in forwards for ids in several] or [torch.zeros(0, dtype=torch.int64)]
@@ -334,65 +343,5 @@ def read_steps(split, args, target, device, steps=None, name="train", **sizes):
             prefetch_factor=args.prefetch_factor if args.num_workers else None,
         )  # fmt: skip
         for tensors, batches in source.ahead(loader, data) if source else loader:
-            parts = {}
-            for dtype, flat in tensors.items():
-                counts = [math.prod(x.shape) for batch in batches for x in batch.values() if places(x, dtype)]
-                parts[dtype] = iter(flat.to(device, non_blocking=True).split(counts))
-            batches = [
-                {key: next(parts[x.dtype]).view(x.shape) if isinstance(x, Place) else x for key, x in batch.items()}
-                for batch in batches
-            ]
+            batches = put_back(tensors, batches, device)
             yield source.expect(batches, data) if source else batches
-
-
-def places(x, dtype):
-    return isinstance(x, Place) and x.dtype == dtype
-
-
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
-FLAGS = {
-    "what is dealt": [
-        ("data_path", str, ..., "folder written by prepare_data.py"),
-        ("num_ranks", int, 1, "processes of the training", 1),
-        ("draft_global_batch_size", int, 8, "sequences per optimizer step, all ranks", 1),
-        ("draft_micro_batch_size", int, 1, "sequences per rank in one forward of the draft", 1),
-        ("total_seq_len", int, 0, "tokens of a micro-batch, instead of draft_micro_batch_size; 0 = off", 0),
-        ("batch_size", int, 2, "sequences per rank in one forward of the target", 1),
-        ("tp_size", int, 1, "ranks that share one copy of the target", 1),
-        ("seed", int, 0, "of the data order"),
-    ]
-}
-
-
-def parse_args(argv=None):
-    return parse_flags(__doc__, FLAGS, argv)
-
-
-def main(args):
-    split, tp = open_data(args.data_path)[0]["train"], args.tp_size
-    lengths, supervised = measure_rows(split)
-    if args.num_ranks % tp:
-        fail(f"tp_size {tp} does not divide the {args.num_ranks} ranks")
-    if 0 < args.total_seq_len < lengths.max():
-        fail(f"total_seq_len {args.total_seq_len} is less than the {lengths.max()} tokens of a row")
-    work, order, size = lengths + supervised, epoch_order(len(split), args.seed, 0), args.draft_global_batch_size
-    steps, batches, forwards, slowest, busy = range(0, len(order), size), [], [], 0, 0
-    for at in steps:
-        rows = order[at : at + size]
-        dealt = deal(rows, lengths, work, args.num_ranks, args.draft_micro_batch_size, args.total_seq_len)
-        batches += [lengths[part].sum() for lists in dealt for part in lists]
-        slowest += max(sum(work[part].sum() for part in lists) for lists in dealt) * args.num_ranks
-        busy += work[rows].sum()
-        dealt = [[part or [-1] for part in lists] for lists in dealt[:tp]]
-        forwards += [lengths[[row for row in part if row >= 0]].sum()
-                     for lists in deal_forwards(dealt, 0, args.batch_size, tp, tp) for part, *_ in lists]  # fmt: skip
-    print(f"{len(order):,} sequences of {lengths.min()} to {lengths.max()} tokens ({lengths.mean():.0f} on average, "
-          f"{supervised.sum() / lengths.sum():.0%} supervised) in {len(steps):,} optimizer steps")  # fmt: skip
-    for name, tokens, shared in (("a rank's micro-batches", batches, args.num_ranks), ("target forwards", forwards, 1)):
-        print(f"{name}: {len(tokens) / len(steps) / shared:.1f} a step, {np.mean(tokens):.0f} tokens on average, "
-              f"at most {max(tokens)}")  # fmt: skip
-    print(f"ranks busy: {busy / slowest:.1%} of the time that the most loaded one takes")
-
-
-if __name__ == "__main__":
-    main(parse_args())

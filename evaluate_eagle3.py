@@ -32,6 +32,7 @@ from transformers import DynamicCache
 
 from build_vocab_mapping import target_ids
 from export_eagle3 import auxiliary_layers, read_draft
+from load_target import load_target, read_target_config, resolve_target
 from prepare_data import (
     Rejected,
     boolean,
@@ -45,7 +46,6 @@ from prepare_data import (
     render,
     write_atomic,
 )
-from share_target import load_target, read_target_config, resolve_target
 from train_eagle3 import DraftModel
 
 # ----------------------------------------------------------------------------------------------------------------------

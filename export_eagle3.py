@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems
+from load_target import default_layer_ids, read_target_tensor, resolve_target
 from prepare_data import fail, normalise_argv, write_atomic
-from share_target import default_layer_ids, read_target_tensor, resolve_target
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")

@@ -13,21 +13,15 @@ Started again after an interruption it goes on where it stopped. train_eagle3.py
 """
 
 import concurrent.futures
-import fcntl
 import functools
 import hashlib
-import http.client
 import itertools
 import json
 import os
 import shutil
 import sys
-import time
-import urllib.error
-import urllib.request
 import zlib
-from collections import Counter, defaultdict
-from multiprocessing.pool import ThreadPool
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -38,18 +32,17 @@ from tqdm import tqdm
 
 # isort: off
 # (it would give every name a line of its own)
-from deal_batches import COLUMNS, deal_forwards, join_forwards, tokens_read
-from share_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
-from share_target import on_each_node, on_first_rank, read_target_config, resolve_target, run_together
-from share_target import start_distributed
+from ask_vllm import SERVER_FLAGS, Extracted, Server, ServerFailed, served_model
+from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, tokens_read
+from load_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
+from load_target import read_target_config, resolve_target
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, write_atomic
+from run_ranks import on_each_node, on_first_rank, run_together, start_distributed
 # isort: on
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
 SHARD_BYTES = 256 * 2**20  # a shard is closed when it has grown beyond that
 SAMPLE = 2**20  # bytes of a weight file that are hashed, at its beginning, in its middle and at its end
-STATES = ("aux_hidden_states", "last_hidden_states")
-REQUESTS = 16  # to a server that are under way at once, of each rank
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,8 +181,9 @@ class Store:
         return (tensors, "") if checksum(tensors) == crc else (None, "damaged")
 
     def add(self, row, tensors):
-        """Keep a row to be written with the next shard; False if its states are not finite: then it is not."""
+        """Keep a row for the next shard; False, and a line that names it, if its states are not finite."""
         if not all(tensors[name].float().isfinite().all() for name in STATES):
+            tqdm.write(f"row {row}: hidden states are not finite in {self.index['dtype']}", sys.stderr)
             return False
         self.new[row] = tensors
         self.size += sum(tensor.nbytes for tensor in tensors.values())
@@ -243,19 +237,21 @@ SOURCE_FLAGS = [
     ("on_missing", ("generate", "skip", "warn", "raise"), "generate", "rows that it lacks; generate: by the target"),
     ("on_generate", ("cache", "delete"), "delete", "whether what is generated is kept there"),
     ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "of a new folder; fp8: e4m3, a scale per token and layer"),
-    ("vllm_endpoint", str, None, "URL of a vLLM server that generates missing rows; none: the target in memory does"),
-    ("request_timeout", float, 180, "seconds that the server may take for a row", 0),
-    ("max_retries", int, 3, "times that it is asked again, after 1, 2, 4, ... seconds", 0),
+    *SERVER_FLAGS,
 ]
+
+
+def load_as_asked(args, model_dir, device, layers):
+    """The Target, shared by the ranks as the flags say."""
+    return load_target(
+        model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code, sharding=args.target_sharding,
+        tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
+    )  # fmt: skip
 
 
 def open_target(args, model_dir, device, layers, data, data_config):
     """The Target, or with args.hidden_states_path a Source: then the target is loaded only to generate missing rows."""
-    options = {"layer_ids": layers, "trust_remote_code": args.trust_remote_code}
-    load = functools.partial(
-        load_target, model_dir, device, **options, sharding=args.target_sharding, tp_size=args.tp_size,
-        offload=args.target_offload, offload_path=args.target_offload_path,
-    )  # fmt: skip
+    load = functools.partial(load_as_asked, args, model_dir, device, layers)
     generate, server = args.on_missing == "generate", None
     if generate and args.vllm_endpoint and not args.hidden_states_path:
         args.hidden_states_path = str(Path(args.output_dir) / "hidden_states")
@@ -288,7 +284,7 @@ def open_target(args, model_dir, device, layers, data, data_config):
 
     settings, lacking, model = on_first_rank(look)
     store, whole = open_store(settings), generate and lacking and not model
-    head = None if whole and not extracted else load_head(model_dir, device, **options)
+    head = None if whole and not extracted else load_head(model_dir, device, layers, args.trust_remote_code)
     if model:
         server = Server(args, model, shape)
     return Source(args, load() if whole else head, store, load, head and head.norm, server)
@@ -421,150 +417,6 @@ class Source:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A vLLM server, and the files that it writes
-
-
-class ServerFailed(Exception):
-    """A row's hidden states cannot be had from the server; the message names both."""
-
-
-class Extracted:
-    """Rows in files of vLLM's extractor, as speculators names them: hs_N.safetensors is row N of the train split, in
-    the folder validation of that split. They are only read. They do not say of which target and layers they are.
-    """
-
-    def __init__(self, folder, data, shape):
-        """data: the splits; shape: auxiliary layers and the last one, and hidden size."""
-        self.folder, self.data, self.shape, self.index = Path(folder), data, shape, {"layers": range(shape[0] - 1)}
-        found = [(split, path.stem) for split in data for path in self.path(split, "*").parent.glob("hs_*.safetensors")]
-        self.rows = {f"{split}/{stem.removeprefix('hs_')}": (f"{stem}.safetensors", None) for split, stem in found}
-
-    def path(self, split, number):
-        return self.folder / ("" if split == "train" else split) / f"hs_{number}.safetensors"
-
-    def read(self, row):
-        """As Store.read, with last_hidden_states from before the final norm."""
-        split, number = row.split("/")
-        input_ids, loss_mask = (torch.tensor(self.data[split][int(number)][name]) for name in COLUMNS)
-        states, wrong = read_extracted(self.path(split, number), input_ids.tolist(), self.shape)
-        if wrong:
-            return None, wrong
-        count, teachers = tokens_read(loss_mask)
-        states = states[:count, :-1].flatten(1), states[teachers, -1]
-        return dict(zip((*COLUMNS, *STATES), (input_ids, loss_mask, *states), strict=True)), ""
-
-
-def read_extracted(path, input_ids, shape):
-    """(hidden_states [T, layers, Ht], "") of a file of vLLM's extractor, or (None, what is wrong with it)."""
-    try:
-        with safe_open(path, "pt") as file:
-            states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids").tolist()
-    except FileNotFoundError:
-        return None, "missing"
-    except (OSError, SafetensorError):
-        return None, "damaged"
-    if tokens != input_ids:
-        return None, "of other tokens"
-    return (states, "") if states.shape == (len(tokens), *shape) else (None, f"of shape {tuple(states.shape)}")
-
-
-def request_answer(args, path, body=None):
-    """The JSON that the server answers; OSError, HTTPException or ValueError if it does not."""
-    base = args.vllm_endpoint.rstrip("/").removesuffix("/v1")
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{base}/v1/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=args.request_timeout) as answer:
-        return json.load(answer)
-
-
-def keep_asking(args, what, work):
-    """work()'s result, tried max_retries times again. ServerFailed, at once if asking again cannot help."""
-    for attempt in range(args.max_retries + 1):
-        time.sleep(2 ** (attempt - 1) if attempt else 0)
-        try:
-            return work()
-        except ServerFailed as error:
-            raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint}, {what}: {error}") from error
-        except urllib.error.HTTPError as error:
-            said = f"{error}: {error.read(300).decode(errors='replace')}"
-            if error.code < 500 and error.code not in (408, 429):
-                raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} refuses {what}: {said}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            said = f"{type(error).__name__} {error}"
-    raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} fails for {what}, {attempt + 1} times, at last with {said}")
-
-
-def served_model(args, model_dir, longest):
-    """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
-    try:
-        models = keep_asking(args, "the list of its models", lambda: request_answer(args, "models"))["data"]
-    except ServerFailed as error:
-        fail(error)
-    names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()
-    for model in models:
-        own = [model[key] for key in ("id", "root") if model.get(key)]
-        if any(name in names or Path(name).resolve() == there for name in own):
-            if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
-                fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
-                     f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
-            return model["id"]
-    fail(f"vllm_endpoint {args.vllm_endpoint} serves {', '.join(model['id'] for model in models)}, not the target "
-         f"{names[0]}: start it with that one, or if it is, with --served-model-name {names[0]}")  # fmt: skip
-
-
-class Server:
-    """A vLLM server started with extract_hidden_states: it answers with the path of a file in a shared folder."""
-
-    def __init__(self, args, model, shape):
-        self.args, self.model, self.shape = args, model, shape
-        self.pool, self.asked = ThreadPool(REQUESTS), defaultdict(list)  # a row ends one epoch and begins the next
-
-    def ask(self, row, input_ids):
-        """Send a request; at most REQUESTS are under way."""
-        work = functools.partial(self.generate, input_ids)
-        self.asked[row].append(self.pool.apply_async(keep_asking, (self.args, f"row {row}", work)))
-
-    def take(self, row):
-        """hidden_states [T, layers, Ht] of a row that was asked for, on the CPU; ServerFailed."""
-        return self.asked[row].pop(0).get()
-
-    def generate(self, input_ids):
-        """One request. Its file's lock is held by the server until the file is whole; both are removed."""
-        end = time.monotonic() + self.args.request_timeout
-        body = {"model": self.model, "prompt": input_ids, "max_tokens": 1, "return_token_ids": True}
-        answer = request_answer(self.args, "completions", body)
-        path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
-        if not path:
-            raise ServerFailed("its answer names no file: start it with extract_hidden_states, as the README says")
-        try:
-            with open(f"{path}.lock") as lock:
-                while not locked(lock):
-                    if time.monotonic() > end:
-                        raise TimeoutError(f"{path} is still being written")
-                    time.sleep(0.005)
-                states, wrong = read_extracted(path, input_ids, self.shape)
-                states = states if wrong else states.clone()  # it lies in the file's pages
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}: its folder must be seen here under the same path") from error
-        for name in (f"{path}.lock", path):
-            Path(name).unlink(missing_ok=True)
-        if wrong in ("missing", "damaged"):
-            raise OSError(f"{path} is {wrong}")
-        if wrong or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
-            raise ServerFailed(f"what it gives is {wrong or 'of other tokens'}, not {len(input_ids)} x {self.shape}")
-        return states
-
-
-def locked(file):
-    """Whether a shared lock can be had of a file now; closing it gives it back."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Writing all rows
 
 
@@ -624,7 +476,6 @@ def write_all(args, target, store, data, pending):
                     written += sum(tensor.nbytes for tensor in tensors.values())
                 else:
                     bad.append(name)
-                    tqdm.write(f"row {name}: hidden states are not finite in {args.hidden_states_dtype}", sys.stderr)
             passed = [row for part in pending[at : at + copies] for row in part]
             bar.update(sum(data[split][number]["length"] for split, number in passed))
             bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
@@ -682,10 +533,7 @@ def main(args):
     data, _ = open_data(args.data_path)
     store = Store(args.output_path, settings)
     model_dir = on_each_node(lambda: resolve_target(args.target_model_path))
-    target = load_target(
-        model_dir, device, layer_ids=layers, trust_remote_code=args.trust_remote_code, sharding=args.target_sharding,
-        tp_size=args.tp_size, offload=args.target_offload, offload_path=args.target_offload_path,
-    ) if pending else None  # fmt: skip
+    target = load_as_asked(args, model_dir, device, layers) if pending else None
     try:
         bad = write_all(args, target, store, data, pending)
         if dist.get_rank() == 0:

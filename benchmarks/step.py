@@ -45,15 +45,15 @@ import dense  # noqa: E402  (neither the root nor tests/ is on the path of a scr
 
 from deal_batches import plan_slots, positions_of, supervised_slots  # noqa: E402
 from export_eagle3 import configure  # noqa: E402
-from prepare_data import fail  # noqa: E402
-from share_target import (  # noqa: E402
+from load_target import (  # noqa: E402
     Head,
     Target,
     default_layer_ids,
-    keep_freed_memory,
     load_target,
     resolve_target,
 )  # fmt: skip
+from prepare_data import fail  # noqa: E402
+from run_ranks import keep_freed_memory  # noqa: E402
 from train_eagle3 import DraftModel  # noqa: E402
 
 DECAY = 0.8

@@ -50,8 +50,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from load_target import load_target, resolve_target  # noqa: E402
 from prepare_data import fail  # noqa: E402  (the root is not on the path of a script that lies here)
-from share_target import keep_freed_memory, load_target, resolve_target, start_distributed  # noqa: E402
+from run_ranks import keep_freed_memory, start_distributed  # noqa: E402
 
 MIB = 2**20
 SIZES = {

@@ -15,7 +15,7 @@ sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 import step
 
 from export_eagle3 import with_auxiliary_layers
-from share_target import Head
+from load_target import Head
 from train_eagle3 import DraftModel
 
 LENGTHS, VOCABULARY, DRAFT_VOCABULARY, STEPS, DECAY, TARGET_HIDDEN = (9, 31, 1, 24), 8, 6, 4, 0.8, 16

@@ -14,8 +14,8 @@ import evaluate_eagle3
 from deal_batches import acceptance_walk, plan_slots, positions_of, supervised_slots
 from evaluate_eagle3 import CachedDraft, CachedTarget, main, measure, parse_args, sampling, speculate, verify_greedy
 from export_eagle3 import derive_config, read_draft, write_draft
+from load_target import load_target, read_target_config
 from prepare_data import open_data, prepare
-from share_target import load_target, read_target_config
 from train_eagle3 import DraftModel, chain_lengths, objective
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other

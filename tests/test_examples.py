@@ -13,7 +13,7 @@ import torch
 from deal_batches import acceptance_walk, plan_slots, supervised_slots
 from evaluate_eagle3 import load_draft
 from export_eagle3 import check_draft, read_draft
-from share_target import load_target
+from load_target import load_target
 from train_eagle3 import chain_lengths
 
 pytestmark = pytest.mark.slow

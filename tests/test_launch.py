@@ -15,7 +15,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from share_target import start_distributed
+from run_ranks import start_distributed
 
 TRAINER = str(tiny.REPOSITORY / "train_eagle3.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
@@ -207,7 +207,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
 from prepare_data import fail
-from share_target import run_together, start_distributed
+from run_ranks import run_together, start_distributed
 
 def main(minutes):
     start_distributed(minutes)
@@ -344,7 +344,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from share_target import run_together, start_distributed
+from run_ranks import run_together, start_distributed
 
 def main(minutes):
     start_distributed(minutes)

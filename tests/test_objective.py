@@ -9,7 +9,7 @@ import deal_batches
 import train_eagle3
 from deal_batches import acceptance_walk, plan_slots, supervised_slots
 from export_eagle3 import FLAGS, with_auxiliary_layers
-from share_target import Head
+from load_target import Head
 from train_eagle3 import DraftModel, chain_lengths, objective
 
 ROPES = {

@@ -12,7 +12,6 @@ import torch
 import transformers
 from test_train_eagle3 import arguments, weights
 
-import deal_batches
 import train_eagle3
 from deal_batches import Steps, measure_rows
 from prepare_data import open_data
@@ -151,34 +150,3 @@ def test_any_number_of_ranks_and_any_sharding_give_the_same_training(work, ranks
         for tensor in tensors:
             gap = (others[tensor].double() - tensors[tensor]).norm() / tensors[tensor].double().norm()
             assert gap < 1e-5, (target, stage, flags, tensor, float(gap))
-
-
-def test_dealing_an_epoch_prints_what_the_ranks_will_read(work, capsys):
-    split = open_data(work / "prepared" / "data")[0]["train"]
-    given = ["--data_path", work / "prepared" / "data", "--num_ranks", 2, "--tp_size", 2, "--total_seq_len", 256]
-    deal_batches.main(deal_batches.parse_args(list(map(str, given))))
-    lines = capsys.readouterr().out.splitlines()
-    ranks = [Steps(split, 0, 8, rank, 2, 1, 256, 2, 2, 2) for rank in range(2)]
-    batches = [sum(len(ids) for ids, _ in batch if ids.any())
-               for steps in ranks for step in range(6) for batch, _ in steps[step]]  # fmt: skip
-    forwards = [sum(len(ids) for ids in several if ids.any())
-                for step in range(6) for _, due in ranks[0][step] for several, *_ in due]  # fmt: skip
-    work_of = [[sum(len(ids) + int(mask.sum()) for batch, _ in steps[step] for ids, mask in batch if ids.any())
-                for steps in ranks] for step in range(6)]  # fmt: skip
-    busy = sum(map(sum, work_of)) / sum(2 * max(each) for each in work_of)
-    lengths = [len(row) for row in split["input_ids"]]
-    assert lines[0].startswith(f"48 sequences of {min(lengths)} to {max(lengths)} tokens ({sum(lengths) / 48:.0f} on")
-    for line, tokens in zip(lines[1:3], (batches, forwards), strict=True):
-        number = len(tokens) / (12 if tokens is batches else 6)
-        assert (
-            f": {number:.1f} a step, {sum(tokens) / len(tokens):.0f} tokens on average, at most {max(tokens)}" in line
-        )
-    assert lines[3] == f"ranks busy: {busy:.1%} of the time that the most loaded one takes"
-
-
-@pytest.mark.parametrize("wrong", [("--tp_size", 3), ("--total_seq_len", 20)])
-def test_dealing_what_cannot_be_dealt_is_one_line(work, wrong, capsys):
-    given = ["--data_path", work / "prepared" / "data", "--num_ranks", 4, *wrong]
-    with pytest.raises(SystemExit) as stopped:
-        deal_batches.main(deal_batches.parse_args(list(map(str, given))))
-    assert stopped.value.code == 2 and str(wrong[1]) in capsys.readouterr().err

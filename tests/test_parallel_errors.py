@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-import share_target
+import run_ranks
 import train_eagle3
 
 BELOW_A_FILE, NOWHERE = tiny.REPOSITORY / "README.md" / "below", "/proc/nothing/can/be/made/here"
@@ -25,7 +25,7 @@ def work(tmp_path_factory):
     DeepSpeed configurations that cannot work.
     """
     folder = tmp_path_factory.mktemp("errors")
-    share_target.start_distributed(20)
+    run_ranks.start_distributed(20)
     config = tiny.llama_config(hidden_size=96, num_attention_heads=12, num_key_value_heads=6, head_dim=8)
     config.save_pretrained(folder / "target")
     (folder / "target" / "nothing.safetensors").write_text("")

@@ -23,16 +23,18 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_share_target import FAMILIES, SIZES, write_model
+from test_load_target import FAMILIES, SIZES, write_model
 from transformers import AutoModelForCausalLM
 
+import ask_vllm
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
+from ask_vllm import Extracted
 from deal_batches import tokens_read
 from export_eagle3 import check_draft
-from prepare_hidden_states import Extracted, Source
-from share_target import load_head, load_target
+from load_target import load_head, load_target
+from prepare_hidden_states import Source
 
 LAYERS = [2, 4, 5]  # of the tiny target, and its last one is 8
 HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # which vLLM's CPU build can compute
@@ -147,7 +149,7 @@ def waits(monkeypatch):
     """The seconds of back-off that were waited, without waiting."""
     waited, sleep = [], time.sleep
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: waited.append(s) if s >= 1 else sleep(s))
-    monkeypatch.setattr(prepare_hidden_states, "time", clock)
+    monkeypatch.setattr(ask_vllm, "time", clock)
     return waited
 
 

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from share_target import Watch, saved_dtype
+from load_target import saved_dtype
+from run_ranks import Watch
 
 
 @pytest.fixture

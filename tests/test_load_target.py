@@ -14,15 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import share_target
-from deal_batches import collate, deal_forwards, positions_of
+from deal_batches import collate, deal_forwards, positions_of, put_back
+from load_target import Head, load_target, read_target_tensor, resolve_target
+from load_target import main as run_main
 from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
-from share_target import (
-    Head,
-    load_target,
-    read_target_tensor,
-    resolve_target,
-)
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 LAYERS, VOCABULARY = 8, 97
@@ -156,9 +151,7 @@ def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, m
     for part, due in zip(numbers, dealt, strict=True):
         before = [([rows[i] for i in several], *mine) for several, *mine in due]
         micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before))
-    flat, batches = collate(micro_batches, 2)
-    flat = iter(flat.split([x.numel() for batch in batches for x in batch.values() if isinstance(x, torch.Size)]))
-    batches = [{k: next(flat).view(x) if isinstance(x, torch.Size) else x for k, x in b.items()} for b in batches]
+    batches = put_back(*collate(micro_batches, 2), "cpu")
     found = list(target.states(batches))
     assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
     for batch, (auxiliary, last) in zip(batches, found, strict=True):
@@ -342,7 +335,7 @@ def test_head_takes_the_lowest_of_equal_ids(softcap):
 
 # ---------------------------------------------------------------------------- command line
 def test_command_line(llama_folder):
-    command = [sys.executable, tiny.REPOSITORY / "share_target.py", "--target_model_path", llama_folder]
+    command = [sys.executable, tiny.REPOSITORY / "load_target.py", "--target_model_path", llama_folder]
     done = subprocess.run([*command, "--text", "Hello dog"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     first, *rows = [line for line in done.stdout.splitlines() if line.startswith("layers") or " -> " in line]
@@ -364,7 +357,7 @@ def test_command_line(llama_folder):
 def test_command_line_bad_input(llama_folder, capsys, no_weights):
     def main(**options):
         given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None}
-        share_target.main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
+        run_main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
 
     assert "text" in refused(capsys, main, text="")
     assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])

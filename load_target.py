@@ -1,4 +1,4 @@
-"""The target model: how ranks start and share it, which of its layers are read, what it says about a text.
+"""The target model: how ranks share it, which of its layers are read, what it says about a text.
 
 In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); tokens of several
      sequences behind one another.
@@ -7,30 +7,19 @@ Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht
 
 train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text:
 
-    python share_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
+    python load_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
 """
 
-import atexit
 import contextlib
 import copy
-import ctypes
-import datetime
-import functools
 import hashlib
 import json
 import math
 import os
-import secrets
-import socket
 import sys
-import tempfile
-import threading
-import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,241 +34,12 @@ from transformers.utils import logging
 
 from deal_batches import positions_of
 from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
+from run_ranks import check_disk
 
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
 LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
-
-
-def start_distributed(timeout, local_rank=-1):
-    """Join the process group that the variables of a launcher or a service describe, or be a group of one.
-
-    timeout: minutes that a collective may take. local_rank: the launcher's flag, -1 = from the variables. Returns the
-    device of this rank.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if "RANK" in missing:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        os.environ.update(zip((*names, "LOCAL_RANK"), ("0", "1", "127.0.0.1", port, "0"), strict=True))
-    elif missing:
-        fail(f"RANK is set, but not {', '.join(missing)}: set all of {', '.join(names)}, or none of them for one rank")
-    cuda = torch.cuda.is_available()
-    if local_rank < 0:  # some services set RANK alone: ranks are dealt to a node's devices in turn
-        local_rank = int(os.environ["RANK"]) % torch.cuda.device_count() if cuda else 0
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    # DeepSpeed builds its C++ helper with the ninja that it finds: the environment's own, activated or not.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as way:
-            # gloo listens at the address of the host's name, on many systems the loopback's: rather towards rank 0.
-            way.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing
-            for name, addresses in psutil.net_if_addrs().items():
-                if way.getsockname()[0] in (entry.address for entry in addresses):
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    timeout = datetime.timedelta(minutes=timeout)
-    # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
-    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
-    import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
-
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
-    if dist.get_world_size() > 1 and not Watch.running:
-        Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
-    return device
-
-
-class Watch:
-    """Ends this rank when another one has died, hangs or has failed, with a line that names that one.
-
-    Each rank has a connection with rank 0, and sends every second what its peer shall say when it is gone. The kernel
-    closes the connection of a process that dies, however it does. Rank 0 then ends with the same words, and so all do.
-    A rank that ends as it should leaves an empty line. Who does not know the run's token is not listened to.
-    """
-
-    running = None
-
-    def __init__(self, limit):
-        self.limit, self.peers, self.sending, self.ending = limit, [], threading.Lock(), threading.Lock()
-        self.me = f"rank {dist.get_rank()} (host {socket.gethostname()}, pid {os.getpid()})"
-        self.words = f"{self.me} has died: it was killed, or its own output says why"
-        server, where = None, [None, secrets.token_hex()]
-        if dist.get_rank() == 0:
-            both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-            server = socket.create_server(("", 0), backlog=4096, **both)
-            server.settimeout(1)
-            where[0] = server.getsockname()[1]
-        dist.broadcast_object_list(where)
-        port, self.token = where
-        atexit.register(self.tell, "")
-        os.register_at_fork(after_in_child=self.let_go)
-        threading.Thread(target=self.beat, args=[server, port], daemon=True).start()
-
-    def beat(self, server, port):
-        """Connect, rank 0 with whoever comes and another rank with rank 0, and repeat this rank's words for good."""
-        if not server:
-            try:
-                peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
-                peer.sendall(f"{self.token}\n".encode())
-            except OSError as error:
-                print(f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
-                      "a rank that is lost will show only after dist_timeout", file=sys.stderr)  # fmt: skip
-                return
-            threading.Thread(target=self.hear, args=[peer], daemon=True).start()
-        while True:
-            if server:
-                with contextlib.suppress(TimeoutError):
-                    threading.Thread(target=self.hear, args=[server.accept()[0], True], daemon=True).start()
-            else:
-                time.sleep(1)
-            self.tell()
-
-    def hear(self, peer, unknown=False):
-        """Listen to a peer until its end, or until it is silent for `limit` seconds."""
-        peer.settimeout(self.limit)
-        lines, words = peer.makefile(errors="replace"), ""
-        try:
-            if unknown and lines.readline(100).strip() != self.token:
-                return
-            self.peers.append(peer)
-            peer.sendall(f"{self.words}\n".encode())
-            for line in iter(functools.partial(lines.readline, 10000), ""):
-                words = line
-        except OSError as error:  # or a reset, as the end left something unread
-            if isinstance(error, TimeoutError):
-                name = words.partition(")")[0]
-                words = f"{name}) has not been heard of for {self.limit:.0f} s: it hangs or cannot be reached"
-        if words.startswith("rank"):  # not the empty line
-            self.end(words.strip())
-
-    def let_go(self):
-        """In a forked process: close the connections, or they would stay open when this rank dies."""
-        for peer in self.peers:
-            with contextlib.suppress(OSError):
-                os.close(peer.fileno())
-
-    def tell(self, words=None):
-        """Send this rank's words, from now on the given ones."""
-        with self.sending:
-            self.words = self.words if words is None else words
-            for peer in self.peers:
-                with contextlib.suppress(OSError):  # gone: `hear` sees it
-                    peer.sendall(f"{self.words}\n".encode())
-
-    def end(self, why):
-        """End this rank, on rank 0 all others too."""
-        self.ending.acquire()  # for good: the first reason counts
-        self.tell(why)
-        sys.stdout.flush()
-        print(f"error: {why}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def run_together(main, args):
-    """Run main(args). A rank that fails says why, as it would alone; the others end with a line that names it."""
-    try:
-        main(args)
-    except BaseException as error:
-        watch, stop = Watch.running, isinstance(error, SystemExit)
-        code = 1 if not stop else error.code if isinstance(error.code, int) else bool(error.code)
-        if not watch or not code:
-            raise
-        if not stop:
-            time.sleep(1)  # if this follows from another rank's death, the watch has seen that, and ends this one
-            print(f"{watch.me}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        watch.ending.acquire()
-        watch.tell(f"{watch.me} ended by {error!r}: its own output says why")
-        time.sleep(2)  # for ranks that fail for the same reason to say so
-        sys.stdout.flush()
-        os._exit(code)
-    dist.destroy_process_group()
-
-
-def keep_freed_memory():
-    """On CPUs: have glibc keep what is freed. It would give large blocks back and page them in anew in every step."""
-    with contextlib.suppress(AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def read_deepspeed_config(path, decided, device):
-    """DeepSpeed's configuration of a JSON file, completed by what flags decide: {key: (flag, value)}.
-
-    A value in the file that contradicts a flag ends the program.
-    """
-    try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        fail(f"deepspeed_config {path} cannot be read: {error}")
-    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
-        fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
-    for key, (flag, value) in decided.items():
-        if config.get(key, "auto") not in ("auto", value):
-            fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
-        config[key] = value
-    for key in {"optimizer", "scheduler"} & config.keys():
-        fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
-    zero = config.get("zero_optimization", {})
-    for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
-            if zero.get("stage") != 3:
-                fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
-            check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
-    half = config.setdefault("bf16", {})
-    if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
-        half["enabled"] = device.type == "cuda"
-    config.setdefault("steps_per_print", sys.maxsize)
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in every micro-batch
-    return config
-
-
-def check_disk(name, folder):
-    """End the program if DeepSpeed cannot keep tensors in `folder`, which the user gave as `name`."""
-    try:
-        tempfile.TemporaryFile(dir=folder or os.devnull).close()
-    except OSError as error:
-        fail(f"{name} {folder} cannot be written: {error.strerror}; give a folder on the NVMe disk")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
-
-
-def on_first_rank(work):
-    """Run work() on rank 0 while the others wait, and give them its result; if it ends the program, all end."""
-    result = [None, 1]
-    if dist.get_rank() == 0:
-        try:
-            result = [work(), 0]
-        except SystemExit as stop:
-            result[1] = stop.code
-            raise
-        finally:
-            dist.broadcast_object_list(result)
-    else:
-        dist.broadcast_object_list(result)
-        if result[1]:
-            sys.exit(result[1])
-    return result[0]
-
-
-def on_each_node(work):
-    """Run work() on the first rank of each node, then on the others: they find what it downloaded."""
-    for turn in (True, False):
-        if turn == (os.environ["LOCAL_RANK"] == "0"):
-            result = work()
-        dist.barrier()
-    return result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The target
 
 
 @dataclass

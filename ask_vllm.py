@@ -1,0 +1,183 @@
+"""Hidden states from a vLLM server that runs the target, and from the files that its extractor writes.
+
+In:  a server started as examples/run_llama3_vllm.sh does, which shares a folder with this machine; or a folder of files
+     hs_N.safetensors, N the row, as speculators names them.
+Out: hidden_states [T, layers, Ht] of a row: the auxiliary layers, and the last one before the final norm.
+
+prepare_hidden_states.py imports this file; it is not run itself.
+"""
+
+import fcntl
+import functools
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from deal_batches import COLUMNS, STATES, tokens_read
+from prepare_data import fail
+
+REQUESTS = 16  # to a server that are under way at once, of each rank
+
+# (name, type, default, help, least value if any): see prepare_data.parse_flags
+SERVER_FLAGS = [
+    ("vllm_endpoint", str, None, "URL of a vLLM server that generates missing rows; none: the target in memory does"),
+    ("request_timeout", float, 180, "seconds that the server may take for a row", 0),
+    ("max_retries", int, 3, "times that it is asked again, after 1, 2, 4, ... seconds", 0),
+]
+
+
+class ServerFailed(Exception):
+    """A row's hidden states cannot be had from the server; the message names both."""
+
+
+class Extracted:
+    """Rows in files of vLLM's extractor, as speculators names them: hs_N.safetensors is row N of the train split, in
+    the folder validation of that split. They are only read. They do not say of which target and layers they are.
+    """
+
+    def __init__(self, folder, data, shape):
+        """data: the splits; shape: auxiliary layers and the last one, and hidden size."""
+        self.folder, self.data, self.shape, self.index = Path(folder), data, shape, {"layers": range(shape[0] - 1)}
+        self.refresh()
+
+    def refresh(self):
+        """As Store.refresh."""
+        found = [(split, path) for split in self.data for path in self.path(split, 0).parent.glob("hs_*.safetensors")]
+        self.rows = {
+            f"{split}/{path.stem.removeprefix('hs_')}": (path.relative_to(self.folder), None) for split, path in found
+        }
+
+    def flush(self, wait=False):
+        """Nothing: the files are only read."""
+
+    def path(self, split, number):
+        return self.folder / ("" if split == "train" else split) / f"hs_{number}.safetensors"
+
+    def read(self, row):
+        """As Store.read, with last_hidden_states from before the final norm."""
+        split, number = row.split("/")
+        input_ids, loss_mask = (torch.tensor(self.data[split][int(number)][name]) for name in COLUMNS)
+        states, wrong = read_extracted(self.path(split, number), input_ids.tolist(), self.shape)
+        if wrong:
+            return None, wrong
+        count, teachers = tokens_read(loss_mask)
+        states = states[:count, :-1].flatten(1), states[teachers, -1]
+        return dict(zip((*COLUMNS, *STATES), (input_ids, loss_mask, *states), strict=True)), ""
+
+
+def read_extracted(path, input_ids, shape):
+    """(hidden_states [T, layers, Ht], "") of a file of vLLM's extractor, or (None, what is wrong with it)."""
+    try:
+        with safe_open(path, "pt") as file:
+            states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids").tolist()
+    except FileNotFoundError:
+        return None, "missing"
+    except (OSError, SafetensorError):
+        return None, "damaged"
+    if tokens != input_ids:
+        return None, "of other tokens"
+    return (states, "") if states.shape == (len(tokens), *shape) else (None, f"of shape {tuple(states.shape)}")
+
+
+def request_answer(args, path, body=None):
+    """The JSON that the server answers; OSError, HTTPException or ValueError if it does not."""
+    base = args.vllm_endpoint.rstrip("/").removesuffix("/v1")
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{base}/v1/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=args.request_timeout) as answer:
+        return json.load(answer)
+
+
+def keep_asking(args, what, work):
+    """work()'s result, tried max_retries times again. ServerFailed, at once if asking again cannot help."""
+    for attempt in range(args.max_retries + 1):
+        time.sleep(2 ** (attempt - 1) if attempt else 0)
+        try:
+            return work()
+        except ServerFailed as error:
+            raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint}, {what}: {error}") from error
+        except urllib.error.HTTPError as error:
+            said = f"{error}: {error.read(300).decode(errors='replace')}"
+            if error.code < 500 and error.code not in (408, 429):
+                raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} refuses {what}: {said}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            said = f"{type(error).__name__} {error}"
+    raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} fails for {what}, {attempt + 1} times, at last with {said}")
+
+
+def served_model(args, model_dir, longest):
+    """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
+    try:
+        models = keep_asking(args, "the list of its models", lambda: request_answer(args, "models"))["data"]
+    except ServerFailed as error:
+        fail(error)
+    names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()
+    for model in models:
+        own = [model[key] for key in ("id", "root") if model.get(key)]
+        if any(name in names or Path(name).resolve() == there for name in own):
+            if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
+                fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
+                     f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
+            return model["id"]
+    fail(f"vllm_endpoint {args.vllm_endpoint} serves {', '.join(model['id'] for model in models)}, not the target "
+         f"{names[0]}: start it with that one, or if it is, with --served-model-name {names[0]}")  # fmt: skip
+
+
+class Server:
+    """A vLLM server started with extract_hidden_states: it answers with the path of a file in a shared folder."""
+
+    def __init__(self, args, model, shape):
+        self.args, self.model, self.shape = args, model, shape
+        self.pool, self.asked = ThreadPool(REQUESTS), defaultdict(list)  # a row ends one epoch and begins the next
+
+    def ask(self, row, input_ids):
+        """Send a request; at most REQUESTS are under way."""
+        work = functools.partial(self.generate, input_ids)
+        self.asked[row].append(self.pool.apply_async(keep_asking, (self.args, f"row {row}", work)))
+
+    def take(self, row):
+        """hidden_states [T, layers, Ht] of a row that was asked for, on the CPU; ServerFailed."""
+        return self.asked[row].pop(0).get()
+
+    def generate(self, input_ids):
+        """One request. Its file's lock is held by the server until the file is whole; both are removed."""
+        end = time.monotonic() + self.args.request_timeout
+        body = {"model": self.model, "prompt": input_ids, "max_tokens": 1, "return_token_ids": True}
+        answer = request_answer(self.args, "completions", body)
+        path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
+        if not path:
+            raise ServerFailed("its answer names no file: start it with extract_hidden_states, as the README says")
+        try:
+            with open(f"{path}.lock") as lock:
+                while not locked(lock):
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"{path} is still being written")
+                    time.sleep(0.005)
+                states, wrong = read_extracted(path, input_ids, self.shape)
+                states = states if wrong else states.clone()  # it lies in the file's pages
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: its folder must be seen here under the same path") from error
+        for name in (f"{path}.lock", path):
+            Path(name).unlink(missing_ok=True)
+        if wrong in ("missing", "damaged"):
+            raise OSError(f"{path} is {wrong}")
+        if wrong or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
+            raise ServerFailed(f"what it gives is {wrong or 'of other tokens'}, not {len(input_ids)} x {self.shape}")
+        return states
+
+
+def locked(file):
+    """Whether a shared lock can be had of a file now; closing it gives it back."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
