@@ -43,7 +43,14 @@ def check_same(work, output):
     assert furthest(weights(output / "final"), weights(work / "plain" / "final")) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["zero2_offload.json", "zero3_offload.json", pytest.param(DRAFT_ON_DISK, marks=disk)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("zero2_offload.json", marks=pytest.mark.slow),
+        "zero3_offload.json",
+        pytest.param(DRAFT_ON_DISK, marks=disk),
+    ],
+)
 def test_draft_with_its_states_elsewhere(work, tmp_path, name):
     """The files of ds_configs as they are; in the one for a disk the path is written in, as its user has to."""
     path = tiny.REPOSITORY / "ds_configs" / name

@@ -125,10 +125,10 @@ def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(wor
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        (1, RUNS[1]), (2, RUNS[2]), (4, RUNS[4][1:2]),
+        (1, RUNS[1]), (4, RUNS[4][1:2]), pytest.param(2, RUNS[2], marks=pytest.mark.slow),
         pytest.param(4, RUNS[4][:1] + RUNS[4][2:], marks=pytest.mark.slow),
     ],
-    ids=["1", "2", "two groups of 2", "4"],
+    ids=["1", "two groups of 2", "2", "4"],
 )  # fmt: skip
 def test_any_number_of_ranks_and_any_sharding_give_the_same_training(work, ranks, runs):
     start(work, ranks, runs)

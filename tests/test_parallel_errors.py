@@ -91,7 +91,7 @@ def test_one_line_with_the_numbers_and_nothing_loaded(work, tmp_path, monkeypatc
 
 def check(work, tmp_path, capsys, monkeypatch, flags, expected):
     monkeypatch.setattr(train_eagle3, "start_distributed", lambda *args: torch.device("cpu"))  # of the one true rank
-    monkeypatch.setattr(train_eagle3, "load_target", lambda *args, **options: pytest.fail("the target is loaded"))
+    monkeypatch.setattr(train_eagle3, "open_target", lambda *args, **options: pytest.fail("the target is loaded"))
     monkeypatch.setattr(train_eagle3, "open_data", lambda folder: pytest.fail("the data are read"))
     with pytest.raises(SystemExit) as stop:
         train_eagle3.main(train_eagle3.parse_args(arguments(work, tmp_path / "out", flags)))

@@ -412,7 +412,7 @@ def test_bad_input_is_one_line_with_exit_code_2_before_any_model_loads(work, cas
     def no_target(*args, **kwargs):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(train_eagle3, "load_target", no_target)
+    monkeypatch.setattr(train_eagle3, "open_target", no_target)
     for name, (flags, expected) in cases.items():
         argv = arguments(work, tmp_path / "out", *flags, data=False)
         capfd.readouterr()
