@@ -11,6 +11,7 @@ import bisect
 import functools
 import itertools
 import math
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -105,9 +106,9 @@ def deal_forwards(dealt, rank, batch_size, together=1, in_step=1):
 class Steps(torch.utils.data.Dataset):
     """steps[s]: what this rank reads in optimizer step s >= 0, epoch after epoch; len(steps): the steps of one epoch.
 
-    A list of micro-batches, which `deal` made: (sequences, forwards), on the CPU. sequences: (input_ids, loss_mask),
-    int64 [S] each; row -1 has four unsupervised tokens, whose gradient is zero: no micro-batch is empty, so that the
-    ranks stay in step. forwards: as `deal_forwards` says, with input_ids in the place of rows.
+    A list of micro-batches, which `deal` made: (sequences, forwards, rows), on the CPU. sequences: (input_ids,
+    loss_mask), int64 [S] each; row -1 has four unsupervised tokens, whose gradient is zero: no micro-batch is empty, so
+    that the ranks stay in step. forwards: as `deal_forwards` says, with input_ids in the place of rows.
 
     With a store of hidden states (prepare_hidden_states.py) there are no forwards, but (number, tensors, what is wrong)
     of each sequence, and on_missing "skip" or "warn" puts row -1 in the place of one whose states are missing.
@@ -131,12 +132,13 @@ class Steps(torch.utils.data.Dataset):
         dealt = deal(rows, self.lengths, self.work, *self.dealing)
         dealt = [[part or [-1] for part in lists] for lists in dealt]
         if self.store:
-            return [self.stored(part) for part in dealt[self.rank]]
+            return [(*self.stored(part), part) for part in dealt[self.rank]]
         read = functools.cache(self.row)
         return [
-            ([read(row) for row in part], [([read(row)[0] for row in several], *mine) for several, *mine in forwards])
+            ([read(row) for row in part],
+             [([read(row)[0] for row in several], *mine) for several, *mine in forwards], part)
             for part, forwards in zip(dealt[self.rank], deal_forwards(dealt, self.rank, *self.forwards), strict=True)
-        ]
+        ]  # fmt: skip
 
     def stored(self, rows):
         sequences, states = [], []
@@ -261,13 +263,13 @@ def collate(micro_batches, steps):
     descriptor for each tensor that it hands over, and few are pinned and copied to the device.
     """
     batches, tensors = [], {}
-    for sequences, states in micro_batches:
+    for sequences, states, rows in micro_batches:
         input_ids, masks = zip(*sequences, strict=True)
         lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
         document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
         batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
-        batch |= {"lengths": lengths, **plan._asdict()}
+        batch |= {"lengths": lengths, "rows": rows, **plan._asdict()}
         if states and isinstance(states[0][0], int):
             batch |= join_stored(states, sequences)
         else:
@@ -340,8 +342,15 @@ def read_steps(split, args, target, device, steps=None, name="train", **sizes):
         loader = DataLoader(
             data, sampler=part, batch_size=None, num_workers=args.num_workers,
             collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
-            prefetch_factor=args.prefetch_factor if args.num_workers else None,
+            prefetch_factor=args.prefetch_factor if args.num_workers else None, worker_init_fn=outlive_signals,
+            generator=torch.Generator(),  # it would draw from the global one, more often in a resumed run
         )  # fmt: skip
         for tensors, batches in source.ahead(loader, data) if source else loader:
             batches = put_back(tensors, batches, device)
             yield source.expect(batches, data) if source else batches
+
+
+def outlive_signals(worker):
+    """In a worker process: leave signals that ask for an end to the training, which still needs what is read ahead."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

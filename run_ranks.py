@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -175,6 +176,27 @@ def run_together(main, args):
         sys.stdout.flush()
         os._exit(code)
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list that gets the name of each signal that asks for an end meanwhile: SIGTERM, SIGINT or SIGUSR1.
+
+    The training ends when its step is done. A second Ctrl-C ends it at once.
+    """
+    asked, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def note(number, frame):
+        asked.append(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def keep_freed_memory():

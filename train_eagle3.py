@@ -2,30 +2,29 @@
 
 In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split),
      or a folder written by prepare_data.py (--data_path).
-Out: output_dir/ with run.json, metrics.jsonl, step_XXXXXXXX/ (config.json, model.safetensors, trainer_state.json),
-     `latest` (a link to the newest of them) and final/. A folder with a model.safetensors can be served as it is.
+Out: output_dir/ with run.json, metrics.jsonl, step_XXXXXXXX/ (complete checkpoints, see save_checkpoint.py), `latest`
+     and `best` (links to two of them) and final/. A folder with a model.safetensors can be served as it is.
 
 One device:     python train_eagle3.py --target_model_path M --dataset_train_split train.jsonl --output_dir out
 Eight devices:  deepspeed --num_gpus 8 train_eagle3.py --target_model_path M --data_path prepared --output_dir out
 Many nodes:     deepspeed --hostfile hosts train_eagle3.py ... ; torchrun and RANK/WORLD_SIZE/MASTER_* work as well
 Tiny, no GPU:   bash examples/run_tiny_online.sh
 
-The file reads in the order of training: the draft, the objective, the engine, the data, measuring, keeping, the loop.
+The file reads in the order of training: the draft, the objective, the engine, the data, measuring, the loop.
 Slots and steps: slot j of a document drafts x[j+2+i] at step i (0-based) from the token x[j+1+i] and, at step 0, the
 target's hidden states at j, later its own output of the step before (EAGLE-3, arXiv 2503.01840).
 """
 
+import copy
 import datetime
 import functools
-import importlib.metadata
 import json
 import math
 import re
-import shutil
-import subprocess
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import deepspeed
@@ -35,7 +34,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from tqdm import tqdm
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 from transformers.utils.logging import disable_progress_bar
@@ -44,12 +42,15 @@ from transformers.utils.logging import disable_progress_bar
 # (it would give every name a line of its own)
 from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
-from export_eagle3 import configure, num_auxiliary, read_draft, write_draft
+from export_eagle3 import configure, num_auxiliary, read_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
 from load_target import share_of_weights
-from run_ranks import on_each_node, on_first_rank, read_deepspeed_config, run_together, start_distributed
+from record_run import TRACKERS, Record, metrics_line, run_settings
+from run_ranks import noted_signals, on_each_node, on_first_rank, read_deepspeed_config, run_together, start_distributed
+from save_checkpoint import find_state, link, read_ranks, read_shards, remove_old, remove_rests, write_checkpoint
+from save_checkpoint import write_final
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -477,6 +478,7 @@ def build_engine(args, draft, device):
     else:  # the states live in CPU memory: DeepSpeed's own AdamW steps them there with vector instructions
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     engine, *_ = deepspeed.initialize(model=draft.to(device), optimizer=optimizer, config=config)
+    engine.optimizer.check_grad_overflow = True  # steps that are not finite are left out, in fp32 too
     return engine
 
 
@@ -502,23 +504,40 @@ def run_objective(draft, target, batches, d2t, args):
         yield draft(ids, positions, auxiliary, last, target.head, plan, d2t, args.ttt_step_loss_decay)
 
 
-def optimizer_step(engine, target, batches, d2t, args):
-    """One optimizer step on this rank's micro-batches. Returns metric sums [K, 4] and the sum of chain lengths.
+def optimizer_step(engine, target, batches, d2t, args, votes):
+    """One optimizer step on this rank's micro-batches.
+
+    Returns metric sums [K, 4], the sum of chain lengths, the sums of `votes` (numbers) over the ranks, and "" or, if a
+    gradient was not finite and the step was left out, where that comes from.
 
     The loss is divided by the supervised step-0 slots of the whole step (all micro-batches, all ranks), so the gradient
     does not depend on how sequences are dealt out. DeepSpeed averages over ranks and micro-batches: hence the factors.
     """
     slots = sum(batch["counts"][0] for batch in batches)
-    total = torch.full((), slots, dtype=torch.float64, device=engine.device)
+    total = torch.tensor([slots, *votes], dtype=torch.float64, device=engine.device)
     dist.all_reduce(total)
-    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total.clamp(min=1)
-    sums, chains = 0.0, 0.0
+    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total[0].clamp(min=1)
+    sums, chains, losses, skipped = 0.0, 0.0, [], False
     for number, (loss, part, correct) in enumerate(run_objective(engine, target, batches, d2t, args), 1):
         engine.set_gradient_accumulation_boundary(number == len(batches))  # steps differ in their number
         engine.backward(loss * scale.to(loss.dtype))
-        engine.step()
+        if number == len(batches) and engine.zero_optimization_stage() == 0:  # there DeepSpeed does not look
+            skipped = not all(p.grad.isfinite().all() for p in engine.module.parameters() if p.grad is not None)
+        engine.zero_grad() if skipped else engine.step()
+        losses.append(loss.detach())
         sums, chains = sums + part, chains + chain_lengths(correct).sum().double()
-    return sums, chains
+    skipped = skipped or getattr(engine.optimizer, "overflow", False)
+    return sums, chains, total[1:].tolist(), blame(batches, losses) if skipped else ""
+
+
+def blame(batches, losses):
+    """Which rows of which rank gave a loss that is not finite, from every rank's micro-batches and their losses."""
+    mine = [batch["rows"] for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (mine, [batch["rows"] for batch in batches]))
+    if any(rows for rows, _ in every):
+        return ", ".join(f"the loss of rank {rank} in rows {rows}" for rank, (rows, _) in enumerate(every) if rows)
+    return "the gradient, " + ", ".join(f"rank {rank} had rows {rows}" for rank, (_, rows) in enumerate(every))
 
 
 # ==================== Measuring ======================================================================================
@@ -554,149 +573,74 @@ def reduced_metrics(sums, chains, args, extra):
     return metric_values(table, flat[count], weights) | {"extra": flat[count + 1 :]}
 
 
-def open_swanlab(args, settings):
-    import swanlab
-
-    run = swanlab.init(project="eagle3", name=args.run_name, log_dir=args.log_dir, config=settings)
-    return lambda values, step: run.log(values, step=step), run.finish
-
-
-def open_tensorboard(args, settings):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(Path(args.log_dir) / (args.run_name or "tensorboard")))
-    writer.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```")
-
-    def log(values, step):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return log, writer.close
-
-
-TRACKERS = {"swanlab": open_swanlab, "tensorboard": open_tensorboard}
-
-
-class Record:
-    """Where measured values go on rank 0: metrics.jsonl, the trackers, the terminal. Elsewhere it does nothing."""
-
-    def __init__(self, args, settings):
-        self.first = dist.get_rank() == 0
-        if self.first:
-            self.file, self.trackers = (Path(args.output_dir) / "metrics.jsonl").open("w"), {}
-            self.attempt(args.report_to, lambda name: self.trackers.update({name: TRACKERS[name](args, settings)}))
-            self.bar = tqdm(total=args.total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-
-    def attempt(self, names, work):
-        """Foreign code and accounts must not cost the training: a tracker that fails is reported and left out."""
-        for name in list(names):
-            try:
-                work(name)
-            except Exception as error:
-                print(f"{name} fails, training goes on without it: {error}", file=sys.stderr)
-                self.trackers.pop(name, None)
-
-    def row(self, split, step, epoch, values):
-        if self.first:
-            values = {name: float(f"{x:.9g}") if isinstance(x, float) else x for name, x in values.items()}
-            self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
-            self.file.flush()
-            values = {f"{split}/{name}": value for name, value in values.items() if value is not None}
-            self.attempt(self.trackers, lambda name: self.trackers[name][0](values, step))
-
-    def line(self, text):
-        if self.first:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def close(self):
-        if self.first:
-            self.bar.close()
-            self.file.close()
-            self.attempt(self.trackers, lambda name: self.trackers[name][1]())
-
-
-def metrics_line(values, steps):
-    """The part of a printed line that training and evaluation share."""
-    accuracy = " ".join(f"{values[f'acc_{i}']:.3f}" for i in range(steps))
-    return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
-
-
-# ==================== Keeping ========================================================================================
-def draft_tensors(engine, d2t):
-    """The checkpoint's tensors on rank 0 (CPU), an empty dict elsewhere; under ZeRO-3 all ranks take part."""
-    draft = engine.module
-    with deepspeed.zero.GatheredParameters(list(draft.parameters()), enabled=engine.zero_optimization_stage() == 3):
-        if dist.get_rank() != 0:
-            return {}
-        tensors = {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
-    vocabulary = draft.config["vocab_size"]
-    if draft.config["draft_vocab_size"] < vocabulary:
-        tensors |= {"d2t": d2t.cpu(), "t2d": torch.zeros(vocabulary, dtype=torch.bool)}
-        tensors["t2d"][target_ids(tensors["d2t"])] = True
-    return tensors
-
-
-def save(engine, d2t, folder, files, link=None):
-    """A draft checkpoint that is visible only when whole, with further files {name: text}. All ranks call it.
-
-    link: name of a symbolic link beside it that is to point to it.
-    """
-    tensors = draft_tensors(engine, d2t)
-    if dist.get_rank() == 0:
-        building = folder.with_name(f".{folder.name}.building")
-        shutil.rmtree(building, ignore_errors=True)
-        write_draft(building, engine.module.config, tensors)
-        for name, text in files.items():
-            write_atomic(building / name, text)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step
-        building.rename(folder)
-        if link:
-            new = folder.with_name(f".{link}.building")
-            new.unlink(missing_ok=True)
-            new.symlink_to(folder.name)
-            new.replace(folder.with_name(link))
-    dist.barrier()
-
-
-def save_step(engine, d2t, args, step, epoch):
-    """output_dir/step_XXXXXXXX, the newest of which `latest` points to. Returns its path."""
-    folder = Path(args.output_dir) / f"step_{step:08d}"
-    state = json.dumps({"step": step, "epoch": epoch}, indent=2) + "\n"
-    save(engine, d2t, folder, {"trainer_state.json": state}, link="latest")
-    return folder
-
-
-def run_settings(args, data_config):
-    """run.json: what was run, with what, on what."""
-    packages = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
-    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return {
-        "argv": sys.argv,
-        "flags": vars(args),
-        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": git.stdout.strip() if git else None,
-        "world_size": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "data_fingerprint": data_config["fingerprint"],
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 # ==================== The loop =======================================================================================
+@dataclass
+class Progress:
+    """Where a training is, beside what the engine holds. The last four are of the steps that are not logged yet."""
+
+    step: int = 0  # optimizer steps finished, those left out as well
+    seconds: float = 0.0  # of training, all starts together
+    best: list = None  # [value, step] of the best checkpoint
+    bad: int = 0  # steps left out in a row
+    sums: torch.Tensor = 0.0  # [K, 4], of this rank
+    chains: torch.Tensor = 0.0  # of this rank
+    tokens: torch.Tensor = 0.0  # of this rank
+    norms: list = field(default_factory=list)
+
+    def restart(self, ttt_length, device):
+        """Begin to sum up anew."""
+        self.sums = torch.zeros(ttt_length, 4, dtype=torch.float64, device=device)
+        self.chains, self.tokens = self.sums.new_zeros(()), torch.zeros((), dtype=torch.float64)
+        self.norms = []
+
+
+def save_step(engine, d2t, args, progress, record=None):
+    """output_dir/step_XXXXXXXX with `latest`. Returns the folder, or None after a line if it cannot be written."""
+    folder = Path(args.output_dir) / f"step_{progress.step:08d}"
+    within = progress.step % args.steps_per_epoch
+    state = {
+        "step": progress.step, "epoch": progress.step / args.steps_per_epoch,
+        "rows_read_in_epoch": within * args.draft_global_batch_size, "seconds": progress.seconds, "best": progress.best,
+        "norms": [float(norm) for norm in progress.norms if norm is not None],
+        "data_fingerprint": args.data_fingerprint, "flags": vars(args),
+    }  # fmt: skip
+    mine = {name: torch.as_tensor(getattr(progress, name)).cpu() for name in ("sums", "chains", "tokens")}
+    if record:
+        record.keep()
+    problem = write_checkpoint(engine, d2t, folder, state, mine)
+    if dist.get_rank() == 0 and problem:
+        print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
+    elif dist.get_rank() == 0:
+        link(folder, "latest")
+        if progress.best and progress.best[1] == progress.step:
+            link(folder, "best")
+        if args.save_total_limit:
+            remove_old(args.output_dir, args.save_total_limit)
+    return None if problem else folder
+
+
+def resume(engine, args, state):
+    """The Progress of a checkpoint; the engine and the random number generators get what it holds."""
+    read_shards(engine, args.resume_from_checkpoint, state)
+    progress = Progress(*(state[name] for name in ("step", "seconds", "best")), norms=state["norms"])
+    mine = read_ranks(args.resume_from_checkpoint, state)
+    progress.sums, progress.chains = mine["sums"].to(engine.device), mine["chains"].to(engine.device)
+    progress.tokens = mine["tokens"]
+    return progress
+
+
 def check_flags(args, world):
     """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
     output, validation = Path(args.output_dir), args.dataset_validation_split
     held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
     for wrong, message in (
-        (args.resume, "resume is not available yet; resume_from_checkpoint alone starts from a draft's weights"),
         (bool(args.d2t_path) != bool(args.t2d_path), "d2t_path and t2d_path belong together: give both or neither"),
         (bool(args.data_path) == bool(args.dataset_train_split),
          "give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)"),
         (args.data_path and validation, "data_path brings its own validation split: drop dataset_validation_split"),
-        (held, f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): give another one or remove it"),
+        (held and (not args.resume or args.no_resume_from_checkpoint),
+         f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): continue it with --resume, give another "
+         "one or remove it"),
         (output.is_file(), f"output_dir {output} is a file"),
     ):  # fmt: skip
         if wrong:
@@ -736,6 +680,7 @@ def draft_config_for(args, model_dir):
 def prepare_run(args, world):
     """Everything that can go wrong before a model loads, on rank 0. Returns what all ranks need to go on."""
     check_flags(args, world)
+    state = find_state(args)
     engine_config(args, torch.device("cpu"))
     for name in (
         "dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path",
@@ -780,8 +725,13 @@ def prepare_run(args, world):
     args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
     if args.scheduler_warmup_steps > args.scheduler_total_steps:
         fail(f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps} steps")
+    args.data_fingerprint = data_config["fingerprint"]
+    if state and state["data_fingerprint"] != args.data_fingerprint:
+        fail(f"{args.resume_from_checkpoint} was trained on other data than {folder}: give the same, or start from its "
+             "weights without --resume")  # fmt: skip
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    return args, config, layers, folder, d2t
+    remove_rests(args.output_dir)
+    return args, config, layers, folder, d2t, state
 
 
 def build_draft(args, config, target, d2t):
@@ -828,61 +778,91 @@ def due(count, interval):
     return bool(count and interval and count % interval == 0)
 
 
-def train(args, engine, target, data, d2t, record):
-    """The loop: every optimizer step of every epoch; then logging, evaluating and saving where they are due."""
-    output_dir, started = Path(args.output_dir), time.monotonic()
-    since, tokens, norms, pending = started, 0, [], None
+def train(args, engine, target, data, d2t, record, progress):
+    """The loop: every optimizer step of every epoch; then logging, evaluating and saving where they are due.
+
+    Returns whether the training is finished: False if a signal asked it to stop.
+    """
+    started, good = time.monotonic() - progress.seconds, progress
+    since = saved = time.monotonic()
     steps = read_steps(
-        data["train"], args, target, engine.device, range(args.total_steps), total_seq_len=args.total_seq_len,
-        global_batch_size=args.draft_global_batch_size, micro_batch_size=args.draft_micro_batch_size,
+        data["train"], args, target, engine.device, range(progress.step, args.total_steps),
+        total_seq_len=args.total_seq_len, global_batch_size=args.draft_global_batch_size,
+        micro_batch_size=args.draft_micro_batch_size,
     )  # fmt: skip
-    for step, batches in enumerate(steps, 1):
-        # --- one optimizer step ---
-        rate = learning_rate_at(step - 1, args)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        sums, chains = optimizer_step(engine, target, batches, d2t, args)
-        pending = (sums, chains) if pending is None else (pending[0] + sums, pending[1] + chains)
-        tokens += sum(len(batch["input_ids"]) for batch in batches)
-        norms.append(engine.get_global_grad_norm())
-        if record.first:
-            record.bar.update()
-        at, last = step / args.steps_per_epoch, step == args.total_steps
+    with noted_signals() as asked:
+        for step, batches in enumerate(steps, progress.step + 1):
+            # --- one optimizer step; whether to stop and to save is found out along with it ---
+            rate = learning_rate_at(step - 1, args)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            old = record.first and 0 < 60 * args.save_minutes < time.monotonic() - saved
+            sums, chains, (stop, old), wrong = optimizer_step(engine, target, batches, d2t, args, (bool(asked), old))
+            if wrong:
+                good = good if progress.bad else copy.deepcopy(progress)
+                progress.bad += 1
+                record.line(f"step {step} is left out, it is not finite: {wrong}")
+            else:
+                progress.bad = 0
+                progress.sums, progress.chains = progress.sums + sums, progress.chains + chains
+                progress.tokens += sum(len(batch["input_ids"]) for batch in batches)
+                progress.norms.append(engine.get_global_grad_norm())
+            progress.step, progress.seconds = step, time.monotonic() - started
+            if progress.bad == args.max_bad_steps:
+                folder = save_step(engine, d2t, args, good, record)
+                message = f"{progress.bad} steps in a row are not finite, the last good state is in {folder}"
+                on_first_rank(functools.partial(fail, f"{message}: look at the rows named above"))
+            if record.first:
+                record.bar.update()
+            at, last = step / args.steps_per_epoch, step == args.total_steps
 
-        # --- log: the values cover all steps since the last line ---
-        if step % args.log_steps == 0 or last:
-            values = reduced_metrics(*pending, args, torch.tensor([tokens]))
-            now = time.monotonic()
-            norms = [float(norm) for norm in norms if norm is not None]  # ZeRO stage 0 reports none
-            values |= {
-                "lr": rate,
-                "grad_norm": sum(norms) / len(norms) if norms else None,
-                "tokens_per_second": values.pop("extra")[0] / (now - since),
-                "seconds": now - started,
-            }
-            record.row("train", step, at, values)
-            left = datetime.timedelta(seconds=round((now - started) / step * (args.total_steps - step)))
-            norm = "-" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
-            record.line(
-                f"step {step}/{args.total_steps} {step / args.total_steps:.0%} | "
-                f"{metrics_line(values, args.ttt_length)} | lr {rate:.2e} | grad_norm {norm} | "
-                f"{values['tokens_per_second']:.0f} tokens/s | left {left}"
-            )
-            since, tokens, norms, pending = time.monotonic(), 0, [], None
+            # --- log: the values cover all steps since the last line ---
+            if step % args.log_steps == 0 or last:
+                log(args, record, progress, rate, time.monotonic() - since)
+                progress.restart(args.ttt_length, engine.device)
+                since = time.monotonic()
 
-        # --- evaluate and save: by epochs, by steps, and always at the end ---
-        whole = 0 if step % args.steps_per_epoch else step // args.steps_per_epoch  # epochs finished now, 0 within one
-        paused = time.monotonic()
-        if "validation" in data and (last or due(whole, args.eval_interval) or due(step, args.eval_steps)):
-            values = evaluate(engine, target, data["validation"], d2t, args)
-            record.row("validation", step, at, values)
-            record.line(f"evaluation at step {step} | {metrics_line(values, args.ttt_length)} | "
-                        f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
-        if last or due(whole, args.save_interval) or due(step, args.save_steps):
-            record.line(f"saved {save_step(engine, d2t, args, step, at)}")
-        since += time.monotonic() - paused  # tokens/s is about training
-    save(engine, d2t, output_dir / "final", {"run.json": (output_dir / "run.json").read_text()})
-    record.line(f"finished {step} steps in {time.monotonic() - started:.0f} s: {output_dir / 'final'}")
+            # --- evaluate and save: by epochs, by steps, by time, and always at the end ---
+            whole = 0 if step % args.steps_per_epoch else step // args.steps_per_epoch  # epochs finished, 0 within one
+            paused, better = time.monotonic(), False
+            due_now = last or stop or old or due(whole, args.save_interval) or due(step, args.save_steps)
+            if "validation" in data and (last or due(whole, args.eval_interval) or due(step, args.eval_steps)):
+                values = evaluate(engine, target, data["validation"], d2t, args)
+                record.row("validation", step, at, values)
+                record.line(f"evaluation at step {step} | {metrics_line(values, args.ttt_length)} | "
+                            f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
+                value, sign = values[args.best_metric], -1 if args.best_metric == "loss" else 1
+                better = progress.best is None or sign * value > sign * progress.best[0]
+                if better and (due_now or args.save_best):
+                    progress.best, due_now = [value, step], True
+            if due_now:
+                folder, saved = save_step(engine, d2t, args, progress, record), time.monotonic()
+                record.line(f"saved {folder}" if folder else "the training goes on")
+            if stop and not last:
+                record.line(f"stopped behind step {step} by {asked[0] if asked else 'a signal'}: --resume continues")
+                return False
+            since += time.monotonic() - paused  # tokens/s is about training
+    return True
+
+
+def log(args, record, progress, rate, seconds):
+    """A row and a line about the steps since the last ones; seconds: that these took."""
+    step, total = progress.step, args.total_steps
+    values = reduced_metrics(progress.sums, progress.chains, args, progress.tokens.reshape(1))
+    norms = [float(norm) for norm in progress.norms if norm is not None]  # ZeRO stage 0 reports none
+    values |= {
+        "lr": rate,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+        "tokens_per_second": values.pop("extra")[0] / seconds,
+        "seconds": progress.seconds,
+    }
+    record.row("train", step, step / args.steps_per_epoch, values)
+    left = datetime.timedelta(seconds=round(progress.seconds / step * (total - step)))
+    norm = "-" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
+    record.line(
+        f"step {step}/{total} {step / total:.0%} | {metrics_line(values, args.ttt_length)} | lr {rate:.2e} | "
+        f"grad_norm {norm} | {values['tokens_per_second']:.0f} tokens/s | left {left}"
+    )
 
 
 # (name, type, default, help, least value if any): see parse_flags
@@ -939,8 +919,14 @@ FLAGS = {
         ("save_interval", int, 1, "epochs; the end is always saved", 1),
         ("eval_steps", int, 0, "optimizer steps; 0 = by epoch only", 0),
         ("save_steps", int, 0, "optimizer steps; 0 = by epoch only", 0),
-        ("resume", boolean, False, "continue the newest checkpoint of output_dir; not available yet"),
-        ("resume_from_checkpoint", str, None, "draft whose weights and vocabulary mapping to start from"),
+        ("save_minutes", float, 0, "minutes between two checkpoints; 0 = by epoch and steps only", 0),
+        ("save_total_limit", int, 0, "newest checkpoints that are kept, beside the best one; 0 = all", 0),
+        ("save_best", boolean, False, "save whenever the evaluation is the best so far; `best` links to it"),
+        ("best_metric", ("acceptance_length", "loss"), "acceptance_length", "of the validation split"),
+        ("max_bad_steps", int, 10, "steps in a row that may be left out as their gradient is not finite", 1),
+        ("resume", boolean, False, "go on from the newest complete checkpoint of output_dir, if there is one"),
+        ("resume_from_checkpoint", str, None, "with resume: if output_dir has none; without: draft to start from"),
+        ("no_resume_from_checkpoint", boolean, False, "start anew, even with resume"),
         ("report_to", str, "none", "none, swanlab, tensorboard; several by comma"),
         ("run_name", str, None, "name of the run in the trackers; none: theirs"),
         ("log_dir", str, None, "folder of the trackers' files; none: output_dir/logs"),
@@ -967,7 +953,7 @@ def main(args):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
-    args, config, layers, data_folder, d2t = on_first_rank(lambda: prepare_run(args, world))
+    args, config, layers, data_folder, d2t, state = on_first_rank(lambda: prepare_run(args, world))
     data, data_config = open_data(data_folder)
     model_dir = on_each_node(lambda: resolve_target(args.target_model_path))
 
@@ -975,7 +961,7 @@ def main(args):
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
     draft = build_draft(args, config, target, d2t.to(target.embedding.device))
 
-    settings = run_settings(args, data_config)
+    settings = run_settings(args, data_config, state["step"] if state else 0)
     if dist.get_rank() == 0:
         counts = read_token_freq(Path(data_folder) / "token_freq.pt")
         share = sum(counts.get(token, 0) for token in target_ids(d2t).tolist()) / sum(counts.values())
@@ -983,16 +969,24 @@ def main(args):
         write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
 
     engine, d2t = build_engine(args, draft, device), d2t.to(device)
+    progress = resume(engine, args, state) if state else Progress()
+    if not state:
+        progress.restart(args.ttt_length, device)
     if args.dry_run:
-        save_step(engine, d2t, args, 0, 0)
-    else:
-        record = Record(args, settings)
-        try:
-            train(args, engine, target, data, d2t, record)
-        except ServerFailed as error:
-            folder = save_step(engine, d2t, args, engine.global_steps, engine.global_steps / args.steps_per_epoch)
-            on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}"))
-        record.close()
+        if not save_step(engine, d2t, args, progress):
+            sys.exit(2)
+        return
+    record, output_dir = Record(args, settings), Path(args.output_dir)
+    if state:
+        record.line(f"resumed     {args.resume_from_checkpoint}")
+    try:
+        if train(args, engine, target, data, d2t, record, progress):
+            write_final(engine, d2t, output_dir / "final", {"run.json": json.dumps(settings, indent=2) + "\n"})
+            record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {output_dir / 'final'}")
+    except ServerFailed as error:
+        folder = save_step(engine, d2t, args, progress, record)
+        on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}"))
+    record.close()
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_ranks_get_the_same_work(world, micro, budget):
 # ---------------------------------------------------------------------------- steps
 def plain(micro_batches):
     """What the objective reads, without the rows -1 that keep the ranks in step."""
-    lists = [[(ids.tolist(), mask.tolist()) for ids, mask in sequences] for sequences, _ in micro_batches]
+    lists = [[(ids.tolist(), mask.tolist()) for ids, mask in sequences] for sequences, *_ in micro_batches]
     return [[(ids, mask) for ids, mask in part if ids != [0] * 4] for part in lists]
 
 
@@ -183,7 +183,7 @@ def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
             parts = [steps[step] for steps in ranks]
             assert len({len(part) for part in parts}) == 1
             for part in parts:
-                assert all(tensor.dtype == torch.int64 for batch, _ in part for pair in batch for tensor in pair)
+                assert all(tensor.dtype == torch.int64 for batch, *_ in part for pair in batch for tensor in pair)
                 assert all(sum(len(ids) for ids, _ in batch) <= budget or not budget for batch in plain(part))
             items = [item for part in parts for batch in plain(part) for item in batch]
             assert len(items) == (size if step % 5 < 4 else 53 - 4 * size)
@@ -217,7 +217,7 @@ def test_steps_balance_target_and_draft():
     for seed in range(10):
         for rank in (0, 1):
             part = Steps(as_dataset(rows), seed, 4, rank, 2, 2)[0]
-            assert sum(int(mask.sum()) for batch, _ in part for _, mask in batch) == 10
+            assert sum(int(mask.sum()) for batch, *_ in part for _, mask in batch) == 10
 
 
 def dealings(random, ranks):
@@ -259,9 +259,9 @@ def test_forwards_of_the_target_keep_ranks_in_step_and_give_each_its_rows_in_tim
 def test_a_rank_without_rows_takes_part_in_the_forwards_and_has_a_batch_without_gradient():
     split = as_dataset(random_rows(5))
     steps = [Steps(split, 0, 5, rank, 2, 4, 0, 1, 1, 2) for rank in range(2)]
-    idle, busy = sorted((each[0] for each in steps), key=lambda part: sum(len(sequences) for sequences, _ in part))
-    assert [len(forwards) for _, forwards in busy] == [len(forwards) for _, forwards in idle]
-    alone = [forward for _, forwards in idle for forward in forwards if forward[1] == forward[2]]
+    idle, busy = sorted((each[0] for each in steps), key=lambda part: sum(len(sequences) for sequences, *_ in part))
+    assert [len(forwards) for _, forwards, _ in busy] == [len(forwards) for _, forwards, _ in idle]
+    alone = [forward for _, forwards, _ in idle for forward in forwards if forward[1] == forward[2]]
     assert alone and all(ids.tolist() == [0] * 4 for several, *_ in alone for ids in several)
     tensors, batches = collate(idle, 3)
     assert list(tensors) == [torch.int64] and all(batch["counts"][0] >= 0 for batch in batches)

@@ -150,7 +150,7 @@ def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, m
     micro_batches = []
     for part, due in zip(numbers, dealt, strict=True):
         before = [([rows[i] for i in several], *mine) for several, *mine in due]
-        micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before))
+        micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before, part))
     batches = put_back(*collate(micro_batches, 2), "cpu")
     found = list(target.states(batches))
     assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)

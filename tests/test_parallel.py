@@ -115,7 +115,7 @@ def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(wor
     split = open_data(work / "prepared" / "data")[0]["train"]
     for world in (2, 4):
         ranks = [Steps(split, 0, SEQUENCES, rank, world, 1) for rank in range(world)]
-        slots = [[sum(int(mask[1:-1].sum()) for batch, _ in steps[step] for _, mask in batch) for steps in ranks]
+        slots = [[sum(int(mask[1:-1].sum()) for batch, *_ in steps[step] for _, mask in batch) for steps in ranks]
                  for step in range(STEPS)]  # fmt: skip
         assert any(0 in each and sum(each) for each in slots)
     lengths = measure_rows(split)[0]

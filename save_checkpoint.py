@@ -1,0 +1,365 @@
+"""The complete checkpoint of a training: written whole or not at all, checked when read, for any number of ranks.
+
+In:  the DeepSpeed engine around the draft, and where the training is.
+Out: output_dir/step_00001000 with
+     config.json, model.safetensors   the draft, servable as it is
+     trainer_state.json               steps, position in the data, best so far; size and checksum of each other file
+     ranks.safetensors                of each rank: random number generators, metrics not yet logged
+     deepspeed/                       weights and optimizer in fp32, a shard of each rank (pickled by torch)
+     and the links output_dir/latest, output_dir/best.
+
+train_eagle3.py imports this file; it is not run itself.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from build_vocab_mapping import target_ids
+from export_eagle3 import write_draft
+from prepare_data import fail, write_atomic
+from run_ranks import on_first_rank
+
+STATE, RANKS, SHARDS = "trainer_state.json", "ranks.safetensors", "deepspeed"
+GENERATORS = {"torch", "python", "numpy", "numpy_gauss", "cuda"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is in it
+
+
+def draft_tensors(engine, d2t):
+    """The draft's tensors on rank 0 (CPU), an empty dict elsewhere; under ZeRO-3 all ranks take part."""
+    draft = engine.module
+    with deepspeed.zero.GatheredParameters(list(draft.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        if dist.get_rank() != 0:
+            return {}
+        tensors = {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
+    vocabulary = draft.config["vocab_size"]
+    if draft.config["draft_vocab_size"] < vocabulary:
+        tensors |= {"d2t": d2t.cpu(), "t2d": torch.zeros(vocabulary, dtype=torch.bool)}
+        tensors["t2d"][target_ids(tensors["d2t"])] = True
+    return tensors
+
+
+def engine_kind(engine):
+    """What must be the same for DeepSpeed to read its shards as they are; the first two, to read them at all."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return {
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
+        "optimizer": type(optimizer).__name__,
+        "zero_stage": engine.zero_optimization_stage(),
+        "world_size": dist.get_world_size(),
+    }
+
+
+def generator_states():
+    """This rank's random number generators, as tensors by name."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(random.getstate()[1]),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
+        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_generators(states):
+    """Undo what has happened since `generator_states`."""
+    torch.set_rng_state(states["torch"])
+    random.setstate((3, tuple(states["python"].tolist()), None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(states["numpy_gauss"])))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def sync(path):
+    """Bring a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def measure_file(path):
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        for part in iter(lambda: file.read(2**24), b""):
+            crc = zlib.crc32(part, crc)
+    return [path.stat().st_size, crc]
+
+
+def write_shards(engine, building):
+    """DeepSpeed's shards of all ranks. What a rank cannot write is returned as text: it must not miss a collective."""
+    writer, problems = engine.checkpoint_engine, []
+    write = writer.save
+
+    def save(state_dict, path):
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            problems.append(f"{path} cannot be written: {str(error).splitlines()[0]}")
+
+    engine._copy_recovery_script = lambda folder: None  # scripts that belong to DeepSpeed, not to a checkpoint
+    writer.save = save
+    try:
+        engine.save_checkpoint(building, SHARDS, {"universal_checkpoint_info": {}}, save_latest=False)
+    finally:
+        del writer.save
+    return problems
+
+
+def agree(problems):
+    """The first problem of any rank, or None."""
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, problems)
+    return next(itertools.chain.from_iterable(every), None)
+
+
+def write_checkpoint(engine, d2t, folder, state, mine):
+    """A complete checkpoint, visible only when it is whole. All ranks call it; None, or why there is none.
+
+    state: JSON that is the same for all ranks; mine: this rank's tensors by name. A checkpoint that is there already
+    stays: it is of the same step.
+    """
+    if on_first_rank(folder.exists):
+        return None
+    first, world = dist.get_rank() == 0, dist.get_world_size()
+    building, every, problems = folder.with_name(f".{folder.name}.building"), [None] * world, []
+    dist.all_gather_object(every, {**mine, **generator_states()})
+    tensors = draft_tensors(engine, d2t)
+    if first:
+        try:
+            shutil.rmtree(building, ignore_errors=True)
+            (building / SHARDS).mkdir(parents=True)
+            write_draft(building, engine.module.config, tensors)
+            save_file({f"{rank}.{name}": x for rank, part in enumerate(every) for name, x in part.items()},
+                      building / RANKS)  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            problems.append(str(error))
+    problem = agree(problems) or agree(write_shards(engine, building))
+    if not problem:
+        problem = seal(building, folder, {**state, **engine_kind(engine)})
+    if first and problem:
+        shutil.rmtree(building, ignore_errors=True)
+    return problem
+
+
+def seal(building, folder, state):
+    """Give a checkpoint that is written its name; the ranks bring its files to the disk and measure them together."""
+    rank, problems, files = dist.get_rank(), [], {}
+    paths, every = sorted(path for path in building.rglob("*") if path.is_file()), [None] * dist.get_world_size()
+    try:
+        for path in paths[rank :: len(every)]:
+            sync(path)
+            files[str(path.relative_to(building))] = measure_file(path)
+    except OSError as error:
+        problems.append(f"{path} cannot be written: {error}")
+    dist.all_gather_object(every, files)
+    problem = agree(problems)
+    if rank == 0 and not problem:
+        files = {name: numbers for part in every for name, numbers in part.items()}
+        try:
+            write_atomic(building / STATE, json.dumps({**state, "files": files}, indent=1) + "\n")
+            for path in (building / SHARDS, building):
+                sync(path)
+            building.rename(folder)
+            sync(folder.parent)
+        except OSError as error:
+            problems.append(f"{building} cannot be written: {error}")
+    return problem or agree(problems)
+
+
+def write_final(engine, d2t, folder, files):
+    """The draft alone, with files {name: text}, in the place of what `folder` has. Ends the program if it cannot."""
+    tensors = draft_tensors(engine, d2t)
+
+    def write():
+        building, old = (folder.with_name(f".{folder.name}.{what}") for what in ("building", "old"))
+        try:
+            for path in (building, old):
+                shutil.rmtree(path, ignore_errors=True)
+            write_draft(building, engine.module.config, tensors)
+            for name, text in files.items():
+                write_atomic(building / name, text)
+            if folder.exists():
+                folder.rename(old)
+            building.rename(folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(building, ignore_errors=True)
+            fail(f"{folder} cannot be written: {error}")
+
+    on_first_rank(write)
+
+
+def link(path, name):
+    """The symbolic link `name` beside a checkpoint, which points to it from now on."""
+    new = path.with_name(f".{name}.building")
+    new.unlink(missing_ok=True)
+    new.symlink_to(path.name)
+    new.replace(path.with_name(name))
+
+
+def remove_old(output_dir, limit):
+    """Remove the oldest checkpoints beyond `limit`, on one rank. The best stays, and folders with files of others."""
+    output_dir = Path(output_dir)
+    kept = {(output_dir / name).resolve() for name in ("latest", "best")}
+    for folder in checkpoints(output_dir)[limit:]:
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+        if folder.resolve() not in kept and there == {STATE, *(read_state(folder) or {"files": ()})["files"]}:
+            gone = folder.with_name(f".{folder.name}.building")  # no checkpoint any more, at once
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def checkpoints(output_dir):
+    """The folders step_*, the newest first."""
+    return sorted((path for path in Path(output_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)),
+                  key=lambda path: int(path.name[5:]), reverse=True)  # fmt: skip
+
+
+def read_state(folder):
+    """trainer_state.json of a complete checkpoint, or None."""
+    try:
+        state = json.loads((Path(folder) / STATE).read_text())
+        return state if {"step", "files", "world_size"} <= state.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def damage(folder, state):
+    """What is wrong with a checkpoint's files; empty if nothing is."""
+    for name, numbers in state["files"].items():
+        try:
+            if measure_file(Path(folder) / name) != numbers:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return ""
+
+
+def find_checkpoint(folders):
+    """(folder, state) of the first of these folders that is whole; those that are not are named. Twice None if none."""
+    for folder in folders:
+        state = read_state(folder)
+        wrong = damage(folder, state) if state else f"{STATE} cannot be read"
+        if not wrong:
+            return folder, state
+        print(f"{folder} is not a complete checkpoint, it is passed over: {wrong}", file=sys.stderr)
+    return None, None
+
+
+def find_state(args):
+    """With --resume the trainer_state.json to go on from; its folder becomes resume_from_checkpoint. None: from step 0.
+
+    The newest complete checkpoint of output_dir comes first, then resume_from_checkpoint.
+    """
+    if not args.resume or args.no_resume_from_checkpoint:
+        return None
+    given = args.resume_from_checkpoint
+    elsewhere = [Path(given)] if given and (Path(given) / STATE).exists() else []
+    folder, state = find_checkpoint(checkpoints(args.output_dir) + elsewhere)
+    if not folder:
+        rest = f"from the weights of {given}" if given else "from the beginning"
+        print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {rest}", file=sys.stderr)
+        return None
+    args.resume_from_checkpoint, flags = str(folder), state["flags"]
+    for name in ("seed", "draft_global_batch_size", "ttt_length"):
+        if flags[name] != getattr(args, name):
+            fail(f"{folder} was trained with {name} {flags[name]}, not {getattr(args, name)}: they decide what its "
+                 "remaining steps are; give the same, or start from its weights without --resume")  # fmt: skip
+    return state
+
+
+def remove_rests(output_dir):
+    """Remove what an interruption left half-written or half-removed; while nobody writes."""
+    for path in Path(output_dir).glob(".*.building"):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
+
+def differs(state, engine):
+    """Whether DeepSpeed cannot read the shards as they are. Ends the program if it cannot read them at all."""
+    kind = engine_kind(engine)
+    for name in ("precision", "optimizer"):
+        if state[name] != kind[name]:
+            fail(f"the checkpoint was trained with {name} {state[name]}, this run has {kind[name]}: "
+                 "continue with the same deepspeed_config, or start from its weights without --resume")  # fmt: skip
+    before, now = state["zero_stage"], kind["zero_stage"]
+    if before != now and not {before, now} <= {1, 2}:
+        fail(f"the checkpoint was trained with ZeRO stage {before}, deepspeed_config has stage {now}: DeepSpeed "
+             "converts stages 1 and 2 into one another only; continue with a stage that fits, or start from its "
+             "weights without --resume")  # fmt: skip
+    return now > 0 and (state["world_size"] != kind["world_size"] or before != now)  # stage 0 has no shards
+
+
+def read_shards(engine, folder, state):
+    """Weights, fp32 masters and optimizer of a checkpoint, whatever the number of ranks that wrote it."""
+    folder = Path(folder)
+    if not differs(state, engine):
+        path, _ = engine.load_checkpoint(str(folder), SHARDS)
+    else:
+        other = folder.parent / ".universal.building"
+
+        def convert():
+            shutil.rmtree(other, ignore_errors=True)
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+                       "--input_folder", folder / SHARDS, "--output_folder", other / SHARDS]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                fail(f"{folder / SHARDS} cannot be converted for {dist.get_world_size()} ranks: "
+                     f"{done.stderr.strip().splitlines()[-1]}")  # fmt: skip
+
+        on_first_rank(convert)
+        engine._config.load_universal_checkpoint = True
+        path, _ = engine.load_checkpoint(str(other), SHARDS)
+        engine._config.load_universal_checkpoint = False
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(other, ignore_errors=True)
+    if not path:
+        fail(f"DeepSpeed finds nothing to load in {folder / SHARDS}")
+
+
+def read_ranks(folder, state):
+    """This rank's tensors {name: tensor} of `write_checkpoint`, and its generators are set as they were.
+
+    On another number of ranks rank 0 gets the sums over the ranks that there were, the others zeros.
+    """
+    tensors, rank = load_file(Path(folder) / RANKS), dist.get_rank()
+    every = [{} for _ in range(state["world_size"])]
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        every[int(number)][name] = tensor
+    if state["world_size"] == dist.get_world_size():
+        set_generators(every[rank])
+        return every[rank]
+    names = every[0].keys() - GENERATORS
+    return {name: sum(part[name] for part in every) * (rank == 0) for name in names}
