@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import LlamaConfig
+from transformers import LlamaConfig, set_seed
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 from transformers.utils.logging import disable_progress_bar
 
@@ -133,8 +133,11 @@ class DraftLayer(nn.Module):
         mixed = self.self_attn["o_proj"](attend(project(0), k, v).flatten(1))
         hidden = (normed if self.norm_before_residual else feature) + mixed
         mlp = lambda x: self.mlp(self.post_attention_layernorm(x))  # noqa: E731 (what is recomputed as a whole)
-        options = {"context_fn": KEEP_PRODUCTS, **RECOMPUTED}  # else all of the layer is formed again
-        return hidden + (mlp(hidden) if self.gradient_checkpointing else checkpoint(mlp, hidden, **options))
+        if self.gradient_checkpointing:  # all of the layer is formed again
+            return hidden + mlp(hidden)
+        # ZeRO-3 may gather the weights anew in the backward pass, an operation that a selective checkpoint refuses.
+        selective = {} if hasattr(self.mlp.down_proj.weight, "ds_id") else {"context_fn": KEEP_PRODUCTS}
+        return hidden + checkpoint(mlp, hidden, **selective, **RECOMPUTED)
 
 
 class DraftModel(nn.Module):
@@ -729,6 +732,11 @@ def prepare_run(args, world):
     if state and state["data_fingerprint"] != args.data_fingerprint:
         fail(f"{args.resume_from_checkpoint} was trained on other data than {folder}: give the same, or start from its "
              "weights without --resume")  # fmt: skip
+    ignored = {"resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc"}
+    changed = [f"{name} {old} -> {getattr(args, name)}" for name, old in (state or {"flags": {}})["flags"].items()
+               if name not in ignored and old != getattr(args, name, old)]  # fmt: skip
+    if changed:
+        print(f"flags that differ from those of {args.resume_from_checkpoint}: {', '.join(changed)}")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     remove_rests(args.output_dir)
     return args, config, layers, folder, d2t, state
@@ -736,7 +744,7 @@ def prepare_run(args, world):
 
 def build_draft(args, config, target, d2t):
     """The draft, initialised from the seed or with a checkpoint's weights."""
-    torch.manual_seed(args.seed)
+    set_seed(args.seed)
     draft = DraftModel(config, target.embedding)
     draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     if args.attention_backend == "flex_attention" and target.embedding.device.type == "cpu":
