@@ -8,6 +8,7 @@ train_eagle3.py imports this file; it is not run itself.
 """
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -87,7 +88,7 @@ class Record:
             rows = path.read_text().splitlines(keepends=True) if step and path.exists() else []
             # The last line may have been cut off: its step comes again then.
             write_atomic(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
-            self.file = path.open("a")
+            self.file, self.unwritten = path.open("ab", buffering=0), b""
             self.attempt(args.report_to, lambda name: self.trackers.update({name: TRACKERS[name](args, settings)}))
             self.bar = tqdm(
                 total=args.total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -105,15 +106,30 @@ class Record:
     def row(self, split, step, epoch, values):
         if self.first:
             values = {name: float(f"{x:.9g}") if isinstance(x, float) else x for name, x in values.items()}
-            self.file.write(json.dumps({"split": split, "step": step, "epoch": round(epoch, 6), **values}) + "\n")
-            self.file.flush()
+            row = {"split": split, "step": step, "epoch": round(epoch, 6), **values}
+            self.unwritten += f"{json.dumps(row)}\n".encode()
+            if problem := self.write():
+                print(f"{problem}; the rows are kept in memory", file=sys.stderr)
             values = {f"{split}/{name}": value for name, value in values.items() if value is not None}
             self.attempt(self.trackers, lambda name: self.trackers[name][0](values, step))
 
+    def write(self, sync=False):
+        """Append the rows that are not written yet, all of them or none. Returns "" or why that is not possible."""
+        size = self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(self.unwritten) < len(self.unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            self.file.truncate(size)
+            return f"{self.file.name} cannot be written: {error.strerror}"
+        self.unwritten = b""
+        return ""
+
     def keep(self):
-        """Bring the rows to the disk, before a checkpoint relies on them."""
-        if self.first:
-            os.fsync(self.file.fileno())
+        """Bring the rows to the disk, as a checkpoint relies on them. Returns "" or why that is not possible."""
+        return self.write(sync=True) if self.first else ""
 
     def line(self, text):
         if self.first:
@@ -123,6 +139,8 @@ class Record:
     def close(self):
         if self.first:
             self.bar.close()
+            if problem := self.write():
+                print(f"{problem}: its last rows are lost", file=sys.stderr)
             self.file.close()
             self.attempt(self.trackers, lambda name: self.trackers[name][1]())
 

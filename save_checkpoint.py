@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import deepspeed
@@ -40,6 +41,26 @@ GENERATORS = {"torch", "python", "numpy", "numpy_gauss", "cuda"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is in it
+
+
+@dataclass
+class Progress:
+    """Where a training is, beside what the engine holds. The last four are of the steps that are not logged yet."""
+
+    step: int = 0  # optimizer steps finished, those left out as well
+    seconds: float = 0.0  # of training, all starts together
+    best: list = None  # [value, step] of the best checkpoint
+    bad: int = 0  # steps left out in a row
+    sums: torch.Tensor = 0.0  # [K, 4], of this rank
+    chains: torch.Tensor = 0.0  # of this rank
+    tokens: torch.Tensor = 0.0  # of this rank
+    norms: list = field(default_factory=list)
+
+    def restart(self, ttt_length, device):
+        """Begin to sum up anew."""
+        self.sums = torch.zeros(ttt_length, 4, dtype=torch.float64, device=device)
+        self.chains, self.tokens = self.sums.new_zeros(()), torch.zeros((), dtype=torch.float64)
+        self.norms = []
 
 
 def draft_tensors(engine, d2t):
@@ -236,6 +257,30 @@ def remove_old(output_dir, limit):
             shutil.rmtree(gone, ignore_errors=True)
 
 
+def save_step(engine, d2t, args, progress, record=None):
+    """output_dir/step_XXXXXXXX with `latest`. Returns the folder, or None after a line if it cannot be written."""
+    folder = Path(args.output_dir) / f"step_{progress.step:08d}"
+    within = progress.step % args.steps_per_epoch
+    state = {
+        "step": progress.step, "epoch": progress.step / args.steps_per_epoch,
+        "rows_read_in_epoch": within * args.draft_global_batch_size, "seconds": progress.seconds, "best": progress.best,
+        "norms": [float(norm) for norm in progress.norms if norm is not None],
+        "data_fingerprint": args.data_fingerprint, "flags": vars(args),
+    }  # fmt: skip
+    mine = {name: torch.as_tensor(getattr(progress, name)).cpu() for name in ("sums", "chains", "tokens")}
+    lost = record.keep() if record else ""
+    problem = agree([lost] if lost else []) or write_checkpoint(engine, d2t, folder, state, mine)
+    if dist.get_rank() == 0 and problem:
+        print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
+    elif dist.get_rank() == 0:
+        link(folder, "latest")
+        if progress.best and progress.best[1] == progress.step:
+            link(folder, "best")
+        if args.save_total_limit:
+            remove_old(args.output_dir, args.save_total_limit)
+    return None if problem else folder
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -363,3 +408,13 @@ def read_ranks(folder, state):
         return every[rank]
     names = every[0].keys() - GENERATORS
     return {name: sum(part[name] for part in every) * (rank == 0) for name in names}
+
+
+def resume(engine, args, state):
+    """The Progress of a checkpoint; the engine and the random number generators get what it holds."""
+    read_shards(engine, args.resume_from_checkpoint, state)
+    progress = Progress(*(state[name] for name in ("step", "seconds", "best")), norms=state["norms"])
+    mine = read_ranks(args.resume_from_checkpoint, state)
+    progress.sums, progress.chains = mine["sums"].to(engine.device), mine["chains"].to(engine.device)
+    progress.tokens = mine["tokens"]
+    return progress

@@ -15,6 +15,7 @@ Slots and steps: slot j of a document drafts x[j+2+i] at step i (0-based) from t
 target's hidden states at j, later its own output of the step before (EAGLE-3, arXiv 2503.01840).
 """
 
+import contextlib
 import copy
 import datetime
 import functools
@@ -24,7 +25,6 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import deepspeed
@@ -49,8 +49,7 @@ from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_
 from load_target import share_of_weights
 from record_run import TRACKERS, Record, metrics_line, run_settings
 from run_ranks import noted_signals, on_each_node, on_first_rank, read_deepspeed_config, run_together, start_distributed
-from save_checkpoint import find_state, link, read_ranks, read_shards, remove_old, remove_rests, write_checkpoint
-from save_checkpoint import write_final
+from save_checkpoint import Progress, find_state, remove_rests, resume, save_step, write_final
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -550,15 +549,16 @@ def evaluate(engine, target, data, d2t, args):
     engine.eval()
     sums, chains, walk = 0.0, 0.0, torch.zeros(2, dtype=torch.float64, device=engine.device)
     sizes = {"global_batch_size": args.batch_size * dist.get_world_size(), "micro_batch_size": args.batch_size}
-    for batches in read_steps(data, args, target, engine.device, name="validation", **sizes):
-        results = run_objective(engine.module, target, batches, d2t, args)
-        for batch, (_, part, correct) in zip(batches, results, strict=True):
-            accepted = chain_lengths(correct)
-            sums, chains = sums + part, chains + accepted.sum().double()
-            documents = (x.split(batch["lengths"]) for x in (accepted, batch["loss_mask"]))
-            for drafts, mask in zip(*documents, strict=True):
-                passes = acceptance_walk(drafts.tolist(), mask.tolist())
-                walk += torch.tensor([sum(passes) + len(passes), len(passes)]).to(walk)
+    with contextlib.closing(read_steps(data, args, target, engine.device, name="validation", **sizes)) as steps:
+        for batches in steps:
+            results = run_objective(engine.module, target, batches, d2t, args)
+            for batch, (_, part, correct) in zip(batches, results, strict=True):
+                accepted = chain_lengths(correct)
+                sums, chains = sums + part, chains + accepted.sum().double()
+                documents = (x.split(batch["lengths"]) for x in (accepted, batch["loss_mask"]))
+                for drafts, mask in zip(*documents, strict=True):
+                    passes = acceptance_walk(drafts.tolist(), mask.tolist())
+                    walk += torch.tensor([sum(passes) + len(passes), len(passes)]).to(walk)
     engine.train()
     values = reduced_metrics(sums, chains, args, walk)
     tokens, passes = values.pop("extra")
@@ -577,61 +577,6 @@ def reduced_metrics(sums, chains, args, extra):
 
 
 # ==================== The loop =======================================================================================
-@dataclass
-class Progress:
-    """Where a training is, beside what the engine holds. The last four are of the steps that are not logged yet."""
-
-    step: int = 0  # optimizer steps finished, those left out as well
-    seconds: float = 0.0  # of training, all starts together
-    best: list = None  # [value, step] of the best checkpoint
-    bad: int = 0  # steps left out in a row
-    sums: torch.Tensor = 0.0  # [K, 4], of this rank
-    chains: torch.Tensor = 0.0  # of this rank
-    tokens: torch.Tensor = 0.0  # of this rank
-    norms: list = field(default_factory=list)
-
-    def restart(self, ttt_length, device):
-        """Begin to sum up anew."""
-        self.sums = torch.zeros(ttt_length, 4, dtype=torch.float64, device=device)
-        self.chains, self.tokens = self.sums.new_zeros(()), torch.zeros((), dtype=torch.float64)
-        self.norms = []
-
-
-def save_step(engine, d2t, args, progress, record=None):
-    """output_dir/step_XXXXXXXX with `latest`. Returns the folder, or None after a line if it cannot be written."""
-    folder = Path(args.output_dir) / f"step_{progress.step:08d}"
-    within = progress.step % args.steps_per_epoch
-    state = {
-        "step": progress.step, "epoch": progress.step / args.steps_per_epoch,
-        "rows_read_in_epoch": within * args.draft_global_batch_size, "seconds": progress.seconds, "best": progress.best,
-        "norms": [float(norm) for norm in progress.norms if norm is not None],
-        "data_fingerprint": args.data_fingerprint, "flags": vars(args),
-    }  # fmt: skip
-    mine = {name: torch.as_tensor(getattr(progress, name)).cpu() for name in ("sums", "chains", "tokens")}
-    if record:
-        record.keep()
-    problem = write_checkpoint(engine, d2t, folder, state, mine)
-    if dist.get_rank() == 0 and problem:
-        print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
-    elif dist.get_rank() == 0:
-        link(folder, "latest")
-        if progress.best and progress.best[1] == progress.step:
-            link(folder, "best")
-        if args.save_total_limit:
-            remove_old(args.output_dir, args.save_total_limit)
-    return None if problem else folder
-
-
-def resume(engine, args, state):
-    """The Progress of a checkpoint; the engine and the random number generators get what it holds."""
-    read_shards(engine, args.resume_from_checkpoint, state)
-    progress = Progress(*(state[name] for name in ("step", "seconds", "best")), norms=state["norms"])
-    mine = read_ranks(args.resume_from_checkpoint, state)
-    progress.sums, progress.chains = mine["sums"].to(engine.device), mine["chains"].to(engine.device)
-    progress.tokens = mine["tokens"]
-    return progress
-
-
 def check_flags(args, world):
     """Fill in what follows from the flags and end the program on what cannot be; needs no file and no model."""
     output, validation = Path(args.output_dir), args.dataset_validation_split
@@ -798,7 +743,7 @@ def train(args, engine, target, data, d2t, record, progress):
         total_seq_len=args.total_seq_len, global_batch_size=args.draft_global_batch_size,
         micro_batch_size=args.draft_micro_batch_size,
     )  # fmt: skip
-    with noted_signals() as asked:
+    with noted_signals() as asked, contextlib.closing(steps):
         for step, batches in enumerate(steps, progress.step + 1):
             # --- one optimizer step; whether to stop and to save is found out along with it ---
             rate = learning_rate_at(step - 1, args)

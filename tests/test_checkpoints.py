@@ -1,11 +1,15 @@
 """Checkpoints: complete or not there, continued exactly, on other numbers of ranks, and what a run survives."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +20,7 @@ from starts import Starts
 import train_eagle3
 from export_eagle3 import check_draft
 from prepare_data import prepare
+from record_run import Record
 from save_checkpoint import damage, read_state
 
 TIMES = ("seconds", "tokens_per_second")  # of the clock
@@ -166,3 +171,312 @@ def test_killed_again_and_again_and_resumed_is_the_undisturbed_run(work, starts,
     starts.run(argv[1], 2, tmp_path / "log")
     assert len(moments) > kills // 3, "the kills came at few different steps"
     same_run(out, tmp_path / "whole", [f"step_{step:08d}" for step in (57, 58, 59, 60)] + ["final"])
+
+
+def stage(number):
+    return "--deepspeed_config", tiny.REPOSITORY / "ds_configs" / f"zero{number}.json"
+
+
+def test_every_rank_ends_with_0_when_one_is_asked_to_stop(work, starts, tmp_path):
+    """The other one was not asked. Workers that read ahead get the signal, too, as a launcher sends it to all."""
+    whole, out, flags = tmp_path / "whole", tmp_path / "out", ("--save_steps", 1, "--num_workers", 1)
+    starts.run(arguments(work, whole, *flags), 2, tmp_path / "log")
+    for number, signal_ in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+        pids = starts.start(arguments(work, out, *flags, "--resume"), 2, tmp_path / "log")
+        wait_until(lambda many=3 * number + 2: len(list(out.glob("step_*"))) >= many)
+        os.killpg(pids[1], signal_)
+        asked = max(int(path.name[5:]) for path in out.glob("step_*"))
+        assert starts.wait() == [0, 0]
+        (line,) = [x for x in (tmp_path / "log").read_text().splitlines() if x.startswith("stopped")][number:]
+        stopped = int(line.split("behind step ")[1].split()[0])
+        assert asked <= stopped <= asked + 2, "one is under way, and one more may have begun"
+        assert (out / "latest").resolve().name == f"step_{stopped:08d}"
+        readable(out)
+    starts.run(arguments(work, out, *flags, "--resume"), 2, tmp_path / "log")
+    same_run(out, whole)
+
+
+def wait_until(fits, seconds=120):
+    end = time.monotonic() + seconds
+    while not fits():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [(2, 2, 1), (3, 3, 3)], ids=["ZeRO 2, 2, 1", "ZeRO 3"])
+def test_other_numbers_of_ranks_go_on_as_if_nothing_were(work, starts, tmp_path, stages):
+    """2 ranks, then 1, then 4: the next losses and the order of sequences are those of the run that stayed."""
+    flags = "--save_steps", 99, "--log_steps", 1, "--total_steps", 22
+    starts.run(arguments(work, tmp_path / "whole", *flags, *stage(stages[0])), 2, tmp_path / "log")
+    out = tmp_path / "out"
+    for ranks, zero, until in zip((2, 1, 4), stages, (6, 12, 22), strict=True):
+        steps = "--scheduler_total_steps", 22, "--scheduler_warmup_steps", 1, "--total_steps", until
+        starts.run(arguments(work, out, *flags, *stage(zero), *steps, "--resume"), ranks, tmp_path / "log")
+        assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    expected, found = ([row for row in rows(run) if row["split"] == "train"] for run in (tmp_path / "whole", out))
+    assert [row["step"] for row in found] == list(range(1, 23))
+    for a, b in zip(found, expected, strict=True):
+        for name in a.keys() - {"split", "acc_0", "acc_1", "acc_2", "accept_0", "accept_1", "accept_2"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-6 if name.startswith("loss") else 1e-4), (a["step"], name)
+    whole, other = (load_file(run / "final" / "model.safetensors") for run in (tmp_path / "whole", out))
+    assert all(torch.allclose(other[name], whole[name], rtol=1e-4, atol=1e-6) for name in whole)
+
+
+def test_accumulated_metrics_survive_another_number_of_ranks(work, starts, tmp_path):
+    """Stopped between two lines of the log by two ranks, continued by one: the line covers all its steps."""
+    flags = "--save_steps", 4, "--total_steps", 6, "--log_steps", 6, "--eval_steps", 0
+    starts.run(arguments(work, tmp_path / "whole", *flags), 2, tmp_path / "log")
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out, symlinks=True)
+    for name in ("step_00000006", "final"):
+        shutil.rmtree(out / name)
+    train(work, out, *flags, "--resume")
+    (a,), (b,) = ([row for row in rows(run) if row["split"] == "train"] for run in (out, tmp_path / "whole"))
+    assert a.pop("split") == b.pop("split") and a == pytest.approx(b, rel=1e-5) and a["step"] == 6
+    spoil(out / "step_00000006")
+    with pytest.raises(SystemExit):
+        train(work, out, *flags, "--resume", *stage(3))
+
+
+def spoil(folder):
+    """A byte of its largest file is another one."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def refused(capsys, work, output, *flags):
+    """The one line with which the training ends before its first step."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train(work, output, *flags)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(work / "whole", out, symlinks=True)
+    assert "holds a run" in (line := refused(capsys, work, out)) and "--resume" in line
+    assert "holds a run" in refused(capsys, work, out, "--resume", "--no_resume_from_checkpoint")
+    for flag, value, before in (("seed", 1, 0), ("draft_global_batch_size", 8, 4), ("ttt_length", 2, 3)):
+        line = refused(capsys, work, out, "--resume", f"--{flag}", value)
+        assert f"{flag} {before}, not {value}" in line and "step_00000012" in line
+    line = refused(capsys, work, out, "--resume", *stage(3))
+    assert "ZeRO stage 2" in line and "stage 3" in line and "without --resume" in line
+    line = refused(capsys, work, out, "--resume", *stage("2_offload"))
+    assert "optimizer AdamW" in line and "DeepSpeedCPUAdam" in line
+    (tmp_path / "bf16.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
+    line = refused(capsys, work, out, "--resume", "--deepspeed_config", tmp_path / "bf16.json")
+    assert "precision fp32" in line and "bf16" in line
+    tiny.write_jsonl(tmp_path / "other.jsonl", tiny.conversations(9, 1))
+    prepare(tmp_path / "other.jsonl", tmp_path / "other", work / "target", chat_template="llama3", num_proc=1)
+    assert "other data" in refused(capsys, work, out, "--resume", "--data_path", tmp_path / "other")
+    state = json.loads((out / "step_00000012" / "trainer_state.json").read_text())
+    assert state["step"] == 12 and rows(out) == rows(work / "whole"), "nothing was touched"
+
+
+def test_the_newest_whole_checkpoint_is_found_whatever_lies_around(work, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(work / "whole", out, symlinks=True)
+    spoil(out / "step_00000012")  # on the disk, later
+    (out / "step_00000099").mkdir()  # somebody's
+    shutil.copytree(out / "step_00000010", out / ".step_00000011.building")  # a process was killed
+    (out / "step_00000099" / "notes.txt").write_text("mine")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "train", "step": 13, "lo')  # so was this one
+    train(work, out, "--resume")
+    said = capsys.readouterr()
+    assert (
+        "step_00000099 is not a complete checkpoint, it is passed over: trainer_state.json cannot be read" in said.err
+    )
+    assert "step_00000012 is not a complete checkpoint" in said.err and "is not as it was written" in said.err
+    assert "step_00000010" in said.out and not list(out.glob(".*.building"))
+    assert (out / "step_00000099" / "notes.txt").read_text() == "mine"
+    assert rows(out) == rows(work / "whole")
+
+
+def test_resume_elsewhere_and_resume_without_anything(work, tmp_path, capsys):
+    """resume_from_checkpoint is where to go on if output_dir has nothing; with neither, the training starts anew."""
+    train(work, tmp_path / "b", "--resume", "--resume_from_checkpoint", work / "whole" / "step_00000010")
+    later = [row for row in rows(work / "whole") if row["step"] > 10]
+    assert rows(tmp_path / "b") == later
+    assert [x for x in different(tmp_path / "b" / "final", work / "whole" / "final") if "run.json" not in x] == []
+    train(work, tmp_path / "c", "--resume")
+    assert "has no complete checkpoint, the training starts from the beginning" in capsys.readouterr().err
+    assert rows(tmp_path / "c") == rows(work / "whole")
+    train(work, tmp_path / "c", "--resume")  # it is finished: nothing happens to it
+    same_run(tmp_path / "c", work / "whole")
+    settings = json.loads((tmp_path / "c" / "run.json").read_text())
+    assert settings["starts_behind_step"] == 12 and len(settings["earlier_starts"]) == 1
+    assert settings["run_id"] == settings["earlier_starts"][0]["run_id"]
+
+
+def test_continuing_a_dry_run_equals_starting_without(work, tmp_path):
+    out = tmp_path / "out"
+    train(work, out, "--dry_run")
+    assert check_draft(out / "step_00000000") == [] and not (out / "metrics.jsonl").exists()
+    train(work, out, "--resume")
+    same_run(out, work / "whole")
+
+
+def test_a_longer_training_goes_on_where_the_shorter_one_ended(work, tmp_path, capsys):
+    """Its final folder is replaced; flags that differ are named."""
+    out = tmp_path / "out"
+    shutil.copytree(work / "whole", out, symlinks=True)
+    before = load_file(out / "final" / "model.safetensors")
+    train(work, out, "--resume", "--total_steps", 14, "--learning_rate", 0.001)
+    said = capsys.readouterr().out
+    assert "learning_rate 0.003 -> 0.001" in said and "total_steps 12 -> 14" in said
+    assert [row["step"] for row in rows(out)][-2:] == [14, 14]
+    after = load_file(out / "final" / "model.safetensors")
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_limit_keeps_the_newest_the_best_and_what_is_not_ours(work, tmp_path, monkeypatch):
+    """acceptance_length is best at step 4; loss at its least in the end."""
+    out, values = tmp_path / "out", iter([1.5, 2.5, 2.0, 1.0, 2.25, 1.75])
+    evaluate = train_eagle3.evaluate
+    monkeypatch.setattr(train_eagle3, "evaluate", lambda *args: {**evaluate(*args), "acceptance_length": next(values)})
+    flags = "--eval_steps", 2, "--save_steps", 3, "--save_total_limit", 2, "--save_best"
+    at_step(monkeypatch, 8, lambda: (out / "step_00000006" / "notes.txt").write_text("mine"))
+    train(work, out, *flags)
+    names = sorted(path.name for path in out.glob("step_*"))
+    # saved: 2 (best), 3, 4 (best), 6, 9, 12
+    assert names == ["step_00000004", "step_00000006", "step_00000009", "step_00000012"]
+    assert (out / "best").resolve().name == "step_00000004" and (out / "latest").resolve().name == "step_00000012"
+    assert (out / "step_00000006" / "notes.txt").read_text() == "mine"
+    state = read_state(out / "step_00000012")
+    assert state["best"] == [2.5, 4]
+    readable(out)
+
+
+def test_best_by_loss_needs_a_checkpoint_that_is_due_unless_save_best_is_given(work, tmp_path):
+    train(work, tmp_path / "out", "--best_metric", "loss", "--save_steps", 6)
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "out") if row["split"] == "validation"}
+    saved = {step: losses[step] for step in (6, 12)}
+    assert (tmp_path / "out" / "best").resolve().name == f"step_{min(saved, key=saved.get):08d}"
+
+
+def test_checkpoints_by_the_clock(work, tmp_path, monkeypatch):
+    """Every `save_minutes`, counted from the last checkpoint of any kind."""
+    now = [0.0]
+    monkeypatch.setattr(train_eagle3.time, "monotonic", lambda: now[0])
+    original = train_eagle3.optimizer_step
+
+    def slowly(*args):
+        now[0] += 61
+        return original(*args)
+
+    monkeypatch.setattr(train_eagle3, "optimizer_step", slowly)
+    train(work, tmp_path / "out", "--save_steps", 0, "--save_minutes", 3)
+    assert sorted(path.name[-2:] for path in (tmp_path / "out").glob("step_*")) == ["04", "08", "12"]
+
+
+def poisoned(monkeypatch, steps, rank=None):
+    """The loss of these optimizer steps is not a number (of this rank only), from the gradient on."""
+    original, count = train_eagle3.run_objective, []
+
+    def run_objective(draft, target, batches, d2t, args):
+        count.append(1) if draft.training else None
+        for batch, (loss, sums, correct) in zip(batches, original(draft, target, batches, d2t, args), strict=True):
+            bad = draft.training and len(count) in steps and 3 in batch["rows"] + [3] * (steps is ALWAYS)
+            yield loss * float("nan") if bad else loss, sums, correct
+
+    monkeypatch.setattr(train_eagle3, "run_objective", run_objective)
+
+
+ALWAYS = range(5, 99)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys, number):
+    """Weights and optimizer do not move, the metrics leave the step out; the rest goes on."""
+    epoch = range(1, 7)
+    poisoned(monkeypatch, epoch)  # row 3 comes once in the first epoch
+    train(work, tmp_path / "out", *stage(number), "--log_steps", 1)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "is left out" in line]
+    assert "it is not finite: the loss of rank 0 in rows [[3]]" in line
+    step = int(line.split()[1])
+    found = [row for row in rows(tmp_path / "out") if row["split"] == "train"]
+    assert all(value == value for row in found for value in row.values())
+    assert [row["step"] for row in found if row["grad_norm"] is None] == [step]
+    assert [row["step"] for row in found] == list(range(1, 13)) and found[step - 1]["loss_0"] == 0
+    tensors = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    assert all(x.isfinite().all() for x in tensors.values())
+
+
+def test_too_many_in_a_row_stop_with_the_last_good_state(work, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    poisoned(monkeypatch, ALWAYS)
+    line = refused(capsys, work, out, "--max_bad_steps", 3, "--save_steps", 99)
+    assert "3 steps in a row are not finite" in line and "step_00000004" in line
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_00000004"]
+    assert not multiprocessing.active_children(), "what reads ahead outlives signals, so it has to be ended"
+    monkeypatch.undo()
+    train(work, out, "--resume")
+    assert rows(out) == rows(work / "whole")
+    assert [x for x in different(out / "final", work / "whole" / "final") if "run.json" not in x] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system, and a function that changes its size in KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if not done or done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, small_disk, monkeypatch, capsys):
+    """A real full file system from step 6 to step 11, then there is room again: metrics have no gap either."""
+    disk, resize = small_disk
+    out, original, count = disk / "out", train_eagle3.optimizer_step, []
+
+    def used():
+        return shutil.disk_usage(disk).used // 1024
+
+    def fill(*args):
+        count.append(1)
+        if len(count) == 6:
+            resize(used() + 400)  # less than a checkpoint takes
+        if len(count) == 8:
+            resize(used())  # nothing at all
+        if len(count) == 11:
+            resize(20 * 1024)
+        return original(*args)
+
+    monkeypatch.setattr(train_eagle3, "optimizer_step", fill)
+    train(work, out, "--save_steps", 1, "--save_interval", 99)
+    said = capsys.readouterr()
+    assert sorted(path.name[-2:] for path in out.glob("step_*")) == ["01", "02", "03", "04", "05", "11", "12"]
+    for step in range(6, 11):
+        assert f"no checkpoint at step {step}, what was saved before stays" in said.err
+    assert "No space left" in said.err
+    assert not list(out.glob(".*")) and rows(out) == rows(work / "whole")
+    readable(out)
+    assert [x for x in different(out / "step_00000012", work / "whole" / "step_00000012") if "best" not in x] == []
+
+
+def test_rows_of_the_metrics_wait_for_room(tmp_path, small_disk, capsys):
+    disk, resize = small_disk
+    resize(8)
+    record = Record(SimpleNamespace(output_dir=disk, report_to=[], total_steps=9), {"starts_behind_step": 0})
+    for step in range(100):
+        record.row("train", step, 0.1 * step, {"loss": step / 7, "text": "x" * 100})
+    assert "No space left on device; the rows are kept in memory" in capsys.readouterr().err
+    assert "No space left" in record.keep()
+    lines = (disk / "metrics.jsonl").read_text().splitlines()
+    assert 10 < len(lines) < 60 and [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+    resize(100)
+    assert record.keep() == ""
+    assert [row["step"] for row in rows(disk)] == list(range(100))
+    record.close()
