@@ -466,7 +466,7 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
     assert [x for x in different(out / "step_00000012", work / "whole" / "step_00000012") if "best" not in x] == []
 
 
-def test_rows_of_the_metrics_wait_for_room(tmp_path, small_disk, capsys):
+def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
     disk, resize = small_disk
     resize(8)
     record = Record(SimpleNamespace(output_dir=disk, report_to=[], total_steps=9), {"starts_behind_step": 0})

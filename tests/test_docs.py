@@ -21,9 +21,9 @@ ROOT = tiny.REPOSITORY
 SCRIPTS = (
     prepare_data, build_vocab_mapping, load_target, prepare_hidden_states, export_eagle3, train_eagle3, evaluate_eagle3,
 )  # fmt: skip
-ORDER = (  # of imports; deal_batches, run_ranks and ask_vllm are not run themselves
+ORDER = (  # of imports; those that SCRIPTS lacks are not run themselves
     "prepare_data", "build_vocab_mapping", "deal_batches", "run_ranks", "load_target", "ask_vllm",
-    "prepare_hidden_states", "export_eagle3", "train_eagle3", "evaluate_eagle3",
+    "prepare_hidden_states", "export_eagle3", "record_run", "save_checkpoint", "train_eagle3", "evaluate_eagle3",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text()
 
@@ -49,10 +49,7 @@ def flags_of(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_has_help_and_is_read(script):
     source = (ROOT / f"{script.__name__}.py").read_text()
-    elsewhere = "".join(
-        (ROOT / f"{name}.py").read_text()
-        for name in ("deal_batches", "run_ranks", "load_target", "ask_vllm", "prepare_hidden_states")
-    )
+    elsewhere = "".join((ROOT / f"{name}.py").read_text() for name in ORDER[: ORDER.index("train_eagle3")])
     for option, action in flags_of(script).items():
         if option.startswith("--") and option != "--help":
             assert action.help, option
@@ -103,7 +100,7 @@ def test_readme_metrics_table_is_complete():
     named = set(re.findall(r"`(\w+)`", section))
     values = train_eagle3.metric_values([[1.0, 1.0, 1.0, 1.0]] * 2, 1.0, [1.0, 0.8])
     families = {re.sub(r"_\d+$", "_i", name) for name in values}
-    source = (ROOT / "train_eagle3.py").read_text()
+    source = (ROOT / "train_eagle3.py").read_text() + (ROOT / "record_run.py").read_text()
     logged = {
         "lr",
         "grad_norm",
