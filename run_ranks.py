@@ -268,6 +268,18 @@ def on_first_rank(work):
     return result[0]
 
 
+def check_shared(name, folder):
+    """End the program if not all ranks see the same folder, which the user gave as `name`."""
+    path = on_first_rank(lambda: tempfile.mkstemp(".building", ".seen-by-all-", folder)[1])
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, "" if os.path.exists(path) else socket.gethostname())
+    if dist.get_rank() == 0:
+        os.unlink(path)
+    if lacking := ", ".join(sorted({host for host in every if host})):
+        message = f"{name} {folder} is another folder on {lacking}: checkpoints need one that all nodes share"
+        on_first_rank(functools.partial(fail, message))
+
+
 def on_each_node(work):
     """Run work() on the first rank of each node, then on the others: they find what it downloaded."""
     for turn in (True, False):

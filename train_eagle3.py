@@ -48,7 +48,8 @@ from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
 from load_target import share_of_weights
 from record_run import TRACKERS, Record, metrics_line, run_settings
-from run_ranks import noted_signals, on_each_node, on_first_rank, read_deepspeed_config, run_together, start_distributed
+from run_ranks import check_shared, noted_signals, on_each_node, on_first_rank, read_deepspeed_config, run_together
+from run_ranks import start_distributed
 from save_checkpoint import Progress, find_state, remove_rests, resume, save_step, write_final
 # isort: on
 
@@ -907,6 +908,7 @@ def main(args):
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
     args, config, layers, data_folder, d2t, state = on_first_rank(lambda: prepare_run(args, world))
+    check_shared("output_dir", args.output_dir)
     data, data_config = open_data(data_folder)
     model_dir = on_each_node(lambda: resolve_target(args.target_model_path))
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from starts import Starts
 
+import run_ranks
 import train_eagle3
 from export_eagle3 import check_draft
 from prepare_data import prepare
@@ -480,3 +481,12 @@ def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
     assert record.keep() == ""
     assert [row["step"] for row in rows(disk)] == list(range(100))
     record.close()
+
+
+def test_folder_that_a_node_does_not_see_is_named(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_ranks.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(run_ranks.socket, "gethostname", lambda: "node-b")
+    with pytest.raises(SystemExit):
+        run_ranks.check_shared("output_dir", tmp_path)
+    line = capsys.readouterr().err
+    assert f"output_dir {tmp_path} is another folder on node-b" in line and not list(tmp_path.iterdir())
