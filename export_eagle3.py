@@ -250,11 +250,9 @@ def expected_tensors(config):
 
 
 def _size_problems(config):
-    return [
-        f"{key} is {config[key]!r}, not a positive integer"
-        for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states")
-        if key in config and (type(config[key]) is not int or config[key] <= 0)
-    ]
+    keys = [key for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states") if key in config]
+    wrong = [key for key in keys if type(config[key]) is not int or config[key] <= 0]
+    return [f"{key} is {config[key]!r}, not a positive integer" for key in wrong]
 
 
 def _rope_problems(scaling):
@@ -362,7 +360,8 @@ def _read_tensors(folder):
                 return tensors, []
             return {}, ["pytorch_model.bin is not a dictionary of tensors"]
     except Exception as error:  # a file of another kind, or a pickle that would run code, fails anywhere
-        return {}, [f"the weights cannot be read: {(str(error).splitlines() or [repr(error)])[0]}"]
+        why = "it holds more than tensors" if "weights_only" in str(error) else str(error) or repr(error)
+        return {}, [f"the weights cannot be read: {why.splitlines()[0]}"]
     return {}, ["model.safetensors is missing"]
 
 

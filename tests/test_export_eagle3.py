@@ -513,6 +513,10 @@ def test_shards(tmp_path, capsys):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     same(read_draft(tmp_path)[1], tensors)
     assert check_draft(tmp_path) == []
+    for content in ("[]", "{", '{"weight_map": []}', '{"weight_map": {"fc.weight": 3}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        assert "the weights cannot be read" in fails(capsys, read_draft, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors" in fails(capsys, read_draft, tmp_path)
 
@@ -612,6 +616,15 @@ def test_the_older_spelling_of_a_rope_type(tmp_path, capsys):
     assert read_draft(tmp_path)[0] == config
     put(tmp_path, {**config, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, tensors)
     assert "'dynamic'" in fails(capsys, read_draft, tmp_path)
+
+
+def test_the_newer_spelling_of_rope_beside_half_of_the_older_one(tmp_path):
+    config, tensors = draft(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}}
+    for key in ("rope_scaling", "rope_theta"):
+        kept = {name: value for name, value in config.items() if name != key}
+        assert read_draft(put(tmp_path, {**kept, **rope}, tensors))[0] == config
+        assert read_draft(put(tmp_path, {**kept, key: None, **rope}, tensors))[0] == config
 
 
 def test_folders_that_are_no_draft(tmp_path, capsys):

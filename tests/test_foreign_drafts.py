@@ -391,7 +391,8 @@ def test_a_draft_for_another_target_is_refused_before_the_target_is_loaded(work,
     table = load_file(work / "other" / "model.safetensors")["model.embed_tokens.weight"]
     cases = {name: ({**SPECFORGE, **change}, *rest) for name, (change, *rest) in unfit(work).items()}
     cases["speculators' embeddings"] = config, {**tensors, "embed_tokens.weight": table}, cases["embeddings"][2]
-    cases["trained embeddings"] = {**config, "embed_requires_grad": True}, tensors, "training an embedding table is not"
+    trained = {**tensors, "embed_tokens.weight": tensors["embed_tokens.weight"].float()}
+    cases["trained embeddings"] = {**config, "embed_requires_grad": True}, trained, "training an embedding table is not"
     cases["speculators without fc"] = config, without(tensors, "fc.weight"), "fc.weight is missing"
     for name, (config, tensors, reason) in cases.items():
         put(tmp_path / name, config, tensors)
