@@ -1,6 +1,6 @@
 """The draft checkpoint: config.json + model.safetensors, written, read and checked for completeness.
 
-In:  a draft in the flat form (ours, SpecForge's, EAGLE's own releases) or in the speculators form.
+In:  a draft in the flat form (ours, SpecForge's, ModelOpt's, EAGLE's own releases) or in the speculators form.
 Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads.
 
 The engines do not check: vLLM runs with an absent tensor and drafts junk, SGLang leaves it uninitialised and ignores

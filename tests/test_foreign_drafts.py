@@ -113,7 +113,7 @@ def specforge(folder, work):
     """SpecForge under transformers 4: save_pretrained without the embeddings, its own auxiliary layers for SGLang."""
     nested = {"eagle_aux_hidden_state_layer_ids": [0, 2, 6], "use_aux_hidden_state": True}
     tensors = weights()
-    put(folder, {**SPECFORGE, "eagle_config": nested}, tensors)
+    put(folder, {**SPECFORGE, "eagle_config": nested, "auto_map": {"AutoModel": "modeling.Draft"}}, tensors)
     return tensors, {"rope_theta": 1e6, "eagle_config": nested, "eagle_aux_hidden_state_layer_ids": [1, 3, 7]}
 
 
