@@ -1,6 +1,6 @@
 """The draft checkpoint: config.json + model.safetensors, written, read and checked for completeness.
 
-In:  a draft in the flat form (ours, SpecForge's, EAGLE's own releases) or in the speculators form.
+In:  a draft in the flat form (ours, SpecForge's, ModelOpt's, EAGLE's own releases) or in the speculators form.
 Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads.
 
 The engines do not check: vLLM runs with an absent tensor and drafts junk, SGLang leaves it uninitialised and ignores
@@ -15,16 +15,15 @@ names that it does not know. So nothing is written or read here that is not whol
 import argparse
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from build_vocab_mapping import mapping_problems
+from build_vocab_mapping import mapping_problems, target_ids
 from load_target import default_layer_ids, read_target_tensor, resolve_target
 from prepare_data import fail, normalise_argv, write_atomic
 
@@ -41,12 +40,9 @@ FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "em
 # What a draft has no choice in. More layers would be served differently by each engine, biases are dropped by SGLang,
 # and a tied head would be the target's embeddings instead of the trained one.
 FIXED = {
-    "architectures": [ARCHITECTURE],
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "attention_bias": False,
+    "architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "attention_bias": False,
     "tie_word_embeddings": False,
-}
+}  # fmt: skip
 REQUIRED = (
     "architectures", "model_type", *SIZES, "attention_bias", "tie_word_embeddings", "rms_norm_eps", "rope_theta",
     "hidden_act", "torch_dtype", "bos_token_id", "eos_token_id",
@@ -64,14 +60,12 @@ EMBEDDING_NAMES = (
     "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
     "embed_tokens.weight", "model.tok_embeddings.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
 )  # fmt: skip
-SPECULATORS_VERSION = "0.5.0"
+SPECULATORS_VERSION, ADDED = "0.5.0", "the target's"
 # Rope types that all engines compute alike, and the numbers they need; a target's of another type becomes plain RoPE.
 ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
+    "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,15 +105,11 @@ def derive_config(text, whole):
         "head_dim": first("head_dim", default=text.hidden_size // heads),
         "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
         "hidden_act": "silu",
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": text.max_position_embeddings,
-        "vocab_size": text.vocab_size,
-        "draft_vocab_size": text.vocab_size,
+        "rope_theta": theta, "rope_scaling": scaling, "max_position_embeddings": text.max_position_embeddings,
+        "vocab_size": text.vocab_size, "draft_vocab_size": text.vocab_size,
         "torch_dtype": str(first("dtype", default="bfloat16")).removeprefix("torch."),
-        "bos_token_id": first("bos_token_id"),
-        "eos_token_id": first("eos_token_id"),
-    }
+        "bos_token_id": first("bos_token_id"), "eos_token_id": first("eos_token_id"),
+    }  # fmt: skip
 
 
 def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_size=None):
@@ -143,19 +133,20 @@ def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_
         # The draft is served as far as the target is. Its rotary frequencies do not depend on this number.
         "max_position_embeddings": max(config["max_position_embeddings"], derived["max_position_embeddings"]),
     }
-    for key in ("hidden_size", "vocab_size"):
-        if config[key] != derived[key]:
-            remedy = ": training an embedding table is not available yet" if key == "hidden_size" else ""
-            fail(f"{source}: {key} {config[key]} is not the target's {derived[key]}{remedy}")
+    sizes = {"hidden_size": config.get("target_hidden_size", config["hidden_size"]), "vocab_size": config["vocab_size"]}
+    for key, size in sizes.items():
+        if size != derived[key]:
+            fail(f"{source} is another target's: its {key} is {size}, this target's {derived[key]}")
     if needs_embedding(config):
-        asked = {key: config[key] for key in ("target_hidden_size", "embed_requires_grad") if key in config}
+        asked = {k: config[k] for k in ("hidden_size", "target_hidden_size", "embed_requires_grad") if k in config}
         fail(f"{source}: {json.dumps(asked)[1:-1]}: training an embedding table is not available yet")
     if not 0 < config["draft_vocab_size"] <= config["vocab_size"]:
         fail(f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{config['vocab_size']}, the target's")
     default = default_layer_ids(text.num_hidden_layers)
     layers = layer_ids or auxiliary_layers(config) or default
     if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
-        fail(f"target_layer_ids {layers}: they must ascend within 1..{text.num_hidden_layers}")
+        whose = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
+        fail(f"{whose} {layers}: they must ascend within 1..{text.num_hidden_layers}, the target's layers")
     if config.get("num_aux_hidden_states", len(layers)) != len(layers):
         fail(f"{source}: num_aux_hidden_states {config['num_aux_hidden_states']} for the auxiliary layers {layers}")
     config = with_auxiliary_layers(config, layers, default)
@@ -199,18 +190,15 @@ def _auxiliary_problems(config):
         problems.append("eagle_config.use_aux_hidden_state is false: the engines would leave out fc")
     own, theirs = config.get(AUXILIARY), nested.get(AUXILIARY)
     for name, ids, first in ((AUXILIARY, own, 1), (f"eagle_config.{AUXILIARY}", theirs, 0)):
-        if ids is not None and not (
-            isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
-        ):
+        whole = isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
+        if ids is not None and not whole:
             return [*problems, f"{name} is {ids!r}, not a list of layer ids from {first}"]
     if (own is None) != (theirs is None):
         missing = "SGLang reads eagle_config." if theirs is None else "vLLM reads the top level's "
         problems.append(f"auxiliary layers {own or theirs} are written once only: {missing}{AUXILIARY}")
     elif own is not None and theirs != [i - 1 for i in own]:
-        problems.append(
-            f"auxiliary layers disagree: vLLM's {AUXILIARY} {own} needs SGLang's in eagle_config to be "
-            f"{[i - 1 for i in own]}, which is {theirs}"
-        )
+        needed = f"vLLM's {AUXILIARY} {own} needs SGLang's in eagle_config to be {[i - 1 for i in own]}"
+        problems.append(f"auxiliary layers disagree: {needed}, which is {theirs}")
     count = config.get("num_aux_hidden_states", 3)
     if own is None and theirs is None and count != 3:
         problems.append(f"num_aux_hidden_states is {count} without {AUXILIARY}: the engines' default is 3 layers")
@@ -231,9 +219,8 @@ def needs_embedding(config):
 
 def expected_tensors(config):
     """{name: shape} of the flat form of a draft with this (whole) config."""
-    hidden, inner, draft, vocab = (
-        config[key] for key in ("hidden_size", "intermediate_size", "draft_vocab_size", "vocab_size")
-    )
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    draft, vocab = config["draft_vocab_size"], config["vocab_size"]
     query, key_value = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
     target_hidden, auxiliary = config.get("target_hidden_size", hidden), num_auxiliary(config)
     shapes = {
@@ -263,11 +250,9 @@ def expected_tensors(config):
 
 
 def _size_problems(config):
-    return [
-        f"{key} is {config[key]!r}, not a positive integer"
-        for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states")
-        if key in config and (type(config[key]) is not int or config[key] <= 0)
-    ]
+    keys = [key for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states") if key in config]
+    wrong = [key for key in keys if type(config[key]) is not int or config[key] <= 0]
+    return [f"{key} is {config[key]!r}, not a positive integer" for key in wrong]
 
 
 def _rope_problems(scaling):
@@ -276,6 +261,8 @@ def _rope_problems(scaling):
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         return [f"rope_scaling is {scaling!r}, not null or an object with a rope_type of {', '.join(ROPE_TYPES)}"]
+    if scaling.get("partial_rotary_factor", 1) != 1:
+        return [f"rope_scaling's partial_rotary_factor is {scaling['partial_rotary_factor']!r}, not 1: heads are whole"]
     values = {key: scaling.get(key) for key in ROPE_TYPES[kind]}
     wrong = {key: value for key, value in values.items() if not (type(value) in (int, float) and value > 0)}
     return [f"rope_scaling's {key} is {value!r}, {kind} needs a positive number" for key, value in wrong.items()]
@@ -284,15 +271,11 @@ def _rope_problems(scaling):
 def check_config(config):
     """What is wrong with a flat config, one line each; empty if both engines can read it."""
     problems = [f"{key} is missing" for key in REQUIRED if key not in config] + _size_problems(config)
-    fixed = FIXED | {"mlp_bias": False}  # the draft's MLP has none
-    problems += [
-        f"{key} is {config[key]!r}, not {value!r}" for key, value in fixed.items() if config.get(key, value) != value
-    ]
-    problems += [
-        f"{key} is {config[key]!r}, not a positive number"
-        for key in ("rms_norm_eps", "rope_theta")
-        if key in config and not (type(config[key]) in (int, float) and config[key] > 0)
-    ]
+    fixed = FIXED | {"mlp_bias": False, "partial_rotary_factor": 1}  # a draft's MLP has none, and whole heads turn
+    problems += [f"{key} is {config[key]!r}, not {x!r}" for key, x in fixed.items() if config.get(key, x) != x]
+    for key in ("rms_norm_eps", "rope_theta"):
+        if key in config and not (type(config[key]) in (int, float) and config[key] > 0):
+            problems.append(f"{key} is {config[key]!r}, not a positive number")
     problems += [f"{k} is {config[k]!r}, not true or false" for k in FLAGS if type(config.get(k, False)) is not bool]
     activation = config.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
@@ -302,15 +285,12 @@ def check_config(config):
     problems += _rope_problems(config.get("rope_scaling")) + _auxiliary_problems(config)
     if problems:
         return problems  # the relations below need the values
-    if config["draft_vocab_size"] > config["vocab_size"]:
-        problems.append(
-            f"draft_vocab_size {config['draft_vocab_size']} is larger than vocab_size {config['vocab_size']}"
-        )
-    if config["num_attention_heads"] % config["num_key_value_heads"]:
-        problems.append(
-            f"num_attention_heads {config['num_attention_heads']} is not a multiple of num_key_value_heads "
-            f"{config['num_key_value_heads']}"
-        )
+    draft, vocab = config["draft_vocab_size"], config["vocab_size"]
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if draft > vocab:
+        problems.append(f"draft_vocab_size {draft} is larger than vocab_size {vocab}")
+    if heads % groups:
+        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if config["head_dim"] % 2:
         problems.append(f"head_dim {config['head_dim']} is odd: rotary positions need pairs")
     return problems
@@ -379,8 +359,9 @@ def _read_tensors(folder):
             if isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values()):
                 return tensors, []
             return {}, ["pytorch_model.bin is not a dictionary of tensors"]
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        return {}, [f"the weights cannot be read: {(str(error).splitlines() or [repr(error)])[0]}"]
+    except Exception as error:  # a file of another kind, or a pickle that would run code, fails anywhere
+        why = "it holds more than tensors" if "weights_only" in str(error) else str(error) or repr(error)
+        return {}, [f"the weights cannot be read: {why.splitlines()[0]}"]
     return {}, ["model.safetensors is missing"]
 
 
@@ -388,10 +369,10 @@ def _with_two_rope_keys(config):
     """A copy of config with rope_theta and rope_scaling, whatever version of transformers wrote it."""
     config = dict(config)
     rope = config.pop("rope_parameters", None)  # transformers 5's name for both
-    if isinstance(rope, dict) and "rope_theta" not in config and "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
+    if isinstance(rope, dict):
+        config = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope} | config
         if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and "type" in scaling:  # the older spelling, which the draft would not see
         config["rope_scaling"] = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
@@ -408,6 +389,8 @@ def _complete(raw, tensors):
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     if "lm_head.weight" in tensors:
         config.setdefault("draft_vocab_size", len(tensors["lm_head.weight"]))
+    if not any(name.startswith("layers.1.") for name in tensors):  # some releases keep their target's number
+        config["num_hidden_layers"] = 1
     dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
     if dtype:
         config.setdefault("torch_dtype", dtype)
@@ -422,8 +405,8 @@ def _complete(raw, tensors):
 
 
 def _common_dtype(tensors):
-    """The dtype that all floating tensors have ("bfloat16"), or None if there are several."""
-    dtypes = {str(tensor.dtype)[6:] for tensor in tensors.values() if tensor.is_floating_point()}
+    """The dtype that all floating tensors but the embedding table have ("bfloat16"), or None if there are several."""
+    dtypes = {str(t.dtype)[6:] for name, t in tensors.items() if t.is_floating_point() and name != EMBEDDING}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
@@ -440,8 +423,8 @@ def _from_speculators(raw, tensors):
 def _load(folder, strict):
     """(flat config, tensors by flat names, problems); config and tensors are None where they cannot be had.
 
-    strict: the folder as an engine will read it. Otherwise as another trainer may have left it: keys filled, and what
-    means nothing (rotary tables, the identity as a mapping, the target's embeddings in the speculators form) left out.
+    strict: the folder as an engine will read it. Otherwise as another trainer may have left it: keys and t2d are filled
+    and what means nothing (rotary tables, the identity as a mapping) is left out.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -456,10 +439,8 @@ def _load(folder, strict):
         tensors = {("midlayer." + n[9:] if n.startswith("layers.0.") else n): t for n, t in tensors.items()}
     if not strict:  # older releases keep the rotary table, which follows from the config
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if speculators:
-        config = _from_speculators(raw, tensors)
-    else:
-        config = raw if strict or not check_config(raw) else _complete(raw, tensors)
+    complete = _from_speculators if speculators else _complete
+    config = raw if strict and not speculators else complete(raw, tensors)
     if strict and speculators and EMBEDDING not in tensors:
         problems.append(f"{EMBEDDING} is missing")
     if strict and renamed and not speculators:
@@ -468,22 +449,27 @@ def _load(folder, strict):
     if bad_config:
         return None, None, bad_config + problems
     if not strict:
-        config, tensors = _without_noise(config, tensors, speculators)
+        config, tensors = _as_ours(config, tensors)
     problems += check_tensors(config, tensors)
     if renamed and speculators:
         problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
     return config, tensors, problems
 
 
-def _without_noise(config, tensors, speculators):
-    """config and tensors of a foreign draft without what does not change its predictions."""
-    full = config["draft_vocab_size"] == config["vocab_size"]
+def _as_ours(config, tensors):
+    """config and tensors of a foreign draft in our form; its predictions stay the same."""
+    d2t, full = tensors.get("d2t"), config["draft_vocab_size"] == config["vocab_size"]
+    if d2t is not None and "t2d" not in tensors and d2t.dtype == torch.int64:  # ModelOpt leaves it out: it follows
+        tensors = {**tensors, "t2d": torch.isin(torch.arange(config["vocab_size"]), target_ids(d2t))}
     if full and set(MAPPING) <= set(tensors) and not tensors["d2t"].any() and tensors["t2d"].all():
         tensors = {name: tensor for name, tensor in tensors.items() if name not in MAPPING}
-    if speculators and not needs_embedding(config):
-        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING}
-    # Engines convert while loading: a config that names another dtype than all tensors have is no fault of the weights.
-    return {**config, "torch_dtype": _common_dtype(tensors) or config["torch_dtype"]}, tensors
+    # Engines convert while loading: a config that names another dtype than all tensors have is no fault of the weights,
+    # nor is a table in the target's dtype beside weights in another.
+    config = {key: value for key, value in config.items() if key != "auto_map"}  # code that does not come along
+    config["torch_dtype"] = _common_dtype(tensors) or config["torch_dtype"]
+    if EMBEDDING in tensors and not needs_embedding(config):
+        tensors = {**tensors, EMBEDDING: tensors[EMBEDDING].to(getattr(torch, config["torch_dtype"]))}
+    return config, tensors
 
 
 def check_draft(folder):
@@ -491,11 +477,16 @@ def check_draft(folder):
     return _load(folder, strict=True)[2]
 
 
-def read_draft(folder):
-    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is not whole."""
+def read_draft(folder, model_dir=None):
+    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is not whole.
+
+    model_dir: the target's folder, if a table of other embeddings than the target's is to end the program too.
+    """
     config, tensors, problems = _load(folder, strict=False)
     if problems:
         fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
+    if model_dir and EMBEDDING in tensors and not needs_embedding(config):
+        check_embedding(folder, tensors, find_embedding(model_dir))
     return config, tensors
 
 
@@ -503,13 +494,14 @@ def read_draft(folder):
 # Writing
 
 
-def _write(folder, config, tensors):
+def _write(folder, config, tensors, **metadata):
     """Both files, so that a process killed at any moment leaves the old draft, no config.json, or the new draft."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        temporary.chmod(0o644)  # safetensors leaves it to its owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         written = load_file(temporary)
@@ -568,12 +560,8 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
     # rope_theta and rope_scaling are read by transformers 4, rope_parameters by 5
     rope = config.get("rope_scaling") or {}
     layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
-    proposal = {
-        "proposal_type": "greedy",
-        "speculative_tokens": speculative_tokens,
-        "verifier_accept_k": 1,
-        "accept_tolerance": 0.0,
-    }
+    proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
+    proposal |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
     speculators = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
@@ -585,24 +573,42 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
         "tie_word_embeddings": False,
         "torch_dtype": config["torch_dtype"],
         "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
+            "algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [proposal],
             "verifier": {"name_or_path": str(target_model_path), "architectures": list(target_architectures)},
         },
         "transformer_layer_config": {**layer, "architectures": ["LlamaForCausalLM"]},
-    }
+    }  # fmt: skip
     return speculators, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
 
 
 def write_speculators(folder, config, tensors, **target):
     """Write the speculators form of a flat draft; target: the further arguments of to_speculators."""
-    _write(folder, *to_speculators(config, tensors, **target))
+    added = {} if EMBEDDING in tensors else {"embed_tokens": ADDED}  # so that the flat form can be had back
+    _write(folder, *to_speculators(config, tensors, **target), **added)
 
 
 def read_embedding(model_dir):
     """The input embeddings [V, Ht] of a target folder, read alone."""
     return read_target_tensor(model_dir, EMBEDDING_NAMES)
+
+
+def find_embedding(model_dir):
+    """read_embedding where that is possible, else None: for other names and files the target has to be loaded."""
+    names = [name for path in Path(model_dir).glob("*.safetensors") for name in safe_open(path, "pt").keys()]  # noqa: SIM118
+    return read_embedding(model_dir) if any(name.endswith(EMBEDDING_NAMES) for name in names) else None
+
+
+def is_embedding(own, embedding):
+    """Whether a draft's table [V, H] is `embedding`, the target's, as its trainer may have rounded it."""
+    return torch.equal(own.cpu(), embedding.to("cpu", own.dtype))
+
+
+def check_embedding(folder, tensors, embedding):
+    """End the program if a draft's tensors hold a table of that shape that is not `embedding` [V, H], the target's."""
+    own = tensors.get(EMBEDDING)
+    if own is not None and embedding is not None and own.shape == embedding.shape and not is_embedding(own, embedding):
+        fail(f"{folder} is another target's, or was trained with a table of its own, which is not available yet: its "
+             f"{EMBEDDING} is not this target's; without that tensor it starts with this target's")  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -614,8 +620,9 @@ def parse_args(argv=None):
     export = parser.add_argument_group("export")
     export.add_argument("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
     export.add_argument("--output", help="folder to write")
-    export.add_argument("--target_model_path", help="folder or hub id of the target; needed for speculators")
+    target = "folder or hub id of the target; needed for speculators; flat: a table that is its own is left out"
     tokens = "tokens an engine drafts, speculators (default: %(default)s)"
+    export.add_argument("--target_model_path", help=target)
     export.add_argument("--speculative_tokens", type=int, default=5, help=tokens)
     return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
 
@@ -631,16 +638,23 @@ def check(folder):
         print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {str(tensor.dtype)[6:]}")
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in MAPPING)
     layers = auxiliary_layers(config) or "default (2, L//2, L-3)"
-    print(
-        f"hidden {config['hidden_size']}, heads {config['num_attention_heads']}/{config['num_key_value_heads']} of "
-        f"{config['head_dim']}, draft vocabulary {config['draft_vocab_size']:,} of {config['vocab_size']:,}, "
-        f"positions {config['max_position_embeddings']:,}, rope theta {config['rope_theta']:g}, "
-        f"{config['torch_dtype']}, auxiliary layers {layers}"
-    )
+    print(f"hidden {config['hidden_size']}, heads {config['num_attention_heads']}/{config['num_key_value_heads']} of "
+          f"{config['head_dim']}, draft vocabulary {config['draft_vocab_size']:,} of {config['vocab_size']:,}, "
+          f"positions {config['max_position_embeddings']:,}, rope theta {config['rope_theta']:g}, "
+          f"{config['torch_dtype']}, auxiliary layers {layers}")  # fmt: skip
     for note in serving_notes(config):
         print(f"note: {note}")
     print(f"complete: {len(tensors)} tensors, {parameters:,} parameters")
     return 0
+
+
+def _has_targets_table(args, tensors):
+    """Whether the embedding table of the draft to export was added to it, or is the target's if that is given."""
+    path = Path(args.checkpoint) / "model.safetensors"
+    if path.exists() and (safe_open(path, "pt").metadata() or {}).get("embed_tokens") == ADDED:
+        return True
+    given = args.target_model_path
+    return bool(given) and is_embedding(tensors[EMBEDDING], read_embedding(resolve_target(given)))
 
 
 def export(args):
@@ -653,6 +667,8 @@ def export(args):
     if args.speculative_tokens < 1:
         fail(f"--speculative_tokens {args.speculative_tokens} must be at least 1")
     config, tensors = read_draft(args.checkpoint)
+    if EMBEDDING in tensors and not needs_embedding(config) and _has_targets_table(args, tensors):
+        del tensors[EMBEDDING]
     if args.format == "flat":
         write_draft(args.output, config, tensors)
     else:

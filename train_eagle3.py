@@ -42,7 +42,7 @@ from transformers.utils.logging import disable_progress_bar
 # (it would give every name a line of its own)
 from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
-from export_eagle3 import configure, num_auxiliary, read_draft
+from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
@@ -612,7 +612,7 @@ def draft_config_for(args, model_dir):
     """(flat configuration, auxiliary layers) of the draft: derived, a file's, or a checkpoint's, for this target."""
     given, source = {}, args.resume_from_checkpoint or args.draft_model_config
     if args.resume_from_checkpoint:
-        given, _ = read_draft(source)
+        given, _ = read_draft(source, model_dir)
         if len(args.target_layer_ids or ()) not in (0, num_auxiliary(given)):
             fail(f"target_layer_ids {args.target_layer_ids}: {source} reads {num_auxiliary(given)} layers")
     elif source:
@@ -698,11 +698,9 @@ def build_draft(args, config, target, d2t):
     draft.initialise(target.head.weight[target_ids(d2t)])
     if args.resume_from_checkpoint:
         tensors = read_draft(args.resume_from_checkpoint)[1]
-        own = tensors.pop("embed_tokens.weight", target.embedding.cpu())
-        if not torch.equal(own.to(target.embedding.dtype), target.embedding.cpu()):
-            fail(f"{args.resume_from_checkpoint} has an embedding table of its own: training it is not available yet")
-        draft.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")})
-    return draft
+        check_embedding(args.resume_from_checkpoint, tensors, target.embedding)
+        draft.load_state_dict({n: t for n, t in tensors.items() if n not in ("embed_tokens.weight", "d2t", "t2d")})
+    return draft.to(target.embedding.dtype).float()  # what a checkpoint can hold: continuing from a dry run is the same
 
 
 def summary(args, config, layers, draft, target, data, data_config, share):

@@ -112,6 +112,7 @@ def test_stopped_by_a_signal_and_resumed_is_the_undisturbed_run(work, tmp_path, 
     out = tmp_path / "out"
     at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(work, out)
+    assert oct((out / "latest" / "model.safetensors").stat().st_mode)[-3:] == "644", "others may serve it"
     assert "stopped behind step 7 by SIGTERM: --resume continues" in capsys.readouterr().out
     assert (out / "latest").resolve().name == "step_00000007" and not (out / "final").exists()
     monkeypatch.undo()
@@ -143,6 +144,11 @@ def readable(output):
             assert (output / name / "config.json").exists(), name
 
 
+def progress(output):
+    """What of checkpoints is there, whole or being written."""
+    return {path.name for pattern in (".step_*", "step_*") for path in Path(output).glob(pattern)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kills"), [(2, 20), (1, 2), (3, 2)])
 def test_killed_again_and_again_and_resumed_is_the_undisturbed_run(work, starts, tmp_path, stage, kills):
@@ -155,14 +161,12 @@ def test_killed_again_and_again_and_resumed_is_the_undisturbed_run(work, starts,
     out, done, moments = tmp_path / "killed", 0, set()
     while done < kills:
         starts.start(argv[1], 2, tmp_path / "log")
-        before, begun, deadline = len(list(out.glob("step_*"))), None, random.uniform(0, 1.5)
-        while begun is None or time.monotonic() - begun < deadline:
-            time.sleep(0.01)
-            moving = {path.name for path in out.glob(".step_*")} | {path.name for path in out.glob("step_*")}
-            begun = begun or (time.monotonic() if len(moving) > before or random.random() < 1e-3 else None)
-            assert all(Path(f"/proc/{pid}").exists() for pid in starts.pids)
-            if (out / "final").exists():
-                break
+        before, end = progress(out), time.monotonic() + 60
+        late = random.random() < 0.8  # in training, or else at any moment of the start
+        while late and progress(out) == before:
+            assert time.monotonic() < end and not (out / "final").exists()
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 1.5 if late else 4))
         assert not (out / "final").exists(), "it was over before it was killed often enough: give it more steps"
         moments.add(max((path.name for path in out.glob("step_*")), default=""))
         starts.kill()
@@ -170,7 +174,7 @@ def test_killed_again_and_again_and_resumed_is_the_undisturbed_run(work, starts,
         readable(out)
         done += 1
     starts.run(argv[1], 2, tmp_path / "log")
-    assert len(moments) > kills // 3, "the kills came at few different steps"
+    assert len(moments) > kills // 2, "the kills came at few different steps"
     same_run(out, tmp_path / "whole", [f"step_{step:08d}" for step in (57, 58, 59, 60)] + ["final"])
 
 
