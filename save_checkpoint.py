@@ -11,6 +11,7 @@ Out: output_dir/step_00001000 with
 train_eagle3.py imports this file; it is not run itself.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -163,9 +164,9 @@ def write_checkpoint(engine, d2t, folder, state, mine):
     """A complete checkpoint, visible only when it is whole. All ranks call it; None, or why there is none.
 
     state: JSON that is the same for all ranks; mine: this rank's tensors by name. A checkpoint that is there already
-    stays: it is of the same step.
+    stays, as it is of the same step; anything else of its name is put aside.
     """
-    if on_first_rank(folder.exists):
+    if on_first_rank(functools.partial(is_there, folder)):
         return None
     first, world = dist.get_rank() == 0, dist.get_world_size()
     building, every, problems = folder.with_name(f".{folder.name}.building"), [None] * world, []
@@ -178,14 +179,29 @@ def write_checkpoint(engine, d2t, folder, state, mine):
             write_draft(building, engine.module.config, tensors)
             save_file({f"{rank}.{name}": x for rank, part in enumerate(every) for name, x in part.items()},
                       building / RANKS)  # fmt: skip
-        except (OSError, SafetensorError) as error:
-            problems.append(str(error))
+        except (OSError, SafetensorError, SystemExit) as error:  # the last with a line of its own
+            problems.append(f"{building} cannot be written: {error}")
     problem = agree(problems) or agree(write_shards(engine, building))
     if not problem:
         problem = seal(building, folder, {**state, **engine_kind(engine)})
     if first and problem:
         shutil.rmtree(building, ignore_errors=True)
     return problem
+
+
+def is_there(folder):
+    """Whether a whole checkpoint has this name. What else has it gets another one."""
+    if not folder.exists():
+        return False
+    state = read_state(folder)
+    if state and not damage(folder, state):
+        return True
+    aside = next(
+        path for i in itertools.count() if not (path := folder.with_name(f"damaged_{i}_{folder.name}")).exists()
+    )
+    folder.rename(aside)
+    print(f"{folder} is not a complete checkpoint: it is {aside} now", file=sys.stderr)
+    return False
 
 
 def seal(building, folder, state):
@@ -237,12 +253,15 @@ def write_final(engine, d2t, folder, files):
     on_first_rank(write)
 
 
-def link(path, name):
-    """The symbolic link `name` beside a checkpoint, which points to it from now on."""
-    new = path.with_name(f".{name}.building")
-    new.unlink(missing_ok=True)
-    new.symlink_to(path.name)
-    new.replace(path.with_name(name))
+def link_newest(folder, best):
+    """The symbolic links beside a checkpoint: `latest` to it, and `best` to that of best = [value, step] or None."""
+    names = {"latest": folder.name} | ({"best": f"step_{best[1]:08d}"} if best else {})
+    for name, target in names.items():
+        if folder.with_name(target).exists():
+            new = folder.with_name(f".{name}.building")
+            new.unlink(missing_ok=True)
+            new.symlink_to(target)
+            new.replace(folder.with_name(name))
 
 
 def remove_old(output_dir, limit):
@@ -273,11 +292,12 @@ def save_step(engine, d2t, args, progress, record=None):
     if dist.get_rank() == 0 and problem:
         print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
     elif dist.get_rank() == 0:
-        link(folder, "latest")
-        if progress.best and progress.best[1] == progress.step:
-            link(folder, "best")
-        if args.save_total_limit:
-            remove_old(args.output_dir, args.save_total_limit)
+        try:
+            link_newest(folder, progress.best)
+            if args.save_total_limit:
+                remove_old(args.output_dir, args.save_total_limit)
+        except OSError as error:
+            print(f"{folder} is whole, but: {error}", file=sys.stderr)
     return None if problem else folder
 
 
@@ -336,6 +356,8 @@ def find_state(args):
         rest = f"from the weights of {given}" if given else "from the beginning"
         print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {rest}", file=sys.stderr)
         return None
+    if folder not in elsewhere:  # an interruption may have come before them
+        link_newest(folder, state["best"])
     args.resume_from_checkpoint, flags = str(folder), state["flags"]
     for name in ("seed", "draft_global_batch_size", "ttt_length"):
         if flags[name] != getattr(args, name):

@@ -288,8 +288,10 @@ def test_the_newest_whole_checkpoint_is_found_whatever_lies_around(work, tmp_pat
     out = tmp_path / "out"
     shutil.copytree(work / "whole", out, symlinks=True)
     spoil(out / "step_00000012")  # on the disk, later
+    (out / "latest").unlink()
+    (out / "latest").symlink_to("step_00000005")  # a process was killed before it made the next one
     (out / "step_00000099").mkdir()  # somebody's
-    shutil.copytree(out / "step_00000010", out / ".step_00000011.building")  # a process was killed
+    shutil.copytree(out / "step_00000010", out / ".step_00000011.building")  # or while it wrote this
     (out / "step_00000099" / "notes.txt").write_text("mine")
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "step": 13, "lo')  # so was this one
@@ -301,6 +303,8 @@ def test_the_newest_whole_checkpoint_is_found_whatever_lies_around(work, tmp_pat
     assert "step_00000012 is not a complete checkpoint" in said.err and "is not as it was written" in said.err
     assert "step_00000010" in said.out and not list(out.glob(".*.building"))
     assert (out / "step_00000099" / "notes.txt").read_text() == "mine"
+    assert (out / "latest").resolve().name == "step_00000012" and (out / "damaged_0_step_00000012").exists()
+    same_run(out, work / "whole")
     assert rows(out) == rows(work / "whole")
 
 
@@ -438,7 +442,7 @@ def small_disk(tmp_path):
     if not done or done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
     yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, small_disk, monkeypatch, capsys):
