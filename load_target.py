@@ -91,14 +91,13 @@ class Target:
         self.decoder = self.model and self.model.get_decoder()
         if self.decoder is None:
             return
-        if not hasattr(self.decoder, "layers"):
-            fail(f"the layers of model_type {self.config.model_type} are not where hooks look: it is not supported")
+        layers = find_layers(self.model)
         for index in self.layer_ids:
             # hidden_states[0] is what enters the first layer; hidden_states[i] what the i-th leaves behind.
             if index == 0:
-                self.decoder.layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+                layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
             else:
-                self.decoder.layers[index - 1].register_forward_hook(self._keep_output(index))
+                layers[index - 1].register_forward_hook(self._keep_output(index))
 
     def _keep_input(self, module, args, kwargs):
         self.captured[0] = args[0] if args else kwargs["hidden_states"]
@@ -258,19 +257,25 @@ def saved_dtype(model_dir, config):
     return config.dtype or torch.float32
 
 
-def zero3_config(model_dir, device, dtype, offload="none", path=None, trust_remote_code=False):
+def find_layers(model):
+    """The decoder's layers of a causal language model; ends the program if they are not where hooks look."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        fail(f"the layers of model_type {model.config.model_type} are not where hooks look: it is not supported")
+    return layers
+
+
+def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_code=False):
     """DeepSpeed's configuration under which a target's layers are gathered one by one, the next one ahead of its turn.
 
-    offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the folder `path`.
+    config: the target's; offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the
+    folder `path`.
     """
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    if not hasattr(model.get_decoder(), "layers"):
-        fail(f"the layers of model_type {config.model_type} are not where hooks look: it is not supported")
     if dtype == torch.float16 and device.type == "cpu":
         fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
-    layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers)
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in find_layers(model))
     zero = {
         "stage": 3,
         "stage3_prefetch_bucket_size": layer,
@@ -326,7 +331,7 @@ def load_target(
         options = {"distributed_config": DistributedConfig(tp_size=tp_size, **several)}
     elif sharding == "zero3":
         dtype, options = saved_dtype(model_dir, whole_config) if dtype == "auto" else dtype, {}
-        zero3 = zero3_config(model_dir, device, dtype, offload, offload_path, trust_remote_code)
+        zero3 = zero3_config(whole_config, device, dtype, offload, offload_path, trust_remote_code)
         partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
