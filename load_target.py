@@ -346,18 +346,23 @@ def load_target(
     if info["missing_keys"]:  # transformers would go on with random values
         fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     model.eval().requires_grad_(False)
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     if sharding == "zero3":
         import deepspeed
 
+        # The table stays out of what is gathered in each forward, as the head does: both are whole on every rank.
+        model.set_input_embeddings(torch.nn.Identity())
         deepspeed.initialize(model=model.get_decoder(), config=zero3)
-    output, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-    head = Head(whole(output.weight), whole(output.bias))
-    target = Target(model, text, head, head.weight if table is output.weight else whole(table), layer_ids)
-    if sharding == "zero3":  # the model's own stays in parts
+        model.set_input_embeddings(inputs)
+    tied, head = inputs.weight is output.weight, Head(whole(output.weight), whole(output.bias))
+    embedding = head.weight if tied else whole(inputs.weight)
+    if sharding == "zero3":
         own = [x if x is None else torch.nn.Parameter(x, requires_grad=False) for x in (head.weight, head.bias)]
         output = torch.nn.Linear(1, 1, device="meta")
         output.weight, output.bias = own
         model.set_output_embeddings(output)
+        inputs.weight = torch.nn.Parameter(embedding, requires_grad=False)
+    target = Target(model, text, head, embedding, layer_ids)
     _fit_head(target)
     target.packs = _ends_at_borders(target)
     return target
@@ -367,18 +372,19 @@ def share_of_weights(target, args, row_tokens):
     """One line: what this rank holds of the target's weights, and what a forward moves; row_tokens: a row's average."""
     if target.decoder is None:
         return f"{target.config.model_type}, head and embedding alone, hidden states of {args.hidden_states_path}"
-    total = mine = 0
+    total = mine = moved = 0
     for p in target.decoder.parameters():
         part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
         total += getattr(p, "ds_numel", p.numel()) * p.itemsize / 1e9
+        moved += getattr(p, "ds_numel", 0) * p.itemsize / 1e9
         mine += part.numel() * p.itemsize / 1e9
     line = f"{target.config.model_type}, {mine:.3g} of {total:.3g} GB of weights on each rank"
     if args.target_sharding == "tp":
         line += f", tensor parallel over {args.tp_size}"
     if args.target_sharding == "zero3":
         place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
-        a_token = 1000 * total / (args.batch_size * row_tokens)
-        line += (f" (zero3{place}); a forward moves {total:.3g} GB to each: {a_token:.3g} MB a token, as "
+        a_token = 1000 * moved / (args.batch_size * row_tokens)
+        line += (f" (zero3{place}); a forward moves {moved:.3g} GB to each: {a_token:.3g} MB a token, as "
                  f"{args.batch_size} sequences of {row_tokens:.0f} tokens share it")  # fmt: skip
     return line
 
