@@ -40,6 +40,7 @@ NUM_EPOCHS=${NUM_EPOCHS:-1}
 TTT_LENGTH=${TTT_LENGTH:-7}
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
 LOG_STEPS=${LOG_STEPS:-10}
+SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints; started again, training goes on
 REPORT_TO=${REPORT_TO:-tensorboard}
 
 echo "=== 1. data: conversations to tokens and loss mask"
@@ -61,6 +62,7 @@ python train_eagle3.py \
     --max_length "$MAX_LENGTH" --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
     --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
     --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
+    --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
     --deepspeed_config "$DEEPSPEED_CONFIG" \
     --output_dir "$OUTPUT/draft"
 
