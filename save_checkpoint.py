@@ -83,7 +83,7 @@ def engine_kind(engine):
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return {
         "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
-        "optimizer": type(optimizer).__name__,
+        "optimizer": type(optimizer).__name__ + " on nvme" * engine.zero_nvme_offload_optimizer(),
         "zero_stage": engine.zero_optimization_stage(),
         "world_size": dist.get_world_size(),
     }
@@ -375,6 +375,9 @@ def remove_rests(output_dir):
 def differs(state, engine):
     """Whether DeepSpeed cannot read the shards as they are. Ends the program if it cannot read them at all."""
     kind = engine_kind(engine)
+    if "nvme" in state["optimizer"]:
+        fail("a training whose optimizer states are on nvme cannot be resumed, as DeepSpeed restores only a part of "
+             "them: start from its weights without --resume")  # fmt: skip
     for name in ("precision", "optimizer"):
         if state[name] != kind[name]:
             fail(f"the checkpoint was trained with {name} {state[name]}, this run has {kind[name]}: "

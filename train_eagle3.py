@@ -630,7 +630,9 @@ def prepare_run(args, world):
     """Everything that can go wrong before a model loads, on rank 0. Returns what all ranks need to go on."""
     check_flags(args, world)
     state = find_state(args)
-    engine_config(args, torch.device("cpu"))
+    config = engine_config(args, torch.device("cpu"))
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+        print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     for name in (
         "dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path",
     ):  # fmt: skip

@@ -277,6 +277,11 @@ def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatc
     (tmp_path / "bf16.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
     line = refused(capsys, work, out, "--resume", "--deepspeed_config", tmp_path / "bf16.json")
     assert "precision fp32" in line and "bf16" in line
+    path = out / "step_00000012" / "trainer_state.json"
+    before = path.read_text()
+    path.write_text(before.replace('"optimizer": "AdamW"', '"optimizer": "DeepSpeedCPUAdam on nvme"'))
+    assert "states are on nvme cannot be resumed" in refused(capsys, work, out, "--resume")
+    path.write_text(before)
     tiny.write_jsonl(tmp_path / "other.jsonl", tiny.conversations(9, 1))
     prepare(tmp_path / "other.jsonl", tmp_path / "other", work / "target", chat_template="llama3", num_proc=1)
     assert "other data" in refused(capsys, work, out, "--resume", "--data_path", tmp_path / "other")
@@ -401,7 +406,7 @@ def poisoned(monkeypatch, steps, rank=None):
 ALWAYS = range(5, 99)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, pytest.param("2_offload", marks=pytest.mark.slow)])
 def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys, number):
     """Weights and optimizer do not move, the metrics leave the step out; the rest goes on."""
     epoch = range(1, 7)
