@@ -7,8 +7,8 @@
 #   SERVER="/opt/vllm/bin/vllm serve" SERVER_GPUS=0,1 TRAIN_GPUS=2,3 bash examples/run_llama3_vllm.sh
 #
 # Needs vLLM 0.32 or later, best in an environment of its own, as it asks for versions of its own: see SERVER.
-# Hardware: meant for one node of 8 GPUs with 80 GB. Time and acceptance length: not measured yet.
-# Written 2026-11-21. Every variable can be overridden from the environment.
+# Hardware: meant for one node of 8 GPUs with 80 GB. Time and acceptance length: not measured yet. Seen to run: on a CPU,
+# with a small target and the CPU build of vLLM 0.32.0. Written 2026-11-21. Every variable can be overridden from the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
