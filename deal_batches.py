@@ -4,7 +4,7 @@ In:  a folder written by prepare_data.py; the number of ranks and the sizes of b
 Out: per rank and optimizer step its micro-batches: whole sequences behind one another without padding, the slots that
      are supervised at each step of the training-time test, and the target's forwards that have to come before.
 
-train_eagle3.py imports this file; it is not run itself.
+train_eagle3.py and others import this file; it is not run itself.
 """
 
 import bisect

@@ -256,6 +256,8 @@ def open_target(args, model_dir, device, layers, data, data_config):
     """The Target, or with args.hidden_states_path a Source: then the target is loaded only to generate missing rows."""
     load = functools.partial(load_as_asked, args, model_dir, device, layers)
     generate, server = args.on_missing == "generate", None
+    if args.vllm_endpoint and not generate:
+        fail(f"vllm_endpoint generates missing rows: it needs on_missing generate, not {args.on_missing}")
     if generate and args.vllm_endpoint and not args.hidden_states_path:
         args.hidden_states_path = str(Path(args.output_dir) / "hidden_states")
     if not args.hidden_states_path:
@@ -278,6 +280,8 @@ def open_target(args, model_dir, device, layers, data, data_config):
         if lacking and args.on_missing == "raise":
             fail(f"{store.folder} lacks {len(lacking)} of {len(rows)} rows, such as {lacking[0]}: write them with "
                  "prepare_hidden_states.py, or choose another on_missing")  # fmt: skip
+        if not generate and len(lacking) == len(rows):
+            fail(f"{store.folder} has none of the {len(rows)} rows: on_missing {args.on_missing} would leave out all")
         if generate and args.on_generate == "cache":
             store.remove_rests()
         print(f"{store.folder}: {len(rows) - len(lacking):,} of {len(rows):,} rows are there")
@@ -413,9 +417,13 @@ class Source:
                     for whole, part in zip(states, new, strict=True):
                         whole[start : start + length] = part
                     if self.args.on_generate == "cache":
-                        sequence = (batch[name][start : start + length].cpu() for name in COLUMNS)
+                        sequence = [batch[name][start : start + length].cpu() for name in COLUMNS]
                         tensors = to_stored(*sequence, *new, self.store.dtype)
                         self.keep(functools.partial(self.store.add, f"{batch['split']}/{row}", tensors))
+                        # As it will be read: the training does not depend on which rows were there already.
+                        count, teachers = tokens_read(sequence[1])
+                        for whole, name, at in zip(states, STATES, (slice(count), teachers), strict=True):
+                            whole[start : start + length][at] = from_stored(tensors, name, whole.dtype).to(whole.device)
             yield tuple(states)
 
 
