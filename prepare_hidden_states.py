@@ -516,7 +516,7 @@ FLAGS = {
     "what is written": [
         ("output_path", str, ..., "folder to write, or to go on with"),
         ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "fp8: e4m3 with a scale per token and layer"),
-        ("max_disk", float, None, "GB that may be written; none: what the disk has", 0),
+        ("max_disk", float, None, "GB that this start may write; none: what the disk has", 0),
         ("dist_timeout", float, 20, "minutes a collective may take", 0),
         ("local_rank", int, -1, "set by the launcher; -1 = from LOCAL_RANK"),
     ],
