@@ -898,7 +898,7 @@ FLAGS = {
         ("save_total_limit", int, 0, "newest checkpoints that are kept, beside the best one; 0 = all", 0),
         ("save_best", boolean, False, "save whenever the evaluation is the best so far; `best` links to it"),
         ("best_metric", ("acceptance_length", "loss"), "acceptance_length", "of the validation split"),
-        ("max_bad_steps", int, 10, "steps in a row, left out as their gradient is not finite, that end the training", 1),
+        ("max_bad_steps", int, 10, "steps in a row whose gradient is not finite, which end the training", 1),
         ("resume", boolean, False, "go on from the newest complete checkpoint of output_dir, if there is one"),
         ("resume_from_checkpoint", str, None, "with resume: if output_dir has none; without: draft to start from"),
         ("no_resume_from_checkpoint", boolean, False, "start anew, even with resume"),
