@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -525,15 +524,8 @@ def test_best_is_what_could_be_saved_and_of_one_metric(work, tmp_path, monkeypat
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system, and a function that changes its size in KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
-    if not done or done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
-    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with tiny.small_disk(tmp_path / "disk", 20 * 1024) as disk:
+        yield disk
 
 
 def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, small_disk, monkeypatch, capsys):

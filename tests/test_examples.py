@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def run(script, timeout, **environment):
     """Run an example with these variables, in the environment of the tests."""
-    variables = {**os.environ, "EAGLE3_VENV": "none", **{name: str(value) for name, value in environment.items()}}
+    variables = tiny.environment(EAGLE3_VENV="none", **environment)
     command = ["bash", str(tiny.REPOSITORY / "examples" / script)]
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -143,7 +143,7 @@ def test_multinode_recipe_says_what_is_missing(tmp_path, given, expected):
     given = {"HOSTFILE": tmp_path / "hosts", "OUTPUT": tmp_path / "out", "EAGLE3_VENV": "none"} | given
     result = subprocess.run(
         ["bash", str(tiny.REPOSITORY / "examples" / "run_llama3_70b_multinode.sh")], capture_output=True, text=True,
-        env=os.environ | {name: str(value) for name, value in given.items()}, timeout=60, check=False,
+        env=tiny.environment(**given), timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 2 and result.stderr.startswith("error: ") and expected in result.stderr, result.stderr
 

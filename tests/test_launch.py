@@ -19,7 +19,6 @@ from run_ranks import start_distributed
 
 TRAINER = str(tiny.REPOSITORY / "train_eagle3.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-LAUNCHERS_OWN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"}
 
 
 def free_port():
@@ -34,8 +33,7 @@ class Started:
         self.folder, self.marker, self.processes = folder, str(folder), []
 
     def add(self, *command, **variables):
-        env = {name: value for name, value in os.environ.items() if name not in LAUNCHERS_OWN}
-        env |= {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in variables.items()}
+        env = tiny.environment(**variables)
         with open(self.folder / f"printed_{len(self.processes)}", "w") as out:
             process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=out, env=env)
         self.processes.append(process)
@@ -130,7 +128,7 @@ def test_service_that_sets_the_variables_without_local_rank(work, started):
 
 
 def test_variables_of_a_service_that_are_not_complete(monkeypatch, capsys):
-    for name in LAUNCHERS_OWN:
+    for name in tiny.LAUNCHERS_OWN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

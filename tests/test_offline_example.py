@@ -1,7 +1,6 @@
 """The offline recipe and the benchmark of hidden states on disk, run as they are."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -37,14 +36,14 @@ def test_llama3_offline_recipe_with_a_small_target(tmp_path):
 
 def test_offline_recipe_refuses_an_unknown_stage():
     script = tiny.REPOSITORY / "examples" / "run_llama3_offline.sh"
-    variables = {**os.environ, "EAGLE3_VENV": "none", "STAGES": "both"}
+    variables = tiny.environment(EAGLE3_VENV="none", STAGES="both")
     done = subprocess.run(["bash", script], env=variables, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "error: STAGES is both: choose states, train or all\n")
 
 
 def benchmark(*argv, timeout=300):
     command = [sys.executable, tiny.REPOSITORY / "benchmarks" / "hidden_states.py", *map(str, argv)]
-    variables = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    variables = tiny.environment()
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

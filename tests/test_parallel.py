@@ -1,7 +1,6 @@
 """However ranks share the work and the target, the training is the same: losses, and weights after ten steps."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +97,7 @@ def start(folder, ranks, runs):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
-        capture_output=True, text=True, timeout=400, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=400, check=False, env=tiny.environment(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     assert f"exit {[[0] * len(runs)] * ranks}" in result.stdout.splitlines(), result.stdout[-2000:]

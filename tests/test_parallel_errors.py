@@ -1,7 +1,6 @@
 """What cannot work with many ranks is said in one line, with the numbers and the remedy, before anything is loaded."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +137,7 @@ def test_two_ranks_end_together_with_one_line_each_time(work, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, check=False, env=tiny.environment(),
     )  # fmt: skip
     assert f"exit {[[2] * len(runs)] * 2}" in result.stdout.splitlines(), result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

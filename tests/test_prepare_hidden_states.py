@@ -391,42 +391,29 @@ def test_max_disk_and_a_disk_that_is_too_small(work, tmp_path, no_target, monkey
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.json"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 200 KB, and a function that changes its size."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
-    if not done or done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
-    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
-    prepare_hidden_states.open_shard.cache_clear()  # they are mapped
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_full_disk_while_writing(work, tmp_path, small_disk, monkeypatch, capsys):
+def test_full_disk_while_writing(work, tmp_path, monkeypatch, capsys):
     """One line; what was written stays; it goes on once there is room. At every size, down to no room for the index."""
-    disk, resize = small_disk
     monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 60_000)
     whole = write(work, tmp_path / "whole")
-    room = shutil.disk_usage(disk)._replace(free=10**9)
+    room = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)  # somebody else fills it meanwhile
     need = sum(-(-path.stat().st_size // 4096) * 4 for path in whole.iterdir())
-    before = 0
-    for size in (200, 400, need - 4):
-        resize(f"{size}k")
-        line = refused(capsys, write, work, disk / "out")
-        assert "cannot be written" in line and "make room and start again" in line and str(disk) in line
-        assert hidden(disk / "out") == []
-        assert len(read_folder(disk / "out")) >= before and (before := len(read_folder(disk / "out"))) > 0
-    resize("10m")
-    write(work, disk / "out")
-    assert same(disk / "out", whole)
-    with contextlib.suppress(OSError), (disk / "fill").open("ab", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    assert "cannot be written" in refused(capsys, write, work, disk / "other")
+    with tiny.small_disk(tmp_path / "disk", 200) as (disk, resize):
+        before = 0
+        for size in (200, 400, need - 4):
+            resize(size)
+            line = refused(capsys, write, work, disk / "out")
+            assert "cannot be written" in line and "make room and start again" in line and str(disk) in line
+            assert hidden(disk / "out") == []
+            assert len(read_folder(disk / "out")) >= before and (before := len(read_folder(disk / "out"))) > 0
+        resize(10 * 1024)
+        write(work, disk / "out")
+        assert same(disk / "out", whole)
+        with contextlib.suppress(OSError), (disk / "fill").open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        assert "cannot be written" in refused(capsys, write, work, disk / "other")
+        prepare_hidden_states.open_shard.cache_clear()  # they are mapped
 
 
 def test_no_room_for_the_index(work, tmp_path, monkeypatch, capsys):
@@ -554,7 +541,7 @@ def launch(ranks, runs, folder, shard_bytes=200_000, timeout=400):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*start, folder / "wrapper.py", str(shard_bytes), json.dumps(runs)],
-        capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=timeout, check=False, env=tiny.environment(),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return json.loads(re.search(r"^exit (.*)", result.stdout, re.MULTILINE)[1]), result.stdout, result.stderr
@@ -602,8 +589,7 @@ def test_killed_ten_times_while_writing(work, tmp_path):
     make_data(work, tmp_path / "data", tmp_path / "many.jsonl")
     folder, flags = tmp_path / "states", ("--data_path", tmp_path / "data", "--batch_size", 3)
     (tmp_path / "wrapper.py").write_text(WRAPPER)
-    variables = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    variables |= {"OMP_NUM_THREADS": "1"}
+    variables = tiny.environment()
 
     def start(output, count=20_000):
         runs = json.dumps([["write", writing(work, output, *flags)]])

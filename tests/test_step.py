@@ -4,7 +4,6 @@ recomputing and the ranks; and what it keeps, waits for and multiplies, as far a
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -99,7 +98,7 @@ def ranks(work, tmp_path_factory):
     several = [argv + ["--dist_timeout", "1"] for argv in runs.values()]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
-        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False, env=tiny.environment(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     assert f"exit {[[0] * len(runs)] * 2}" in result.stdout.splitlines()

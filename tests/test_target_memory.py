@@ -3,7 +3,6 @@ zero3 its states are bit for bit those of a target that nobody shares."""
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +103,7 @@ def test_a_rank_holds_its_share_and_no_more(folder, ranks):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*launch, __file__, str(folder), json.dumps(CASES[ranks])],
-        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False, env=tiny.environment(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     for rank, found in enumerate(json.loads((folder / "counted.json").read_text())):

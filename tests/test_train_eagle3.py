@@ -1,7 +1,6 @@
 """train_eagle3.py through its command line: runs and their files, bad input, the same numbers on one rank and two."""
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -327,7 +326,7 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
-        capture_output=True, text=True, timeout=540, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=540, check=False, env=tiny.environment(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     codes = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("exit "))[5:])

@@ -398,7 +398,7 @@ def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
         "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "NUM_PROMPTS": 2,
         "MAX_NEW_TOKENS": 12, "LOG_STEPS": 1, "OMP_NUM_THREADS": 1, "MAX_LENGTH": 511, "EAGLE3_VENV": "none",
     }  # fmt: skip
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    environment = tiny.environment(**variables)
     command = ["bash", str(tiny.REPOSITORY / "examples" / "run_llama3_vllm.sh")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     said = (tmp_path / "out" / "server.log").read_text()
@@ -453,7 +453,7 @@ def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsy
                "float32", "--max-model-len", "512", "--enforce-eager", "--speculative_config", json.dumps(speculative),
                "--kv_transfer_config", json.dumps(transfer)]  # fmt: skip
     settings = {"PYTHONPATH": tmp_path / "site", "HF_HUB_OFFLINE": 1, "VLLM_CPU_KVCACHE_SPACE": 1, "DO_NOT_TRACK": 1}
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    environment = tiny.environment(**settings)
     log, url = tmp_path / "server.log", f"http://127.0.0.1:{port}"
     with log.open("w") as file:
         server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)

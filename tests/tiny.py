@@ -1,11 +1,18 @@
 """Tiny tokenizers, targets and conversations that the tests build for themselves."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
+# A training in the tests' own process sets these.
+LAUNCHERS_OWN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
@@ -17,6 +24,24 @@ TEXTS = [
     "A generator is a function which returns an iterator. It looks like a normal function except for yield.",
     "Hello! How can I help you today? Please tell me more about what you want to do.",
 ] * 4
+
+
+def environment(**given):
+    """Variables for a process that a test starts: those of here but a launcher's, one thread, and the given ones."""
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHERS_OWN}
+    return {**own, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in given.items()}}
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A file system of size KiB of its own at folder, and a function that changes its size."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if not done or done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
+    yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def tokenizer(vocab_size=400, **options):
