@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deal_batches import COLUMNS, STATES, tokens_read
-from prepare_data import fail
+from read_conversations import fail
 
 REQUESTS = 16  # to a server that are under way at once, of each rank
 
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
+# (name, type, default, help, least value if any): see read_conversations.parse_flags
 SERVER_FLAGS = [
     ("vllm_endpoint", str, None, "URL of a vLLM server that generates missing rows; none: the target in memory does"),
     ("request_timeout", float, 180, "seconds that the server may take for a row", 0),

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prepare_data import fail, locate, parse_flags, write_atomic
+from prepare_data import locate
+from read_conversations import fail, parse_flags, write_atomic
 
 
 def read_token_freq(path):

@@ -27,7 +27,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from prepare_data import fail
+from read_conversations import fail
 
 
 def start_distributed(timeout, local_rank=-1):

@@ -43,7 +43,8 @@ from transformers.utils.logging import disable_progress_bar
 from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
-from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, write_atomic
+from prepare_data import hash_tokenizer, load_tokenizer, open_data, prepare
+from read_conversations import boolean, fail, parse_flags, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
 from load_target import share_of_weights

@@ -15,6 +15,7 @@ from chat_templates import FAMILIES
 from tokenizers import processors
 
 import prepare_data
+import read_conversations
 from build_vocab_mapping import read_token_freq
 from prepare_data import make_chat, open_data, prepare, tokenise
 
@@ -59,7 +60,7 @@ def runs_of(ids, mask, tokenizer):
 
 
 def cause(row, chat):
-    with pytest.raises(prepare_data.Rejected) as rejected:
+    with pytest.raises(read_conversations.Rejected) as rejected:
         tokenise(line(row), chat)
     return rejected.value.args[0]
 
@@ -486,14 +487,14 @@ def test_a_preset_without_hub_and_copy_ends_with_one_line(tmp_path, target, caps
 
 
 def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
-    lines = prepare_data.pydoc_lines()
+    lines = read_conversations.pydoc_lines()
     rows = [json.loads(row) for row in lines]
     assert len(rows) > 2000 and sum(len(row["conversations"]) > 2 for row in rows) > 100
     chat = chat_for("llama3")
     assert all(tokenise(row, chat)[1].any() for row in lines[::100])
     answers = " ".join(message["content"] for row in rows for message in row["conversations"])
     assert "collections.OrderedDict" in answers and "Serialize ``obj`` to a JSON" in answers
-    code = "import hashlib, prepare_data; print(hashlib.sha256(b''.join(prepare_data.pydoc_lines())).hexdigest())"
+    code = "import hashlib, read_conversations; print(hashlib.sha256(b''.join(read_conversations.pydoc_lines())).hexdigest())"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY, env=environment, capture_output=True)
     assert result.stdout.decode().strip() == hashlib.sha256(b"".join(lines)).hexdigest()
@@ -610,7 +611,7 @@ def test_open_data_refuses_another_version(tmp_path, target, capsys):
 
 # ---------------------------------------------------------------------------- command line
 def test_flags(capsys):
-    argv = prepare_data.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
+    argv = read_conversations.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
     assert argv == ["--a_b=c-d", "--x_y", "-1", "--new", "e-f"]
     required = ["--dataset", "a", "--target-model-path", "b", "--output_path", "c"]
     assert prepare_data.parse_args(required).train_only_last_turn is False
@@ -631,10 +632,10 @@ def test_flags(capsys):
 
 
 def test_write_atomic_replaces_the_whole_file(tmp_path):
-    prepare_data.write_atomic(tmp_path / "a", "long text")
-    prepare_data.write_atomic(tmp_path / "a", b"b")
+    read_conversations.write_atomic(tmp_path / "a", "long text")
+    read_conversations.write_atomic(tmp_path / "a", b"b")
     assert (tmp_path / "a").read_bytes() == b"b" and len(list(tmp_path.iterdir())) == 1
-    assert prepare_data.hash_file(tmp_path / "a").startswith("3e23e816")
+    assert read_conversations.hash_file(tmp_path / "a").startswith("3e23e816")
 
 
 def test_command_line(tmp_path, target):
