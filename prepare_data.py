@@ -11,6 +11,7 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -43,18 +44,32 @@ from read_conversations import (
 )  # fmt: skip
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
+BLANKS = re.compile(r"\s*")
 FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
 # Assistant turns lie behind one of headers, up to and including one of ends, the first of which closes a final reply.
 # joins: a header directly behind an end is the assistant's too, one turn in several channels.
-Template = namedtuple("Template", ("headers", "ends", "joins"), defaults=(False,))
+# shared_ends: the next turn begins with them, so that the text has none behind the last reply: the first one is added,
+# behind a call the second one. options: variables of the tokenizer's template.
+Template = namedtuple("Template", ("headers", "ends", "joins", "shared_ends", "options"), defaults=(False, False, {}))
+CHATML = Template(("<|im_start|>assistant\n",), ("<|im_end|>",))
+# Behind a tool's output the reply follows without the assistant's own marker.
+DEEPSEEK = Template(("<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>"), ("<｜end▁of▁sentence｜>",))
 TEMPLATES = {
     "llama3": Template(("<|start_header_id|>assistant<|end_header_id|>\n\n",), ("<|eot_id|>", "<|eom_id|>")),
-    "qwen": Template(("<|im_start|>assistant\n",), ("<|im_end|>",)),
+    "llama4": Template(("<|header_start|>assistant<|header_end|>\n\n",), ("<|eot|>", "<|eom|>")),
+    "qwen": CHATML,
+    "qwen3-thinking": CHATML._replace(options={"enable_thinking": True}),
+    "qwen3-instruct": CHATML._replace(options={"enable_thinking": False}),
     "gpt-oss": Template(("<|start|>assistant",), ("<|return|>", "<|end|>", "<|call|>"), joins=True),
-    # Behind a tool's output the reply follows without the assistant's own marker.
-    "deepseek-r1-distill": Template(("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"), ("<｜end▁of▁sentence｜>",)),
+    "deepseek-r1-distill": DEEPSEEK,
+    "deepseek-v3": DEEPSEEK,
+    "phi3": Template(("<|assistant|>\n",), ("<|end|>",)),
+    "phi4": Template(("<|im_start|>assistant<|im_sep|>",), ("<|im_end|>",)),
+    "gemma": Template(("<start_of_turn>model\n",), ("<end_of_turn>",)),
+    "glm": Template(("<|assistant|>",), ("<|user|>", "<|observation|>"), shared_ends=True),
+    "kimi-k2": Template(("<|im_assistant|>assistant<|im_middle|>",), ("<|im_end|>",)),
 }
 
 
@@ -121,7 +136,12 @@ def open_data(folder):
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
 # All that turns a row into tokens. encoder: without post-processing, which would trim blanks off the offsets. template:
 # None for auto if the tokenizer has none. opening: what the prompt, so not the assistant, has behind the header.
-Chat = namedtuple("Chat", ("tokenizer", "encoder", "template", "opening", "max_length", "only_last"))
+# call_form: content of a message that calls tools and has no text, and whether its arguments are handed over as text.
+# thoughts: reasoning is "dropped" as the target answers at once, goes into a "field" that the template reads, or stays
+# in the "text" of the reply.
+CHAT_FIELDS = ("tokenizer", "encoder", "template", "opening", "call_form", "thoughts", "max_length", "only_last")
+Chat = namedtuple("Chat", CHAT_FIELDS)
+READS_THOUGHTS = re.compile(r"""reasoning_content|(?:\.|\[['"])(?:reasoning|thinking)\b""")
 
 
 def render(tokenizer, messages, tools=None, **options):
@@ -135,8 +155,10 @@ def find_spans(text, template, opening=""):
     header, end = (re.compile("|".join(map(re.escape, markers))) for markers in template[:2])
     spans, position = [], 0
     while found := header.search(text, position):
+        closing = end.search(text, found.end())
+        # The last header before the end: what the first of several tools gives ends with one as well.
+        found = list(header.finditer(text, found.start(), closing.start() if closing else len(text)))[-1]
         start = found.end() + (len(opening) if text.startswith(opening, found.end()) else 0)
-        closing = end.search(text, start)
         position = closing.end() if closing else len(text)
         if template.joins and spans and spans[-1][1] == found.start():
             spans[-1] = (spans[-1][0], position)
@@ -145,24 +167,58 @@ def find_spans(text, template, opening=""):
     return spans
 
 
+def arrange(messages, chat):
+    """The messages with calls and reasoning in the form in which the target's template shows them."""
+    arranged = []
+    for message in messages:
+        message = dict(message)
+        if message["role"] == "assistant" and chat.thoughts != "text":
+            thought, tag, answer = (message["content"] or "").rpartition("</think>")
+            if tag:
+                message["content"] = answer.lstrip("\n")
+                message["reasoning"] = message["reasoning"] or thought.strip().removeprefix("<think>").strip()
+            if chat.thoughts == "dropped":
+                message["reasoning"] = None
+                if not message["content"] and not message.get("tool_calls"):
+                    raise Rejected("empty", "an assistant turn of reasoning alone, and the target does not reason")
+        if message.get("tool_calls"):
+            content, as_text = chat.call_form
+            message["content"] = message["content"] or content
+            if as_text:
+                calls = [(call, call.get("function", call)) for call in message["tool_calls"]]
+                texts = [json.dumps(function.get("arguments"), ensure_ascii=False) for _, function in calls]
+                message["tool_calls"] = [
+                    call | {"function": function | {"arguments": text}}
+                    for (call, function), text in zip(calls, texts, strict=True)
+                ]
+        arranged.append(message)
+    return arranged
+
+
 def render_reply(messages, tools, chat):
     """(text, spans) of a conversation that ends with the reply as the target produces it, reasoning included.
 
     Templates of reasoning models drop what stands before </think> from every turn: right for the history, but it loses
     the reasoning of the last reply. Then the text is the generation prompt, and behind it what the target answers.
     """
-    text, last = render(chat.tokenizer, messages, tools), messages[-1]
-    spans = find_spans(text, chat.template, chat.opening)
+    template, last = chat.template, messages[-1]
+    text = render(chat.tokenizer, messages, tools, **template.options)
+    if template.shared_ends and not text.endswith(template.ends):
+        text += template.ends[1 if last.get("tool_calls") else 0]
+    spans = find_spans(text, template, chat.opening)
     content, reasoning = last["content"] or "", last["reasoning"] or ""
     if not reasoning and "</think>" in content:
         reasoning, content = content.removeprefix("<think>").split("</think>", 1)
-    kept = "tool_calls" in last or not spans or "</think>" in text[spans[-1][0] :]
+    kept = "tool_calls" in last or not spans or reasoning.strip() in text[spans[-1][0] :]
     if not reasoning.strip() or kept or "</think>" not in str(chat.tokenizer.chat_template):
         return text, spans
-    prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True)
+    if text.startswith("<think></think>", spans[-1][0]):  # the template has a place for it, and no blanks around it
+        text = text[: spans[-1][0]] + f"<think>{reasoning.strip()}" + text[spans[-1][0] + len("<think>") :]
+        return text, find_spans(text, template, chat.opening)
+    prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True, **template.options)
     prompt = re.sub(r"(<think>\n?)?\Z", "<think>\n", prompt, count=1)
-    text = f"{prompt}{reasoning.strip()}\n</think>\n\n{content.strip()}{chat.template.ends[0]}"
-    return text, find_spans(text, chat.template, chat.opening)
+    text = f"{prompt}{reasoning.strip()}\n</think>\n\n{content.strip()}{template.ends[0]}"
+    return text, find_spans(text, template, chat.opening)
 
 
 def chat_spans(row, chat):
@@ -173,6 +229,7 @@ def chat_spans(row, chat):
         # No text may contain one: a prompt could declare itself supervised, a reply end too early.
         if json.dumps(marker.strip(), ensure_ascii=False)[1:-1] in content:
             raise Rejected("marker inside content", repr(marker))
+    messages = arrange(messages, chat)
     others = [message | {"content": "x"} if message["role"] == "tool" else message for message in messages]
     try:
         text, spans = render_reply(messages, tools, chat)
@@ -182,19 +239,28 @@ def chat_spans(row, chat):
     # An unknown template may close a call by a marker of its own, so that the span would run on.
     if [text[start:end] for start, end in spans] != [other[start:end] for start, end in other_spans]:
         raise Rejected("turns not marked", "a tool's output would be supervised")
-    if len(spans) != (turns := sum(message["role"] == "assistant" for message in messages)):
-        raise Rejected("turns not marked", f"{len(spans)} marked replies for {turns} assistant turns")
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if len(spans) != len(replies):
+        raise Rejected("turns not marked", f"{len(spans)} marked replies for {len(replies)} assistant turns")
+    for message, (start, end) in zip(replies, spans, strict=True):
+        names = [call.get("function", call).get("name") for call in message.get("tool_calls", ())]
+        if any(str(name) not in text[start:end] for name in names):
+            raise Rejected("calls left out", f"the chat template shows no call of {names}")
     return text, spans
 
 
 def encode(text, spans, encoder):
-    """(ids int32 [T], mask uint8 [T]) from one encoding: supervised is a token whose characters all lie in one span."""
+    """(ids int32 [T], mask uint8 [T]) from one encoding: supervised is a token whose characters all lie in one span.
+
+    Blanks behind the span do not count: the marker at its end may be a token that swallows them.
+    """
     encoding = encoder.encode(text, add_special_tokens=False)
     starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=np.uint8)
     for start, end in spans:
+        inside = (ends <= end) | (starts < end) & (ends <= BLANKS.match(text, end).end())
         # A token of no characters stands behind what was trimmed off it, so at the span's start it is still prompt.
-        mask |= (starts >= start) & (ends <= end) & ((ends > starts) | (ends > start))
+        mask |= (starts >= start) & inside & ((ends > starts) | (ends > start))
     return np.array(encoding.ids, dtype=np.int32), mask
 
 
@@ -249,12 +315,33 @@ def tokenise_row(row, chat):
 # ---------------------------------------------------------------------------- does the template fit the tokenizer?
 PROBE = [{"role": "user", "content": "Qone"}, {"role": "assistant", "content": "Aone"},
          {"role": "user", "content": "Qtwo"}, {"role": "assistant", "content": "Atwo"}]  # fmt: skip
+CALL = {"id": "call_0", "type": "function", "function": {"name": "probe_call", "arguments": {"key": "value"}}}
+CALL_PROBE = [PROBE[0], {"role": "assistant", "content": None, "reasoning": None, "tool_calls": [CALL]},
+              {"role": "tool", "content": "out", "tool_call_id": "call_0"}, PROBE[1] | {"reasoning": None}]  # fmt: skip
 
 
 def fits(text, template):
     """Does the rendered probe show both of its replies, each closed by an end marker?"""
-    parts = [text[start:end] for start, end in find_spans(text, template)]
-    return [part.endswith(template.ends) and re.findall("Aone|Atwo", part) for part in parts] == [["Aone"], ["Atwo"]]
+    end = "|".join(map(re.escape, template.ends))
+    text += template.ends[0] if template.shared_ends else ""
+    parts = [text[start:stop] for start, stop in find_spans(text, template)]
+    found = [re.search(rf"(Aone|Atwo)\s*(?:{end})\Z", part) and re.findall("Aone|Atwo", part) for part in parts]
+    return found == [["Aone"], ["Atwo"]]
+
+
+def find_call_form(chat):
+    """The call_form with which the template shows a call whole: some drop calls beside a content, or cannot do without
+    one, some want the arguments as text, and quote them twice if they are. The first one if it shows none.
+    """
+    forms = [(None, False), ("", False), (None, True), ("", True)]
+    for form in forms:
+        shaped = chat._replace(call_form=form)
+        with contextlib.suppress(Exception):  # the template is foreign code
+            text, spans = render_reply(arrange(CALL_PROBE, shaped), None, shaped)
+            call = text[spans[0][0] : spans[0][1]]
+            if len(spans) == 2 and "probe_call" in call and "value" in call and "\\" not in call:
+                return form
+    return forms[0]
 
 
 def derive_template(tokenizer, text, prompt):
@@ -280,23 +367,33 @@ def make_chat(tokenizer, name, max_length, only_last):
     encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
+    chat = Chat(tokenizer, encoder, TEMPLATES.get(name), "", (None, False), "text", max_length, only_last)
     if not tokenizer.chat_template:  # only rows rendered or tokenised beforehand can be used
-        return Chat(tokenizer, encoder, TEMPLATES.get(name), "", max_length, only_last)
+        return chat
     try:
         text, prompt = render(tokenizer, PROBE), render(tokenizer, PROBE[:1], add_generation_prompt=True)
         templates = TEMPLATES | {"auto": derive_template(tokenizer, text, prompt)}
+        texts = {
+            known: render(tokenizer, PROBE, **template.options) for known, template in templates.items() if template
+        }
     except Exception as error:  # the template is foreign code
         fail(f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}")
-    fitting = [known for known, template in templates.items() if template and fits(text, template)]
+    fitting = [known for known, text in texts.items() if fits(text, templates[known])]
     if name == "auto" and fitting:  # a known family comes first: it also brings markers that the probe does not show
         name = fitting[0]
     template = templates[name]
     if name not in fitting:
         wanted = f"{' or '.join(map(repr, template.headers))} ... {template.ends[0]!r}" if template else "markers"
-        remedy = f"use --chat_template {' or '.join(fitting)}" if fitting else "give rows with input_ids and loss_mask"
+        others = dict.fromkeys([*fitting, "auto"])
+        remedy = f"use --chat_template {' or '.join(others)}" if fitting else "give rows with input_ids and loss_mask"
         fail(f"chat_template {name}: no {wanted} in what the tokenizer renders: {text[:200]!r}; {remedy}")
+    prompt = render(tokenizer, PROBE[:1], add_generation_prompt=True, **template.options)
     behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
-    return Chat(tokenizer, encoder, template, min(behind, key=len, default=""), max_length, only_last)
+    opening = min(behind, key=len, default="")
+    at_once = template.options.get("enable_thinking") is False or "</think>" in opening
+    thoughts = "dropped" if at_once else "field" if READS_THOUGHTS.search(str(tokenizer.chat_template)) else "text"
+    chat = chat._replace(template=template, opening=opening, thoughts=thoughts)
+    return chat._replace(call_form=find_call_form(chat))
 
 
 # ---------------------------------------------------------------------------- building the prepared folder
