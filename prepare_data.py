@@ -1,6 +1,6 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  a preset (sharegpt, ultrachat, pydoc) or a JSON Lines file with rows {"conversations" or "messages":
+In:  a preset (sharegpt, gsm8k, pydoc, ...) or a JSON Lines file with rows {"conversations" or "messages":
      [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a tokenizer.
 Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = the assistant's, its
      end-of-turn token included; length int32), data_config.json (fingerprint, its ingredients, counts), token_freq.pt
@@ -28,7 +28,6 @@ from tokenizers import Tokenizer
 from read_conversations import (
     PRESETS,
     REASONING_FIELDS,
-    TOLERATED,
     Rejected,
     boolean,
     download,
@@ -41,7 +40,7 @@ from read_conversations import (
     read_conversation,
     read_rows,
     write_atomic,
-)  # fmt: skip
+)
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
 BLANKS = re.compile(r"\s*")
@@ -416,7 +415,9 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
     total, lengths = len(data), np.array(data["length"][:])
     rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
     data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut"])
-    limit = TOLERATED.get(source, 0.01) if options["max_rejected_ratio"] is None else options["max_rejected_ratio"]
+    limit = options["max_rejected_ratio"]
+    if limit is None:
+        limit = PRESETS[source].rejected if source in PRESETS else 0.01
     if not len(data) or len(rejected) > limit * total:
         first = {row["cause"]: row["line"] for row in reversed(rejected)}
         counts = Counter(row["cause"] for row in rejected).most_common()
@@ -481,7 +482,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
         (not 0 <= (max_rejected_ratio or 0) <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
         (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
-        (dataset_path and not set(names.values()) & {"sharegpt", "ultrachat"},
+        (dataset_path and not any(name in PRESETS and PRESETS[name].hub for name in names.values()),
          f"dataset_path is a copy of a preset's hub repository, but dataset is {dataset}"),
         (foreign, f"output_path {output} holds something that is not a prepared data set: choose another folder"),
     ):  # fmt: skip
@@ -527,7 +528,7 @@ FLAGS = {
     "input": [
         ("dataset", str, ..., f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file"),
         ("dataset_path", str, None, "local copy of the preset's hub repository, instead of a download"),
-        ("validation_dataset", str, None, "JSON Lines file, or ultrachat for its test split"),
+        ("validation_dataset", str, None, "JSON Lines file, or a preset that has such a split"),
         ("target_model_path", str, ..., "folder or hub id; only the tokenizer is loaded"),
         ("trust_remote_code", boolean, False, "let the tokenizer run code of its own"),
     ],
@@ -538,7 +539,7 @@ FLAGS = {
         ("num_samples", int, None, "rows of the training input, taken at random; none: all", 1),
         ("train_only_last_turn", boolean, False, "supervise only the last assistant turn of each row"),
         ("validation_ratio", float, 0.0, "share of the rows kept back for validation"),
-        ("max_rejected_ratio", float, None, "share of unusable rows; none: 0.01, sharegpt 0.1"),
+        ("max_rejected_ratio", float, None, "share of unusable rows; none: 0.01; sharegpt, eaglechat 0.1"),
         ("seed", int, 0, "of num_samples and validation_ratio"),
         ("num_proc", int, None, "processes, at most one a core; none: one a core", 1),
     ],

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import sysconfig
+from collections import namedtuple
 from pathlib import Path
 from typing import NoReturn
 
@@ -156,9 +157,9 @@ def read_message(turn):
     return message | {"content": content}
 
 
-def download(repo, patterns, repo_type="model"):
+def download(repo, patterns, repo_type="model", revision=None):
     """Folder of those files of a hub repository that match; weights in sub-folders are second copies, so left out."""
-    which = {"allow_patterns": patterns, "ignore_patterns": ["*/*.safetensors", "*/*.bin"]}
+    which = {"allow_patterns": patterns, "ignore_patterns": ["*/*.safetensors", "*/*.bin"], "revision": revision}
     try:
         return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, **which))
     except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
@@ -206,14 +207,82 @@ def pydoc_lines():
     return lines
 
 
-PRESETS = {  # name: (repository on the hub, {split: file pattern})
-    "sharegpt": ("Aeala/ShareGPT_Vicuna_unfiltered", {"train": "ShareGPT_V4.3_unfiltered_cleaned_split.json"}),
-    "ultrachat": ("HuggingFaceH4/ultrachat_200k",
-                  {"train": "data/train_sft-*.parquet", "validation": "data/test_sft-*.parquet"}),
-    "pydoc": (None, {"train": ""}),
+def chat(row):
+    """Rows with a list of turns; a piece of a long chat that was cut loses the reply without its question."""
+    turns = row.get("conversations") or row.get("messages") or []
+    while turns and ROLES.get(turns[0].get("from") or turns[0].get("role")) == "assistant":
+        turns = turns[1:]
+    return {"messages": turns}
+
+
+def pair(row, question, answer):
+    """Rows with a question in one column and its answer in another."""
+    return chat(
+        {"messages": [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]}
+    )
+
+
+def gsm8k(row):
+    """<<48/2=24>> is meant for a calculator."""
+    return pair({"question": row["question"], "answer": re.sub("<<.*?>>", "", row["answer"])}, "question", "answer")
+
+
+def instruction(row):
+    """Alpaca's form: some instructions have an input of their own."""
+    question = "\n\n".join(filter(None, (row["instruction"], row["input"])))
+    return pair({"question": question, "output": row["output"]}, "question", "output")
+
+
+def math_qa(row):
+    """Options are one text; many rationales are quoted."""
+    question = f"{row['Problem']}\n{row['options']}"
+    return pair({"question": question, "answer": row["Rationale"].strip(' "')}, "question", "answer")
+
+
+def sciq(row):
+    """The options in alphabetical order; the support, if there is one, leads to the answer."""
+    right = row["correct_answer"]
+    options = sorted([right, *(row[f"distractor{i}"] for i in (1, 2, 3))])
+    lines = [f"{letter}) {option}" for letter, option in zip("abcd", options, strict=True)]
+    answer = f"{row['support']}\n\nThe answer is {lines[options.index(right)]}".lstrip()
+    return pair({"question": "\n".join([row["question"], *lines]), "answer": answer}, "question", "answer")
+
+
+# hub: repositories; files: {split: patterns, of which the first that matches counts}; convert: from the columns to a
+# row that read_conversation reads; rejected: max_rejected_ratio, unless given.
+Preset = namedtuple("Preset", ("hub", "files", "convert", "rejected", "revision"), defaults=(0.01, None))
+PARQUET = {"train": ("data/train-*.parquet",)}
+PRESETS = {
+    # Raw chats; assumed, so that only a wrong template or schema stops.
+    "sharegpt": Preset(("Aeala/ShareGPT_Vicuna_unfiltered",),
+                       {"train": ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)}, chat, 0.1),
+    "ultrachat": Preset(("HuggingFaceH4/ultrachat_200k",),
+                        {"train": ("data/train_sft-*.parquet",), "validation": ("data/test_sft-*.parquet",)}, chat),
+    "eaglechat": Preset(("zhaode/EagleChat",),
+                        {"train": ("data/train-*.parquet", "*.parquet", "*.jsonl", "*.json")}, chat, 0.1),
+    "perfectblend": Preset(("mlabonne/open-perfectblend",), PARQUET, chat),
+    "magpie-qwen2.5-pro-1m-v0.1": Preset(("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1",), PARQUET, chat),
+    "opencodeinstruct": Preset(("nvidia/OpenCodeInstruct",), PARQUET,
+                               functools.partial(pair, question="input", answer="output")),
+    "codealpaca-20k": Preset(("sahil2801/CodeAlpaca-20k",), {"train": ("code_alpaca_20k.json",)}, instruction),
+    "magicoder-evol-instruct": Preset(("ise-uiuc/Magicoder-Evol-Instruct-110K",),
+                                      {"train": ("data-evol_instruct-decontaminated.jsonl",)},
+                                      functools.partial(pair, question="instruction", answer="response")),
+    "gsm8k": Preset(("openai/gsm8k",),
+                    {"train": ("main/train-*.parquet",), "validation": ("main/test-*.parquet",)}, gsm8k),
+    "hendrycks_math": Preset(("EleutherAI/hendrycks_math",),
+                             {"train": ("*/train-*.parquet",), "validation": ("*/test-*.parquet",)},
+                             functools.partial(pair, question="problem", answer="solution")),
+    # The repository holds a program; the hub keeps what it gives as a revision of its own.
+    "math_qa": Preset(("allenai/math_qa",),
+                      {"train": ("default/train/*.parquet", "train.json"),
+                       "validation": ("default/validation/*.parquet", "dev.json")},
+                      math_qa, 0.01, "refs/convert/parquet"),
+    "camel": Preset(("camel-ai/biology", "camel-ai/chemistry", "camel-ai/physics"), {"train": ("*.zip",)},
+                    functools.partial(pair, question="message_1", answer="message_2")),
+    "sciq": Preset(("allenai/sciq",), PARQUET | {"validation": ("data/validation-*.parquet",)}, sciq),
+    "pydoc": Preset((), {"train": ()}, None),
 }  # fmt: skip
-# max_rejected_ratio where not 0.01. ShareGPT is raw chats; assumed, so that only a wrong template or schema stops.
-TOLERATED = {"sharegpt": 0.1}
 
 
 def find_files(name, dataset_path, split):
@@ -224,14 +293,16 @@ def find_files(name, dataset_path, split):
         if next(read_lines(path), None) is None:
             fail(f"dataset {name} is empty: no row in it")
         return [path]
-    repo, patterns = PRESETS[name]
-    if split not in patterns:
+    preset = PRESETS[name]
+    if split not in preset.files:
         fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
-    if not repo:
-        return []
-    folder = Path(dataset_path).expanduser() if dataset_path else download(repo, [patterns[split]], "dataset")
-    if not (files := sorted(folder.glob(patterns[split]))):
-        fail(f"preset {name}: {folder} has no {patterns[split]}, which {repo} has on the hub")
+    patterns, folders = list(preset.files[split]), [Path(dataset_path or "").expanduser()]
+    if not dataset_path:
+        folders = [download(repo, patterns, "dataset", preset.revision) for repo in preset.hub]
+    found = ([path for folder in folders for path in sorted(folder.glob(pattern))] for pattern in patterns)
+    if not (files := next(filter(None, found), [])) and preset.hub:
+        where = ", ".join(map(str, folders))
+        fail(f"preset {name}: no {' or '.join(patterns)} in {where}, as in {', '.join(preset.hub)} on the hub")
     return files
 
 
@@ -255,9 +326,9 @@ def read_rows(name, files, cache):
     else:
         from datasets import load_dataset
 
-        table = load_dataset(files[0].suffix[1:], data_files=list(map(str, files)), split="train", cache_dir=str(cache))
+        kind = {"jsonl": "json", "zip": "json"}.get(files[0].suffix[1:], files[0].suffix[1:])
+        table = load_dataset(kind, data_files=list(map(str, files)), split="train", cache_dir=str(cache))
         for number, row in enumerate(table, 1):
-            turns = row.get("conversations") or row.get("messages") or []
-            while turns and ROLES.get(turns[0].get("from")) == "assistant":  # a piece of a long chat that was cut
-                turns = turns[1:]
-            yield number, json.dumps({"messages": turns}).encode()
+            with contextlib.suppress(KeyError, TypeError, AttributeError):  # other columns: rejected as it is
+                row = PRESETS[name].convert(row)
+            yield number, json.dumps(row, default=str).encode()
