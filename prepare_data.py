@@ -9,8 +9,11 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
+    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
+        --output_path data/own --regenerate_endpoint http://localhost:8000/v1   # the target's own replies
 """
 
+import argparse
 import contextlib
 import functools
 import itertools
@@ -41,6 +44,7 @@ from read_conversations import (
     read_rows,
     write_atomic,
 )
+from regenerate_data import REGENERATE_FLAGS, answer_rows, answered_rows, open_answers, settings_of
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
 BLANKS = re.compile(r"\s*")
@@ -245,6 +249,12 @@ def chat_spans(row, chat):
         names = [call.get("function", call).get("name") for call in message.get("tool_calls", ())]
         if any(str(name) not in text[start:end] for name in names):
             raise Rejected("calls left out", f"the chat template shows no call of {names}")
+    if messages[-1].get("cut"):  # an answer that was cut has no end to learn
+        content = messages[-1]["content"].strip()
+        start = text.rfind(content, *spans[-1])
+        if start < 0:
+            raise Rejected("turns not marked", "an answer that was cut is not shown as it is")
+        spans[-1] = (spans[-1][0], start + len(content))
     return text, spans
 
 
@@ -272,6 +282,8 @@ def tokenise(raw, chat):
         raise Rejected("not JSON", error) from None
     if not isinstance(row, dict):
         raise Rejected("not an object", type(row).__name__)
+    if "rejected_for" in row:  # it could not be regenerated
+        raise Rejected(*row["rejected_for"])
     if row.get("input_ids") is not None:
         ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
         lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
@@ -396,14 +408,22 @@ def make_chat(tokenizer, name, max_length, only_last):
 
 
 # ---------------------------------------------------------------------------- building the prepared folder
-def build_split(source, files, chat, options, num_samples, num_proc, cache):
-    """(Dataset of the rows kept, list of the rejected rows) of one source; cut: number of tokens cut off a row."""
+def build_split(source, files, chat, options, num_samples, num_proc, cache, again=None):
+    """(Dataset of the rows kept, list of the rejected rows) of one source; cut: number of tokens cut off a row.
+
+    again: for answer_rows, where the target's own answers are, what the server calls it, and the flags.
+    """
     from datasets import Dataset, Features, List, Value
 
     rows = lambda: ({"line": line, "raw": raw} for line, raw in read_rows(source, files, cache / "hub"))  # noqa: E731
     data = Dataset.from_generator(rows, cache_dir=str(cache / "raw"), fingerprint="raw")
     if num_samples and num_samples < len(data):
         data = data.select(np.sort(np.random.RandomState(options["seed"]).permutation(len(data))[:num_samples]))
+    if again:
+        lines, path = data["line"][:], again[0]
+        answer_rows(lines, lambda index: data[index]["raw"], *again)
+        rows = lambda: ({"line": line, "raw": raw} for line, raw in answered_rows(lines, path))  # noqa: E731
+        data = Dataset.from_generator(rows, cache_dir=str(cache / "answers"), fingerprint="answers")
     columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
     columns |= {"length": Value("int32"), "cut": Value("int64"), "cause": Value("string"), "detail": Value("string")}
     workers = min(num_proc, len(data) // MIN_ROWS_PER_PROCESS)
@@ -427,8 +447,11 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
     return data, [{"file": source, **row} for row in rejected]
 
 
-def build(sources, chat, options, num_proc, config, folder):
-    """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
+def build(sources, chat, options, num_proc, config, folder, again=None):
+    """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest.
+
+    again: folder of the target's own answers, what the server calls it, and the flags; None keeps the replies.
+    """
     import torch
     from datasets import DatasetDict, disable_progress_bars
 
@@ -438,7 +461,8 @@ def build(sources, chat, options, num_proc, config, folder):
     for split, (source, files) in sources.items():
         cache, samples = folder.with_name("cache") / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
-        splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache)
+        answers = again and (again[0] / f"{split}.jsonl", *again[1:])
+        splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache, answers)
     if options["validation_ratio"]:
         data, rows = splits["train"], len(splits["train"])
         if (size := max(1, round(rows * options["validation_ratio"]))) >= rows:
@@ -468,10 +492,11 @@ def build(sources, chat, options, num_proc, config, folder):
 
 def prepare(dataset, output_path, target_model_path, *, validation_dataset=None, dataset_path=None,
             chat_template="llama3", max_length=2048, num_samples=None, train_only_last_turn=False, validation_ratio=0.0,
-            num_proc=None, max_rejected_ratio=None, seed=0, trust_remote_code=False):  # fmt: skip
+            num_proc=None, max_rejected_ratio=None, seed=0, trust_remote_code=False, regenerate=None):  # fmt: skip
     """Write the prepared folder, or keep it if its fingerprint is the one wanted. Returns its data_config as a dict.
 
-    dataset: name of a preset or path of a JSON Lines file. One process calls this, the others wait and use open_data.
+    dataset: name of a preset or path of a JSON Lines file. regenerate: the flags of REGENERATE_FLAGS, or None, which
+    keeps the replies. One process calls this, the others wait and use open_data.
     """
     names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
     output, known = Path(output_path).expanduser().absolute(), [*TEMPLATES, "auto"]
@@ -493,23 +518,27 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn))
     options = {"max_length": max_length, "num_samples": num_samples, "train_only_last_turn": bool(train_only_last_turn)}
     options |= {"validation_ratio": validation_ratio, "max_rejected_ratio": max_rejected_ratio, "seed": seed % 2**32}
+    inputs = [list(map(hash_file, files)) or hash_of(pydoc_lines()) for _, files in sources.values()]
     ingredients = options | {
         "format_version": FORMAT_VERSION,
         "presets": [name for name in names.values() if name in PRESETS],
-        "inputs": [list(map(hash_file, files)) or hash_of(pydoc_lines()) for _, files in sources.values()],
-        "tokenizer": hash_tokenizer(tokenizer), "chat_template": [chat_template, *(chat.template or ())],
+        "inputs": inputs, "tokenizer": hash_tokenizer(tokenizer),
+        "chat_template": [chat_template, *(chat.template or ())],
     }  # fmt: skip
+    if regenerate:
+        ingredients["regenerate"] = settings_of(regenerate, target_model_path)
     fingerprint = hash_of(ingredients)
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return open_data(output)[1]
+    again = regenerate and open_answers(regenerate, target_model_path, output, dict(zip(names, inputs, strict=True)))
     config = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients, "splits": {}}
     config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new")
+        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", again)
         if output.exists():
             output.rename(scratch / "old")
         (scratch / "new").rename(output)
@@ -543,6 +572,7 @@ FLAGS = {
         ("seed", int, 0, "of num_samples and validation_ratio"),
         ("num_proc", int, None, "processes, at most one a core; none: one a core", 1),
     ],
+    "replies of the target itself": REGENERATE_FLAGS,
 }
 
 
@@ -551,7 +581,14 @@ def parse_args(argv=None):
 
 
 def main(args):
-    return prepare(**vars(args))
+    options = vars(args).copy()
+    regenerate = argparse.Namespace(**{name: options.pop(name) for name, *_ in REGENERATE_FLAGS})
+    if not args.regenerate_endpoint:
+        given = [name for name, _, default, *_ in REGENERATE_FLAGS if getattr(args, name) != default]
+        if given:
+            fail(f"{', '.join(given)}: without effect as long as no --regenerate_endpoint is given")
+        regenerate = None
+    return prepare(**options, regenerate=regenerate)
 
 
 if __name__ == "__main__":

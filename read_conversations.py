@@ -137,7 +137,9 @@ def read_message(turn):
         content = "".join(str(part.get("text", "")) for part in content)
     if role == "tool" and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
-    message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name") if turn.get(key)} | {"role": role}
+    message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "cut") if turn.get(key)} | {
+        "role": role
+    }
     if role == "assistant":
         texts = (turn[key] for key in REASONING_FIELDS if isinstance(turn.get(key), str) and turn[key].strip())
         message["reasoning"] = next(texts, None)
