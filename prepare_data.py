@@ -581,7 +581,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    options = vars(args).copy()
+    options = {**vars(args)}
     regenerate = argparse.Namespace(**{name: options.pop(name) for name, *_ in REGENERATE_FLAGS})
     if not args.regenerate_endpoint:
         given = [name for name, _, default, *_ in REGENERATE_FLAGS if getattr(args, name) != default]
