@@ -33,19 +33,8 @@ from transformers import DynamicCache
 from build_vocab_mapping import target_ids
 from export_eagle3 import auxiliary_layers, read_draft
 from load_target import load_target, read_target_config, resolve_target
-from prepare_data import (
-    Rejected,
-    boolean,
-    fail,
-    hash_tokenizer,
-    load_tokenizer,
-    open_data,
-    parse_flags,
-    read_conversation,
-    read_lines,
-    render,
-    write_atomic,
-)
+from prepare_data import hash_tokenizer, load_tokenizer, open_data, render
+from read_conversations import Rejected, boolean, fail, parse_flags, read_conversation, read_lines, write_atomic
 from train_eagle3 import DraftModel
 
 # ----------------------------------------------------------------------------------------------------------------------

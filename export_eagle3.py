@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems, target_ids
 from load_target import default_layer_ids, read_target_tensor, resolve_target
-from prepare_data import fail, normalise_argv, write_atomic
+from read_conversations import fail, normalise_argv, write_atomic
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")

@@ -33,7 +33,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.utils import logging
 
 from deal_batches import positions_of
-from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
+from prepare_data import SMALL_FILES, load_tokenizer, locate
+from read_conversations import boolean, fail, parse_flags
 from run_ranks import check_disk
 
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
@@ -199,7 +200,7 @@ def default_layer_ids(num_layers):
     return [2, num_layers // 2, num_layers - 3]
 
 
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
+# (name, type, default, help, least value if any): see read_conversations.parse_flags
 SHARING_FLAGS = [
     ("batch_size", int, 2, "sequences per rank that share a forward of the target, and in evaluation", 1),
     ("tp_size", int, 1, "ranks that share one copy of the target, tensor parallel", 1),

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
-from prepare_data import fail
+from read_conversations import fail
 
 
 def start_distributed(timeout, local_rank=-1):

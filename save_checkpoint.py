@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from build_vocab_mapping import target_ids
 from export_eagle3 import write_draft
-from prepare_data import fail, write_atomic
+from read_conversations import fail, write_atomic
 from run_ranks import on_first_rank
 
 STATE, RANKS, SHARDS = "trainer_state.json", "ranks.safetensors", "deepspeed"

@@ -43,8 +43,8 @@ from transformers.utils.logging import disable_progress_bar
 from build_vocab_mapping import choose_mapping, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
-from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, prepare, read_token_freq
-from prepare_data import write_atomic
+from prepare_data import hash_tokenizer, load_tokenizer, open_data, prepare, read_token_freq
+from read_conversations import boolean, fail, parse_flags, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, hash_target, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target, share_of_weights
 from record_run import TRACKERS, Record, metrics_line, run_settings
