@@ -6,7 +6,7 @@ Out: output_dir/step_00001000 with
      trainer_state.json               steps, position in the data, best so far; size and checksum of each other file
      ranks.safetensors                of each rank: random number generators, metrics not yet logged
      deepspeed/                       weights and optimizer in fp32, a shard of each rank (pickled by torch)
-     and the links output_dir/latest, output_dir/best.
+     and the links output_dir/latest, output_dir/best (files with the checkpoint's name on storage without links).
 
 train_eagle3.py imports this file; it is not run itself.
 """
@@ -238,17 +238,28 @@ def write_final(engine, d2t, folder, files):
 
 
 def link(path, name):
-    """The symbolic link `name` beside a checkpoint, which points to it from now on."""
+    """The symbolic link `name` beside a checkpoint, which points to it from now on.
+
+    On storage without links, as that of services often is, a file with the checkpoint's name.
+    """
     new = path.with_name(f".{name}.building")
     new.unlink(missing_ok=True)
-    new.symlink_to(path.name)
+    try:
+        new.symlink_to(path.name)
+    except OSError:
+        new.write_text(path.name)
     new.replace(path.with_name(name))
+
+
+def linked(path):
+    """The folder that a link of `link` stands for."""
+    return path.with_name(path.read_text()).resolve() if path.is_file() else path.resolve()
 
 
 def remove_old(output_dir, limit):
     """Remove the oldest checkpoints beyond `limit`, on one rank. The best stays, and folders with files of others."""
     output_dir = Path(output_dir)
-    kept = {(output_dir / name).resolve() for name in ("latest", "best")}
+    kept = {linked(output_dir / name) for name in ("latest", "best")}
     for folder in checkpoints(output_dir)[limit:]:
         there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
         if folder.resolve() not in kept and there == {STATE, *(read_state(folder) or {"files": ()})["files"]}:
