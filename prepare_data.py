@@ -115,6 +115,12 @@ def write_atomic(path, data):
     os.replace(temporary, path)
 
 
+def open_to_all(path):
+    """Let others read a file, as far as the storage keeps such modes: safetensors leaves its files to their owner."""
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o644)
+
+
 def hash_file(path):
     """sha256 of the content, in hex."""
     with open(path, "rb") as file:
@@ -557,7 +563,7 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
     return data, [{"file": source, **row} for row in rejected]
 
 
-def build(sources, chat, options, num_proc, config, folder):
+def build(sources, chat, options, num_proc, config, folder, scratch):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
     import torch
     from datasets import DatasetDict, disable_progress_bars
@@ -566,7 +572,7 @@ def build(sources, chat, options, num_proc, config, folder):
         disable_progress_bars()
     splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
     for split, (source, files) in sources.items():
-        cache, samples = folder.with_name("cache") / split, options["num_samples"] if split == "train" else None
+        cache, samples = scratch / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
         splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache)
     if options["validation_ratio"]:
@@ -637,14 +643,18 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
-    shutil.rmtree(scratch, ignore_errors=True)
+    # The caches are the data again, twice, on this machine's disk: `output` may be storage that is mounted.
+    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]
+    for folder in (scratch, caches):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
-        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new")
+        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", caches)
         if output.exists():
             output.rename(scratch / "old")
         (scratch / "new").rename(output)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in (scratch, caches):
+            shutil.rmtree(folder, ignore_errors=True)
     data, config = open_data(output)
     ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]

@@ -36,7 +36,8 @@ from ask_vllm import SERVER_FLAGS, Extracted, Server, ServerFailed, served_model
 from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, tokens_read
 from load_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
 from load_target import read_target_config, resolve_target
-from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, write_atomic
+from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, open_to_all, parse_flags
+from prepare_data import write_atomic
 from run_ranks import on_each_node, on_first_rank, run_together, start_distributed
 # isort: on
 
@@ -220,7 +221,7 @@ def write_shard(path, rows):
         save_file(tensors, building, {"rows": json.dumps({row: checksum(part) for row, part in rows.items()})})
         with building.open("rb") as file:
             os.fsync(file.fileno())
-        building.chmod(0o644)
+        open_to_all(building)
         building.rename(path)
     except (OSError, SafetensorError) as error:
         building.unlink(missing_ok=True)
