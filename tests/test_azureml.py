@@ -370,7 +370,7 @@ def test_the_job_runs_from_an_mlflow_model_to_a_draft(inputs, tmp_path):
     for _ in range(2):  # the second time it goes on with what is there
         for name, component, values, outputs, ranks in resolve(pipeline, given, tmp_path):
             printed[name] = start(render(component, values, outputs), ranks, tmp_path / f"{name}.log")
-        given |= {"resume": "true", "num_epochs": 2}
+        given |= {"resume": "true"}
     out = tmp_path / "output_model_path"
     assert "copied" in printed["model_import"] and "resumed" in printed["draft_model_training"]
     assert "dp_size 1 is replaced by 2" in printed["draft_model_training"]
