@@ -25,6 +25,7 @@ import sys
 from collections import Counter, namedtuple
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -459,7 +460,7 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache, agai
     return data, [{"file": source, **row} for row in rejected]
 
 
-def build(sources, chat, options, num_proc, config, folder, again=None):
+def build(sources, chat, options, num_proc, config, folder, scratch, again=None):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest.
 
     again: folder of the target's own answers, what the server calls it, and the flags; None keeps the replies.
@@ -470,7 +471,7 @@ def build(sources, chat, options, num_proc, config, folder, again=None):
         disable_progress_bars()
     splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
     for split, (source, files) in sources.items():
-        cache, samples = folder.with_name("cache") / split, options["num_samples"] if split == "train" else None
+        cache, samples = scratch / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
         answers = again and (again[0] / f"{split}.jsonl", *again[1:])
         splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache, answers)
@@ -547,14 +548,18 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
-    shutil.rmtree(scratch, ignore_errors=True)
+    # The caches are the data again, twice, on this machine's disk: `output` may be storage that is mounted.
+    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]
+    for folder in (scratch, caches):
+        shutil.rmtree(folder, ignore_errors=True)
     try:
-        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", again)
+        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", caches, again)
         if output.exists():
             output.rename(scratch / "old")
         (scratch / "new").rename(output)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in (scratch, caches):
+            shutil.rmtree(folder, ignore_errors=True)
     data, config = open_data(output)
     ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]

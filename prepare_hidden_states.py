@@ -38,7 +38,7 @@ from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, measure_
 from load_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
 from load_target import read_target_config, resolve_target
 from prepare_data import hash_tokenizer, load_tokenizer, open_data
-from read_conversations import boolean, fail, parse_flags, write_atomic
+from read_conversations import boolean, fail, open_to_all, parse_flags, write_atomic
 from run_ranks import on_each_node, on_first_rank, run_together, start_distributed
 # isort: on
 
@@ -224,7 +224,7 @@ def write_shard(path, rows):
         save_file(tensors, building, {"rows": json.dumps({row: checksum(part) for row, part in rows.items()})})
         with building.open("rb") as file:
             os.fsync(file.fileno())
-        building.chmod(0o644)
+        open_to_all(building)
         building.rename(path)
     except (OSError, SafetensorError) as error:
         building.unlink(missing_ok=True)

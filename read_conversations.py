@@ -92,6 +92,12 @@ def write_atomic(path, data):
     os.replace(temporary, path)
 
 
+def open_to_all(path):
+    """Let others read a file, as far as the storage keeps such modes: safetensors leaves its files to their owner."""
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o644)
+
+
 def hash_file(path):
     """sha256 of the content, in hex."""
     with open(path, "rb") as file:
