@@ -340,7 +340,7 @@ def draw_curves(runs):
                 axis.plot(x, y, style, color=colour, label="" if number else label)
         axis.set(xlabel="optimizer step", ylabel=title)
         axis.grid(alpha=0.3)
-        if curves[0][0]:
+        if any(label for label, *_ in curves):
             axis.legend(fontsize="small")
     key.axis("off")
     if len(runs) > 1:
