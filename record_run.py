@@ -344,7 +344,8 @@ def draw_curves(runs):
             axis.legend(fontsize="small")
     key.axis("off")
     if len(runs) > 1:
-        key.legend(handles=[key.plot([], [], color=f"C{i % 10}", label=name)[0] for i, name in enumerate(runs)])
+        handles = [key.plot([], [], color=f"C{i % 10}", label=name)[0] for i, name in enumerate(runs)]
+        key.legend(handles=handles, loc="center")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()

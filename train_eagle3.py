@@ -879,7 +879,7 @@ FLAGS = {
         ("resume", boolean, False, "go on from the newest complete checkpoint of output_dir, if there is one"),
         ("resume_from_checkpoint", str, None, "with resume: if output_dir has none; without: draft to start from"),
         ("no_resume_from_checkpoint", boolean, False, "start anew, even with resume"),
-        ("report_to", str, "none", "none, swanlab, tensorboard; several by comma"),
+        ("report_to", str, "none", "none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma"),
         ("run_name", str, None, "name of the run in the trackers; none: theirs"),
         ("log_dir", str, None, "folder of the trackers' files; none: output_dir/logs"),
         ("seed", int, 0, "of initialisation and data order"),
