@@ -78,7 +78,7 @@ def swanlab_values(logs):
     reader.open(str(newest(logs.glob("run-*/run-*.swanlab"))))
     while (data := reader.scan()) is not None:
         record.ParseFromString(data)
-        if record.HasField("scalar"):
+        if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):  # what it measures itself
             found[record.scalar.step, record.scalar.key].append(record.scalar.value.number)
     return found
 
@@ -201,6 +201,56 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
         assert done.returncode == 0 and "fails" not in done.stderr, done.stderr[-3000:]
     for name in TRACKERS:
         check_values(name, output)
+
+
+# --- accounts, as far as they can be known without one ---
+
+
+def test_wandbs_server_is_not_sent_the_steps_that_it_has(tmp_path, monkeypatch):
+    """Its client stood in for: it says which step is next, and would warn for each one before that."""
+    sent, given = [], {}
+    run = SimpleNamespace(step=3, log=lambda values, step: sent.append(step), finish=lambda: sent.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: given.update(options) or run))
+    offline(monkeypatch, WANDB_PROJECT="mine")
+    args = SimpleNamespace(run_name="name", log_dir=tmp_path / "logs")
+    log, close = record_run.open_wandb(args, settings_of(2))
+    for step in range(1, 6):
+        log({"train/loss": 1.0}, step)
+    close()
+    assert sent == [3, 4, 5, "end"] and (tmp_path / "logs").is_dir()
+    assert given["id"] == "0123456789abcdef" and given["resume"] == "allow" and given["project"] == "mine"
+
+
+def test_trackios_server_is_not_sent_the_steps_that_it_has(tmp_path, monkeypatch):
+    sent, given = [], {}
+    run = SimpleNamespace(_initial_last_step=2, log=lambda values, step: sent.append(step), finish=None)
+    fake = SimpleNamespace(init=lambda **options: given.update(options) or run)
+    storage = SimpleNamespace(SQLiteStorage=SimpleNamespace(get_logs=lambda *_, **__: []))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setitem(sys.modules, "trackio.sqlite_storage", storage)
+    offline(monkeypatch, TRACKIO_SPACE_ID="me/space")
+    log, _ = record_run.open_trackio(SimpleNamespace(run_name=None, log_dir=tmp_path), settings_of(2))
+    for step in range(1, 6):
+        log({"train/loss": 1.0}, step)
+    assert sent == [3, 4, 5] and given["name"] == "0123456789abcdef" and given["resume"] == "allow"
+
+
+def test_mlflow_takes_the_run_that_a_service_has_begun(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    offline(monkeypatch, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/elsewhere.db")
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    begun = client.create_run(client.create_experiment("job")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "job")
+    for step in (1, 2):  # the second time it is resumed, and offered both
+        args = SimpleNamespace(run_name=None, log_dir=tmp_path / "logs")
+        log, close = record_run.open_mlflow(args, settings_of(step - 1))
+        for row in range(1, step + 1):
+            log({"train/loss": 1.0 / row}, row)
+        close()
+    assert [(x.step, x.value) for x in client.get_metric_history(begun, "train/loss")] == [(1, 1.0), (2, 0.5)]
+    assert client.get_run(begun).info.status == "FINISHED" and not (tmp_path / "logs" / "mlflow.db").exists()
 
 
 # --- trackers that fail or hang ---
