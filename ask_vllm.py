@@ -9,11 +9,7 @@ prepare_hidden_states.py imports this file; it is not run itself.
 
 import fcntl
 import functools
-import http.client
-import json
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -22,20 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deal_batches import COLUMNS, STATES, tokens_read
-from prepare_data import fail
+from read_conversations import fail
+from regenerate_data import ServerFailed, keep_asking, request_answer
 
 REQUESTS = 16  # to a server that are under way at once, of each rank
 
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
+# (name, type, default, help, least value if any): see read_conversations.parse_flags
 SERVER_FLAGS = [
     ("vllm_endpoint", str, None, "URL of a vLLM server that generates missing rows; none: the target in memory does"),
     ("request_timeout", float, 180, "seconds that the server may take for a row", 0),
     ("max_retries", int, 3, "times that it is asked again, after 1, 2, 4, ... seconds", 0),
 ]
-
-
-class ServerFailed(Exception):
-    """A row's hidden states cannot be had from the server; the message names both."""
 
 
 class Extracted:
@@ -87,36 +80,20 @@ def read_extracted(path, input_ids, shape):
     return (states, "") if states.shape == (len(tokens), *shape) else (None, f"of shape {tuple(states.shape)}")
 
 
-def request_answer(args, path, body=None):
-    """The JSON that the server answers; OSError, HTTPException or ValueError if it does not."""
-    base = args.vllm_endpoint.rstrip("/").removesuffix("/v1")
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{base}/v1/{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=args.request_timeout) as answer:
-        return json.load(answer)
+def request(args, path, body=None):
+    """The JSON that the server answers."""
+    return request_answer(args.vllm_endpoint, path, body, args.request_timeout)
 
 
-def keep_asking(args, what, work):
-    """work()'s result, tried max_retries times again. ServerFailed, at once if asking again cannot help."""
-    for attempt in range(args.max_retries + 1):
-        time.sleep(2 ** (attempt - 1) if attempt else 0)
-        try:
-            return work()
-        except ServerFailed as error:
-            raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint}, {what}: {error}") from error
-        except urllib.error.HTTPError as error:
-            said = f"{error}: {error.read(300).decode(errors='replace')}"
-            if error.code < 500 and error.code not in (408, 429):
-                raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} refuses {what}: {said}") from error
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
-            said = f"{type(error).__name__} {error}"  # the last three: an answer of another form
-    raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} fails for {what}, {attempt + 1} times, at last with {said}")
+def ask_for(args, what, work):
+    """work()'s result, tried max_retries times again. ServerFailed."""
+    return keep_asking(f"vllm_endpoint {args.vllm_endpoint}", what, args.max_retries, work)
 
 
 def served_model(args, model_dir, longest):
     """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
     try:
-        models = keep_asking(args, "the list of its models", lambda: request_answer(args, "models")["data"])
+        models = ask_for(args, "the list of its models", lambda: request(args, "models")["data"])
     except ServerFailed as error:
         fail(error)
     names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()
@@ -141,7 +118,7 @@ class Server:
     def ask(self, row, input_ids):
         """Send a request; at most REQUESTS are under way."""
         work = functools.partial(self.generate, input_ids)
-        self.asked[row].append(self.pool.apply_async(keep_asking, (self.args, f"row {row}", work)))
+        self.asked[row].append(self.pool.apply_async(ask_for, (self.args, f"row {row}", work)))
 
     def take(self, row):
         """hidden_states [T, layers, Ht] of a row that was asked for, on the CPU; ServerFailed."""
@@ -151,7 +128,7 @@ class Server:
         """One request. Its file's lock is held by the server until the file is whole; both are removed."""
         end = time.monotonic() + self.args.request_timeout
         body = {"model": self.model, "prompt": input_ids, "max_tokens": 1, "return_token_ids": True}
-        answer = request_answer(self.args, "completions", body)
+        answer = request(self.args, "completions", body)
         path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if not path:
             raise ServerFailed("its answer names no file: start it with extract_hidden_states, as the README says")

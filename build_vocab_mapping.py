@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prepare_data import fail, locate, parse_flags, read_token_freq, write_atomic
+from prepare_data import locate, read_token_freq
+from read_conversations import fail, parse_flags, write_atomic
 
 
 def target_ids(d2t):

@@ -10,6 +10,10 @@ Out: acceptance length, share accepted by position, tokens/s with and without th
     python evaluate_eagle3.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl
     python evaluate_eagle3.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \\
         --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
+    python evaluate_eagle3.py --compare output/a output/b --output compared
+
+The last one reads what trainings wrote of themselves (metrics.jsonl in their output folders) and loads no model: a
+table of them, and with --output a folder with comparison.png and comparison.json.
 
 With temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
 exit code 1. One exception: a text of a half-precision target may part from it at the target's two most likely tokens,
@@ -22,6 +26,7 @@ distribution as it is.
 import io
 import itertools
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,19 +38,9 @@ from transformers import DynamicCache
 from build_vocab_mapping import target_ids
 from export_eagle3 import auxiliary_layers, read_draft
 from load_target import load_target, read_target_config, resolve_target
-from prepare_data import (
-    Rejected,
-    boolean,
-    fail,
-    hash_tokenizer,
-    load_tokenizer,
-    open_data,
-    parse_flags,
-    read_conversation,
-    read_lines,
-    render,
-    write_atomic,
-)
+from prepare_data import hash_tokenizer, load_tokenizer, open_data, render
+from read_conversations import Rejected, boolean, fail, parse_flags, read_conversation, read_lines, write_atomic
+from record_run import curve, draw_curves, read_metrics
 from train_eagle3 import DraftModel
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,11 +360,53 @@ def plot(figures):
     return image.getvalue()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparing trainings
+
+
+def describe_run(rows):
+    """{column: value} of a training's rows, None where it has none. The best is the least loss, the most of others."""
+    values = {"steps": max(row["step"] for row in rows)}
+    hours, rates = curve(rows, "train", "seconds")[1], curve(rows, "train", "tokens_per_second")[1]
+    values["hours"] = hours[-1] / 3600 if hours else None
+    values["tokens/s"] = statistics.median(rates) if rates else None
+    for split, name in (
+        ("train", "loss"), ("train", "acc_0"), ("train", "chain_length"), ("validation", "loss"),
+        ("validation", "acceptance_length"),
+    ):  # fmt: skip
+        steps, line = curve(rows, split, name)
+        best = (min if name == "loss" else max)(line, default=None)
+        title = f"validation {name}" if (split, name) == ("validation", "loss") else name
+        values |= {title: line[-1] if line else None, f"best {title}": best}
+    return values | {"at step": steps[line.index(best)] if line else None}
+
+
+def compare(paths, output):
+    """Print a table of trainings, by their folders or metrics.jsonl; with output write comparison.json and .png."""
+    runs = {path: read_metrics(path) for path in paths}
+    for path in (path for path, rows in runs.items() if not rows):
+        fail(f"{path} has no rows in its metrics.jsonl")
+    table = {path: describe_run(rows) for path, rows in runs.items()}
+    lines = [["run", *next(iter(table.values()))]]
+    for path, values in table.items():
+        texts = ("-" if x is None else f"{x:.0f}" if name in ("steps", "tokens/s", "at step") else f"{x:.3f}"
+                 for name, x in values.items())  # fmt: skip
+        lines.append([path, *texts])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        print(f"| {' | '.join(cells)} |")
+    if output:
+        write_atomic(output / "comparison.json", json.dumps(table, indent=2) + "\n")
+        write_atomic(output / "comparison.png", draw_curves(runs))
+
+
 FLAGS = {
     "target, draft and prompts": [
-        ("target_model_path", str, ..., "folder or hub id of the target"),
-        ("draft_model_path", str, ..., "draft checkpoint, flat or speculators form"),
-        ("prompts", str, ..., 'JSON Lines of conversations or {"prompt": text}, or a prepared folder'),
+        ("target_model_path", str, None, "folder or hub id of the target; needed unless runs are compared"),
+        ("draft_model_path", str, None, "draft checkpoint, flat or speculators form; needed as well"),
+        ("prompts", str, None, 'JSON Lines of conversations or {"prompt": text}, or a prepared folder; needed as well'),
         ("num_prompts", int, None, "use only the first so many; none: all", 1),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ],
@@ -380,24 +417,39 @@ FLAGS = {
         ("seed", int, 0, "of sampling with a temperature"),
         ("output", str, None, "folder for the figures, texts and plot; none: only printed"),
     ],
+    "trainings side by side": [
+        ("compare", [str], None, "output folders of trainings, or their metrics.jsonl, instead of measuring a draft"),
+    ],
 }
 
 
 def parse_args(argv=None):
-    return parse_flags(__doc__, FLAGS, argv)
+    args = parse_flags(__doc__, FLAGS, argv)
+    missing = [name for name in ("target_model_path", "draft_model_path", "prompts") if not getattr(args, name)]
+    if missing and not args.compare:
+        fail(f"{', '.join(missing)}: needed to measure a draft")
+    return args
+
+
+def open_output(path):
+    """The folder, made if it is not there; None for None."""
+    try:
+        if path:
+            Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"output {path} cannot be a folder: {error.strerror}")
+    return Path(path) if path else None
 
 
 def main(args):
+    if args.compare:
+        return compare(args.compare, open_output(args.output))
     model_dir = resolve_target(args.target_model_path)
     tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts)
     config, tensors = read_draft(args.draft_model_path)
     check_fit(args.draft_model_path, config, read_target_config(model_dir, args.trust_remote_code)[0])
-    if args.output:
-        try:
-            Path(args.output).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"output {args.output} cannot be a folder: {error.strerror}")
+    folder = open_output(args.output)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = load_target(
@@ -418,8 +470,7 @@ def main(args):
         parted = figures["texts_parted_by_rounding"]
         print("every text equals the target's own greedy text"
               + (f", but for {parted} that part from it at a rounding tie" if parted else ""))  # fmt: skip
-    if args.output:
-        folder = Path(args.output)
+    if folder:
         write_atomic(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
         for row in rows:
             row["reply"] = tokenizer.decode(row["input_ids"][-sum(row["loss_mask"]) :])

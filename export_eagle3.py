@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems, target_ids
 from load_target import default_layer_ids, read_target_tensor, resolve_target
-from prepare_data import fail, normalise_argv, write_atomic
+from read_conversations import fail, normalise_argv, open_to_all, write_atomic
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -501,7 +501,7 @@ def _write(folder, config, tensors, **metadata):
     temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-        temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+        open_to_all(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         written = load_file(temporary)

@@ -5,9 +5,11 @@ In:  a target in a Hugging Face folder (one safetensors file or several, tied em
 Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
      latter the teacher: the distribution over the draft vocabulary and the full-vocabulary argmax.
 
-train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text:
+train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text, and to copy
+a target from the hub, or out of another layout, into one Hugging Face folder:
 
     python load_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
+    python load_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --output_path models/llama3
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +36,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.utils import logging
 
 from deal_batches import positions_of
-from prepare_data import SMALL_FILES, boolean, fail, load_tokenizer, locate, parse_flags
+from prepare_data import SMALL_FILES, TOKENIZER_FILES, load_tokenizer, locate
+from read_conversations import boolean, fail, parse_flags
 from run_ranks import check_disk
 
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
@@ -179,6 +183,27 @@ def _link_together(*folders):
     return merged
 
 
+def copy_target(path_or_hub_id, folder, trust_remote_code=False):
+    """Copy what is read of a target into `folder`, as one Hugging Face folder whatever its layout was; returns bytes.
+
+    Ends with one line if it cannot train a draft, as far as this is seen without loading its weights.
+    """
+    model_dir, folder = resolve_target(path_or_hub_id), Path(folder)
+    read_target_config(model_dir, trust_remote_code)
+    load_tokenizer(path_or_hub_id, trust_remote_code)
+    weights = [*model_dir.glob("*.safetensors")] or [*model_dir.glob("*.bin")]
+    if not weights:
+        fail(f"target model {path_or_hub_id}: no *.safetensors or *.bin in {model_dir}")
+    files = {path.name: path for pattern in SMALL_FILES for path in model_dir.glob(pattern)}
+    for pattern in SMALL_FILES:  # the tokenizer may have a folder of its own
+        found = {path.name: path for path in locate(path_or_hub_id, TOKENIZER_FILES).glob(pattern)}
+        files |= {name: path for name, path in found.items() if name != "config.json"}
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*weights, *files.values()]:
+        shutil.copyfile(path, folder / path.name)  # not its attributes, which mounted storage may not keep
+    return sum(path.stat().st_size for path in [*weights, *files.values()])
+
+
 def read_target_config(model_dir, trust_remote_code=False):
     """(text configuration, whole configuration) of a target folder; ends the program if it cannot train a draft."""
     try:
@@ -199,7 +224,7 @@ def default_layer_ids(num_layers):
     return [2, num_layers // 2, num_layers - 3]
 
 
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
+# (name, type, default, help, least value if any): see read_conversations.parse_flags
 SHARING_FLAGS = [
     ("batch_size", int, 2, "sequences per rank that share a forward of the target, and in evaluation", 1),
     ("tp_size", int, 1, "ranks that share one copy of the target, tensor parallel", 1),
@@ -480,7 +505,8 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
 FLAGS = {
     "the target and a text": [
         ("target_model_path", str, ..., "folder or hub id of the target"),
-        ("text", str, ..., "text to run the target on"),
+        ("text", str, None, "text to run the target on"),
+        ("output_path", str, None, "folder to copy the target to, as one Hugging Face folder"),
         ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ]
@@ -492,6 +518,13 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if not (args.text or args.output_path):
+        fail("give a text to run the target on, or output_path to copy it to")
+    if args.output_path:
+        size = copy_target(args.target_model_path, args.output_path, args.trust_remote_code)
+        print(f"copied {args.target_model_path}, {size / 1e9:.1f} GB, to {args.output_path}")
+    if not args.text:
+        return
     model_dir = resolve_target(args.target_model_path)
     tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
     ids = tokenizer(args.text)["input_ids"]

@@ -37,7 +37,8 @@ from ask_vllm import SERVER_FLAGS, Extracted, Server, ServerFailed, served_model
 from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, measure_read, tokens_read
 from load_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
 from load_target import read_target_config, resolve_target
-from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, write_atomic
+from prepare_data import hash_tokenizer, load_tokenizer, open_data
+from read_conversations import boolean, fail, open_to_all, parse_flags, write_atomic
 from run_ranks import on_each_node, on_first_rank, run_together, start_distributed
 # isort: on
 
@@ -223,7 +224,7 @@ def write_shard(path, rows):
         save_file(tensors, building, {"rows": json.dumps({row: checksum(part) for row, part in rows.items()})})
         with building.open("rb") as file:
             os.fsync(file.fileno())
-        building.chmod(0o644)
+        open_to_all(building)
         building.rename(path)
     except (OSError, SafetensorError) as error:
         building.unlink(missing_ok=True)
@@ -234,7 +235,7 @@ def write_shard(path, rows):
 # Reading while training
 
 
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
+# (name, type, default, help, least value if any): see read_conversations.parse_flags
 SOURCE_FLAGS = [
     ("hidden_states_path", str, None, "folder of prepare_hidden_states.py or hs_N.safetensors; none: target in memory"),
     ("on_missing", ("generate", "skip", "warn", "raise"), "generate", "rows that it lacks; generate: by the target"),
@@ -504,7 +505,7 @@ def write_all(args, target, store, data, pending):
     return [name for part in every for name in part]
 
 
-# (name, type, default, help, least value if any): see prepare_data.parse_flags
+# (name, type, default, help, least value if any): see read_conversations.parse_flags
 FLAGS = {
     "target and data": [
         ("target_model_path", str, ..., "folder or hub id; a folder may hold one nested model or an MLflow model"),

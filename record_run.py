@@ -1,29 +1,37 @@
 """The record of a run: run.json, metrics.jsonl, the trackers, and the lines on the terminal.
 
 In:  what training measures, on rank 0.
-Out: output_dir/run.json (what was run, with what, on what) and output_dir/metrics.jsonl (a row per logged step and per
-     evaluation), which a resumed run continues: rows behind the checkpoint are dropped, as their steps come again.
+Out: output_dir/run.json (what was run, with what, on what), output_dir/metrics.jsonl (a row per logged step and per
+     evaluation), which a resumed run continues: rows behind the checkpoint are dropped, as their steps come again; and
+     output_dir/curves.png, drawn from it at the end.
 
-train_eagle3.py imports this file; it is not run itself.
+train_eagle3.py and evaluate_eagle3.py import this file; it is not run itself.
 """
 
+import atexit
 import datetime
 import errno
 import importlib.metadata
+import io
+import itertools
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from prepare_data import write_atomic
+from read_conversations import fail, write_atomic
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
+TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
 
 
 def run_settings(args, data_config, step):
@@ -49,33 +57,141 @@ def run_settings(args, data_config, step):
     }
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The trackers: open_...(args, settings) returns log({name: number}, step) and close(). A resumed run offers all that
+# metrics.jsonl holds again, and then the steps behind the checkpoint: log leaves out what the tracker has already.
+
+
 def open_swanlab(args, settings):
     import swanlab
 
     run = swanlab.init(
-        project="eagle3", name=args.run_name, log_dir=args.log_dir, config=settings, id=settings["run_id"],
-        resume="allow",
+        project=os.environ.get("SWANLAB_PROJ_NAME", "eagle3"), name=args.run_name, log_dir=args.log_dir,
+        config=settings, id=settings["run_id"], resume="allow",
     )  # fmt: skip
-    return lambda values, step: run.log(values, step=step), run.finish
+    return lambda values, step: run.log(values, step=step), run.finish  # it knows the last step of each name
+
+
+def open_wandb(args, settings):
+    import wandb
+
+    Path(args.log_dir).mkdir(parents=True, exist_ok=True)  # it would go elsewhere
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "eagle3"), name=args.run_name, dir=args.log_dir, config=settings,
+        id=settings["run_id"], resume="allow", allow_val_change=True,
+    )  # fmt: skip
+    first = run.step  # the server's next one; offline 0, so that a start's own folder holds the whole run
+    return lambda values, step: run.log(values, step=step) if step >= first else None, run.finish
 
 
 def open_tensorboard(args, settings):
     from torch.utils.tensorboard import SummaryWriter
 
     step = settings["starts_behind_step"]  # what an interrupted start wrote of later ones is not shown
-    folder = str(Path(args.log_dir) / (args.run_name or "tensorboard"))
-    writer = SummaryWriter(folder, purge_step=step + 1)
+    folder = Path(args.log_dir) / (args.run_name or "tensorboard")
+    held = step if any(folder.glob("events*")) else 0
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
     writer.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", step)
 
     def log(values, step):
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            if step > held:
+                writer.add_scalar(name, value, step)
         writer.flush()
 
     return log, writer.close
 
 
-TRACKERS = {"swanlab": open_swanlab, "tensorboard": open_tensorboard}
+def open_mlflow(args, settings):
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    folder = Path(args.log_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}")
+    title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "eagle3")
+    experiment = client.get_experiment_by_name(title)
+    experiment = experiment.experiment_id if experiment else client.create_experiment(title)
+    # It gives ids itself: ours is a tag. A service that has begun a run for this process names it.
+    named = os.environ.get("MLFLOW_RUN_ID")
+    ours = settings["run_id"]
+    found = [client.get_run(named)] if named else client.search_runs([experiment], f"tags.run_id = '{ours}'")
+    run = found[0] if found else client.create_run(experiment, run_name=args.run_name)
+    key, held = run.info.run_id, set()
+    if run.data.tags.get("run_id") == ours:
+        client.update_run(key, status="RUNNING")
+        held = {(row.step, name) for name in run.data.metrics for row in client.get_metric_history(key, name)}
+    else:
+        client.set_tag(key, "run_id", ours)
+        client.log_batch(key, params=[Param(name, str(value)[:500]) for name, value in settings["flags"].items()])
+
+    def log(values, step):
+        now = round(time.time() * 1000)
+        client.log_batch(key, [Metric(name, x, now, step) for name, x in values.items() if (step, name) not in held])
+
+    return log, lambda: client.set_terminated(key)
+
+
+def open_trackio(args, settings):
+    os.environ.setdefault("TRACKIO_DIR", str(Path(args.log_dir).resolve() / "trackio"))  # read when it is imported
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    name = "-".join(filter(None, (args.run_name, settings["run_id"])))  # it knows a run by its name
+    run = trackio.init(project="eagle3", name=name, config=settings, resume="allow")
+    held, last = {(row["step"], name) for row in SQLiteStorage.get_logs("eagle3", run=name) for name in row}, -1
+    if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):  # they tell the last step alone
+        last = -1 if run._initial_last_step is None else run._initial_last_step
+
+    def log(values, step):
+        values = {name: value for name, value in values.items() if step > last and (step, name) not in held}
+        if values:
+            run.log(values, step=step)
+
+    return log, run.finish
+
+
+TRACKERS = {
+    "swanlab": open_swanlab, "wandb": open_wandb, "tensorboard": open_tensorboard, "mlflow": open_mlflow,
+    "trackio": open_trackio,
+}  # fmt: skip
+
+
+class Tracker(threading.Thread):
+    """A tracker in a thread of its own: foreign code, accounts and networks must not end the training, nor stop it.
+
+    One that fails is reported and left out from then on.
+    """
+
+    def __init__(self, name, args, settings, rows):
+        super().__init__(daemon=True, name=name)
+        self.open, self.rows = (lambda: TRACKERS[name](args, settings)), rows
+        self.opened, self.queue = threading.Event(), queue.SimpleQueue()  # of (values, step); None: that was all
+        self.start()
+
+    def run(self):
+        try:
+            log, close = self.open()
+            self.opened.set()
+            for values, step in itertools.chain(self.rows, iter(self.queue.get, None)):
+                log(values, step)
+            close()
+        except (Exception, SystemExit) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            tqdm.write(f"{self.name} fails, training goes on without it: {reason}", file=sys.stderr)
+        self.opened.set()
+
+
+def join(threads):
+    """Wait for threads, all together at most TRACKER_SECONDS. Returns the names of those that go on."""
+    end = time.monotonic() + TRACKER_SECONDS
+    for thread in threads:
+        thread.join(max(end - time.monotonic(), 0))
+    return [thread.name for thread in threads if thread.is_alive()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record itself
 
 
 class Record:
@@ -84,24 +200,24 @@ class Record:
     def __init__(self, args, settings):
         self.first, step = dist.get_rank() == 0, settings["starts_behind_step"]
         if self.first:
-            path, self.trackers = Path(args.output_dir) / "metrics.jsonl", {}
-            rows = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-            # The last line may have been cut off: its step comes again then.
-            write_atomic(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
+            path = Path(args.output_dir) / "metrics.jsonl"
+            rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file, self.unwritten = path.open("ab", buffering=0), b""
-            self.attempt(args.report_to, lambda name: self.trackers.update({name: TRACKERS[name](args, settings)}))
+            self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])
             self.bar = tqdm(
                 total=args.total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
             )
 
-    def attempt(self, names, work):
-        """Foreign code and accounts must not cost the training: a tracker that fails is reported and left out."""
-        for name in list(names):
-            try:
-                work(name)
-            except Exception as error:
-                print(f"{name} fails, training goes on without it: {error}", file=sys.stderr)
-                self.trackers.pop(name, None)
+    def open_trackers(self, args, settings, rows):
+        self.stdin = sys.stdin
+        if args.report_to:  # who has no account is not asked for one: nobody may be there to answer
+            sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
+        self.trackers = [Tracker(name, args, settings, rows) for name in dict.fromkeys(args.report_to)]
+        end = time.monotonic() + TRACKER_SECONDS
+        for tracker in self.trackers:
+            if not tracker.opened.wait(max(end - time.monotonic(), 0)):
+                print(f"{tracker.name} is not open after {TRACKER_SECONDS} s, training begins", file=sys.stderr)
 
     def row(self, split, step, epoch, values):
         if self.first:
@@ -110,8 +226,8 @@ class Record:
             self.unwritten += f"{json.dumps(row)}\n".encode()
             if problem := self.write():
                 print(f"{problem}; the rows are kept in memory", file=sys.stderr)
-            values = {f"{split}/{name}": value for name, value in values.items() if value is not None}
-            self.attempt(self.trackers, lambda name: self.trackers[name][0](values, step))
+            for tracker in self.trackers:
+                tracker.queue.put((tracked(row), step))
 
     def write(self, sync=False):
         """Append the rows that are not written yet, all of them or none. Returns "" or why that is not possible."""
@@ -142,10 +258,94 @@ class Record:
             if problem := self.write():
                 print(f"{problem}: its last rows are lost", file=sys.stderr)
             self.file.close()
-            self.attempt(self.trackers, lambda name: self.trackers[name][1]())
+            for tracker in self.trackers:
+                tracker.queue.put(None)
+            path = Path(self.file.name).with_name("curves.png")
+            try:
+                path.write_bytes(draw_curves({path.parent.name: read_metrics(self.file.name)}))
+            except (Exception, SystemExit) as error:  # no picture is worth a run; without matplotlib there is none
+                path.unlink(missing_ok=True)
+                print(f"{path} is not drawn: {error}", file=sys.stderr)
+            if late := ", ".join(join(self.trackers)):
+                print(f"{late}: not done {TRACKER_SECONDS} s after the training, which ends now", file=sys.stderr)
+                atexit.register(leave)
+            sys.stdin = self.stdin
+
+
+def leave():
+    """End the process at once: what a tracker that hangs would do at exit hangs as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def tracked(row):
+    """{name: number} of a row of metrics.jsonl, as trackers show it."""
+    place = ("split", "step", "epoch")
+    return {f"{row['split']}/{name}": x for name, x in row.items() if name not in place and x is not None}
 
 
 def metrics_line(values, steps):
     """The part of a printed line that training and evaluation share."""
     accuracy = " ".join(f"{values[f'acc_{i}']:.3f}" for i in range(steps))
     return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and drawing it
+
+
+def read_metrics(path):
+    """Rows of a metrics.jsonl, of the file or of the folder that has it; a last one that was cut off is left out."""
+    path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read: {error}")
+
+
+def curve(rows, split, name):
+    """Steps and values of a metric where a split's rows have one."""
+    rows = [row for row in rows if row["split"] == split and row.get(name) is not None]
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def draw_curves(runs):
+    """PNG (bytes) of the curves of runs {name: rows of metrics.jsonl}; several runs differ by colour."""
+    from matplotlib.figure import Figure
+
+    rows = [row for run in runs.values() for row in run]
+    steps = sorted((name for name in {name for row in rows for name in row} if name.startswith("acc_")),
+                   key=lambda name: int(name[4:]))  # fmt: skip
+    steps = steps if len(runs) == 1 else [*steps[:1], *steps[1:][-1:]]  # of several runs the first and the last
+    panels = {
+        "loss": [("training", "train", "loss", "-"), ("validation", "validation", "loss", "o")],
+        "accuracy by step of the chain": [
+            (name, "train", name, ":" if len(runs) > 1 and name != steps[0] else "-") for name in steps
+        ],
+        "acceptance length": [("of the validation rows", "validation", "acceptance_length", "o-"),
+                              ("chain length in training", "train", "chain_length", ":")],
+        "learning rate": [("", "train", "lr", "-")],
+        "tokens/s": [("", "train", "tokens_per_second", "-")],
+    }  # fmt: skip
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    *axes, key = figure.subplots(2, 3).flat
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for number, run in enumerate(runs.values()):
+            for at, (label, split, name, style) in enumerate(curves):
+                colour = f"C{(number if len(runs) > 1 else at) % 10}"
+                x, y = curve(run, split, name)
+                style = "o" if len(x) == 1 else style  # a line needs two points
+                axis.plot(x, y, style, color=colour, label="" if number else label)
+        axis.set(xlabel="optimizer step", ylabel=title)
+        axis.grid(alpha=0.3)
+        if any(label for label, *_ in curves):
+            axis.legend(fontsize="small")
+    key.axis("off")
+    if len(runs) > 1:
+        handles = [key.plot([], [], color=f"C{i % 10}", label=name)[0] for i, name in enumerate(runs)]
+        key.legend(handles=handles, loc="center")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

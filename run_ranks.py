@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
-from prepare_data import fail
+from read_conversations import fail
 
 
 def start_distributed(timeout, local_rank=-1):
@@ -280,11 +280,18 @@ def on_first_rank(work):
     return result[0]
 
 
-def check_shared(name, folder):
-    """End the program if not all ranks see the same folder, which the user gave as `name`."""
-    path = on_first_rank(lambda: tempfile.mkstemp(".building", ".seen-by-all-", folder)[1])
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, "" if os.path.exists(path) else socket.gethostname())
+def check_shared(name, folder, patience=10):
+    """End the program if not all ranks see the same folder within `patience` seconds; the user gave it as `name`."""
+
+    def write():
+        handle, path = tempfile.mkstemp(".building", ".seen-by-all-", folder)
+        os.close(handle)  # mounted storage shows a file to other nodes when it is closed
+        return path
+
+    path, every, until = on_first_rank(write), [None] * dist.get_world_size(), time.monotonic() + patience
+    while not (seen := os.path.exists(path)) and time.monotonic() < until:
+        time.sleep(0.2)
+    dist.all_gather_object(every, "" if seen else socket.gethostname())
     if dist.get_rank() == 0:
         os.unlink(path)
     if lacking := ", ".join(sorted({host for host in every if host})):

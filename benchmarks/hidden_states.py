@@ -26,8 +26,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_eagle3
-from prepare_data import fail
 from prepare_hidden_states import DTYPES, to_stored, write_shard
+from read_conversations import fail
 
 BLOCK = 2**24  # bytes read at a time
 

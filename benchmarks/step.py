@@ -52,7 +52,7 @@ from load_target import (  # noqa: E402
     load_target,
     resolve_target,
 )  # fmt: skip
-from prepare_data import fail  # noqa: E402
+from read_conversations import fail  # noqa: E402
 from run_ranks import keep_freed_memory  # noqa: E402
 from train_eagle3 import DraftModel  # noqa: E402
 

@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from load_target import load_target, resolve_target  # noqa: E402
-from prepare_data import fail  # noqa: E402  (the root is not on the path of a script that lies here)
+from read_conversations import fail  # noqa: E402  (the root is not on the path of a script that lies here)
 from run_ranks import keep_freed_memory, start_distributed  # noqa: E402
 
 MIB = 2**20

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prepare_data import open_data, pydoc_lines
+from prepare_data import open_data
+from read_conversations import pydoc_lines
 
 # The markers and whitespace of Llama 3's instruct models, without their tool machinery.
 LLAMA3_CHAT_TEMPLATE = (

@@ -22,7 +22,8 @@ SCRIPTS = (
     prepare_data, build_vocab_mapping, load_target, prepare_hidden_states, export_eagle3, train_eagle3, evaluate_eagle3,
 )  # fmt: skip
 ORDER = (  # of imports; those that SCRIPTS lacks are not run themselves
-    "prepare_data", "build_vocab_mapping", "deal_batches", "run_ranks", "load_target", "ask_vllm",
+    "read_conversations", "regenerate_data", "prepare_data", "build_vocab_mapping", "deal_batches", "run_ranks",
+    "load_target", "ask_vllm",
     "prepare_hidden_states", "export_eagle3", "record_run", "save_checkpoint", "train_eagle3", "evaluate_eagle3",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text()

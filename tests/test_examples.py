@@ -41,7 +41,7 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
     assert f"acceptance length after training: {after['acceptance_length']:.3f}" in printed
     assert "every text equals the target's own greedy text" in printed
     assert check_draft(output / "draft" / "final") == []
-    for picture in ("curves.png", "evaluation_after/acceptance.png"):
+    for picture in ("draft/curves.png", "evaluation_after/acceptance.png"):
         data = (output / picture).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 5000, picture
     rows = [json.loads(line) for line in (output / "draft" / "metrics.jsonl").read_text().splitlines()]

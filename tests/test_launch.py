@@ -204,7 +204,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from prepare_data import fail
+from read_conversations import fail
 from run_ranks import run_together, start_distributed
 
 def main(minutes):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deal_batches import collate, deal_forwards, positions_of, put_back
-from load_target import Head, load_target, read_target_tensor, resolve_target
+from load_target import Head, copy_target, load_target, parse_args, read_target_tensor, resolve_target
 from load_target import main as run_main
-from prepare_data import TOKENIZER_FILES, load_tokenizer, locate
+from prepare_data import TOKENIZER_FILES, hash_tokenizer, load_tokenizer, locate
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 LAYERS, VOCABULARY = 8, 97
@@ -209,6 +209,37 @@ def test_folder_layouts_give_the_same_target(layout, llama_folder, tmp_path, mon
     ):
         assert torch.equal(got, wanted)
     assert load_tokenizer(given).get_vocab() == load_tokenizer(llama_folder).get_vocab()
+
+
+@pytest.mark.parametrize("layout", ["nested", "mlflow data", "mlflow data, config apart", "mlflow components"])
+def test_a_copy_is_one_folder_with_the_same_target(layout, llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    given, copy = arrange(layout, llama_folder, tmp_path / "given"), tmp_path / "copy"
+    (given / "optimizer.pt").write_bytes(b"not read")
+    run_main(parse_args(["--target_model_path", str(given), "--output_path", str(copy)]))
+    assert "copied" in capsys.readouterr().out
+    kept = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja")  # fmt: skip
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        name: (llama_folder / name).read_bytes() for name in kept if (llama_folder / name).exists()
+    }
+    assert not any(path.is_symlink() for path in copy.iterdir())
+    assert resolve_target(copy) == copy and hash_tokenizer(load_tokenizer(copy)) == hash_tokenizer(
+        load_tokenizer(given)
+    )
+
+
+def test_a_copy_is_refused_before_the_weights_move(llama_folder, tmp_path, capsys):
+    given = arrange("nested", llama_folder, tmp_path / "given")
+    (given / "some/where/model.safetensors").unlink()
+    assert "no *.safetensors or *.bin" in refused(capsys, copy_target, given, tmp_path / "copy")
+    config = json.loads((given / "some/where/config.json").read_text())
+    (given / "some/where/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    (given / "some/where/pytorch_model.bin").touch()
+    assert "needs at least 7" in refused(capsys, copy_target, given, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    args = parse_args(["--target_model_path", str(given)])
+    assert "give a text to run the target on, or output_path" in refused(capsys, run_main, args)
 
 
 @pytest.mark.parametrize("tied", [False, True])

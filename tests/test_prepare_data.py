@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from chat_templates import FAMILIES
+from chat_templates import FAMILIES, family_tokenizer, names_of
 from tokenizers import processors
 
 import prepare_data
+import read_conversations
 from prepare_data import make_chat, open_data, prepare, read_token_freq, tokenise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
@@ -27,11 +28,6 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds",
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-def family_tokenizer(family, texts=tiny.TEXTS):
-    special, template = FAMILIES[family]
-    return tiny.train_tokenizer(texts, 400, special, template, bos_token=special[0], eos_token=special[1])
 
 
 def chat_for(family, name=None, max_length=2048, only_last=False):
@@ -59,7 +55,7 @@ def runs_of(ids, mask, tokenizer):
 
 
 def cause(row, chat):
-    with pytest.raises(prepare_data.Rejected) as rejected:
+    with pytest.raises(read_conversations.Rejected) as rejected:
         tokenise(line(row), chat)
     return rejected.value.args[0]
 
@@ -89,7 +85,7 @@ def write_family(folder, family):
     return folder
 
 
-# ---------------------------------------------------------------------------- what is supervised, family by family
+# ---------------------------------------------------------------------------- what is supervised
 THOUGHT = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
 TAGGED = {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n\nfour"}
 CALLING = [
@@ -98,57 +94,6 @@ CALLING = [
     {"role": "tool", "content": "out"},
     REPLY,
 ]
-END = "<｜end▁of▁sentence｜>"
-FINAL, ANALYSIS = "<|channel|>final<|message|>", "<|channel|>analysis<|message|>"
-EXPECTED = [
-    ("llama3", [USER, REPLY, *SECOND], ["hello there<|eot_id|>", "that is all<|eot_id|>"]),
-    ("llama3", CALLING, ['<|python_tag|>add.call(a="x")<|eom_id|>', "hello there<|eot_id|>"]),
-    ("qwen", [USER, REPLY, *SECOND], ["hello there<|im_end|>", "<think>\n\n</think>\n\nthat is all<|im_end|>"]),
-    ("qwen", [USER, THOUGHT], ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]),
-    ("qwen", [USER, TAGGED], ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]),
-    ("qwen", [USER, THOUGHT, *SECOND], ["four<|im_end|>", "<think>\n\n</think>\n\nthat is all<|im_end|>"]),
-    (
-        "qwen",
-        CALLING,
-        [
-            '<tool_call>\n{"name": "add", "arguments": {"a": "x"}}\n</tool_call><|im_end|>',
-            "<think>\n\n</think>\n\nhello there<|im_end|>",
-        ],
-    ),
-    ("gpt-oss", [USER, REPLY, *SECOND], [f"{FINAL}hello there<|end|>", f"{FINAL}that is all<|return|>"]),
-    ("gpt-oss", [USER, THOUGHT], [f"{ANALYSIS}two and two<|end|><|start|>assistant{FINAL}four<|return|>"]),
-    ("gpt-oss", [USER, THOUGHT, *SECOND], [f"{FINAL}four<|end|>", f"{FINAL}that is all<|return|>"]),
-    (
-        "gpt-oss",
-        CALLING,
-        [' to=functions.add<|channel|>commentary json<|message|>{"a": "x"}<|call|>', f"{FINAL}hello there<|return|>"],
-    ),
-    (
-        "gpt-oss",
-        [USER, {**CALLING[1], "thinking": "use it"}],
-        [
-            f"{ANALYSIS}use it<|end|><|start|>assistant to=functions.add<|channel|>commentary json<|message|>"
-            '{"a": "x"}<|call|>'
-        ],
-    ),
-    ("deepseek-r1-distill", [USER, REPLY, *SECOND], ["hello there" + END, "that is all" + END]),
-    ("deepseek-r1-distill", [USER, THOUGHT], ["two and two\n</think>\n\nfour" + END]),
-    ("deepseek-r1-distill", [USER, TAGGED], ["two and two\n</think>\n\nfour" + END]),
-    ("deepseek-r1-distill", [USER, THOUGHT, *SECOND], ["four" + END, "that is all" + END]),
-    ("deepseek-r1-distill", [USER, REPLY, USER, THOUGHT], ["hello there" + END, "two and two\n</think>\n\nfour" + END]),
-    ("deepseek-first", [USER, THOUGHT], ["<think>\ntwo and two\n</think>\n\nfour" + END]),
-    ("instruct", [USER, REPLY, *SECOND], [" hello there</s>", " that is all</s>"]),
-    ("round", [USER, REPLY, *SECOND], ["hello there\n<|stop|>", "that is all\n<|stop|>"]),
-    ("round", [USER, TAGGED], ["two and two\n</think>\n\nfour<|stop|>"]),
-]
-
-
-@pytest.mark.parametrize(("family", "messages", "expected"), EXPECTED)
-def test_supervised_text_by_hand(family, messages, expected):
-    row = chat_row(*messages, tools=TOOLS)
-    names = {"instruct": ["auto"], "round": ["auto"], "deepseek-first": ["deepseek-r1-distill", "auto"]}
-    for name in names.get(family, [family, "auto"]):
-        assert runs(row, chat_for(family, name)) == expected
 
 
 def test_the_prompt_that_opens_a_thought_is_not_supervised_but_stands_before_it():
@@ -164,14 +109,6 @@ def test_reasoning_that_the_template_drops_is_put_back_behind_the_generation_pro
     ids, mask, _ = tokenise(line(chat_row(USER, TAGGED)), chat)
     assert runs_of(ids, mask, tokenizer) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\ntwo and two\n</think>\n\nfour<|im_end|>")
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deepseek-first"])
-def test_text_is_encoded_once_and_as_the_tokenizer_encodes_it(family):
-    chat = chat_for(family, "auto")
-    text = chat.tokenizer.apply_chat_template([USER, REPLY], tokenize=False)
-    ids, _, _ = tokenise(line(chat_row(USER, REPLY)), chat)
-    assert ids.tolist() == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -215,8 +152,7 @@ def test_offsets_cover_blanks_even_if_the_tokenizer_trims_them():
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_another_prompt_leaves_the_supervised_tokens_unchanged(family):
-    name = family if family in prepare_data.TEMPLATES else "auto"
-    chat, supervised = chat_for(family, name), []
+    chat, supervised = chat_for(family, names_of(family)[0]), []
     for prompt in ("hi", "Something 😀 else\n\nassistant\n", "<think> user <|system|>"):
         ids, mask, _ = tokenise(line(chat_row({"role": "user", "content": prompt}, REPLY, *SECOND)), chat)
         supervised.append(ids[mask == 1].tolist())
@@ -252,7 +188,9 @@ def test_reasoning_fields_and_tools_as_text():
     for field in ("reasoning_content", "thinking", "reasoning"):
         reply = {"role": "assistant", "content": "four", field: "two and two"}
         assert runs(chat_row(USER, reply), chat_for("qwen")) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
-        assert runs(chat_row(USER, reply), chat_for("gpt-oss"))[0].startswith(f"{ANALYSIS}two and two<|end|>")
+        assert runs(chat_row(USER, reply), chat_for("gpt-oss"))[0].startswith(
+            "<|channel|>analysis<|message|>two and two<|end|>"
+        )
     chat = chat_for("qwen")
     as_list, as_text = (tokenise(line(chat_row(USER, REPLY, tools=t)), chat)[0] for t in (TOOLS, json.dumps(TOOLS)))
     assert as_list.tolist() == as_text.tolist() and "adds" in chat.tokenizer.decode(as_list)
@@ -345,8 +283,8 @@ def test_a_marker_cannot_hide_in_the_escapes_of_arguments():
 def test_a_template_that_marks_no_end_of_a_call_supervises_no_output_of_a_tool():
     """Under auto nothing is known of calls: a template may close them by a token that the probe does not show."""
     special, template = ["<|turn|>", "<|stop|>", "<|yield|>"], FAMILIES["round"][1]
-    template = template.replace("'\n<|stop|>\n'", "'<|yield|>' if message.tool_calls else '\n<|stop|>\n'")
-    template = template.replace("message.content.split", "(message.content or '').split")
+    template = template.replace(r"'\n<|stop|>", r"'<|yield|>' if message.tool_calls else '\n<|stop|>")
+    template = template.replace("message.content.split", "(message.content or message.tool_calls | tojson).split")
     tokenizer = tiny.train_tokenizer(tiny.TEXTS, 400, special, template, bos_token="<|turn|>", eos_token="<|stop|>")
     chat = make_chat(tokenizer, "auto", 2048, False)
     assert cause(chat_row(*CALLING), chat) == "turns not marked"
@@ -486,14 +424,14 @@ def test_a_preset_without_hub_and_copy_ends_with_one_line(tmp_path, target, caps
 
 
 def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
-    lines = prepare_data.pydoc_lines()
+    lines = read_conversations.pydoc_lines()
     rows = [json.loads(row) for row in lines]
     assert len(rows) > 2000 and sum(len(row["conversations"]) > 2 for row in rows) > 100
     chat = chat_for("llama3")
     assert all(tokenise(row, chat)[1].any() for row in lines[::100])
     answers = " ".join(message["content"] for row in rows for message in row["conversations"])
     assert "collections.OrderedDict" in answers and "Serialize ``obj`` to a JSON" in answers
-    code = "import hashlib, prepare_data; print(hashlib.sha256(b''.join(prepare_data.pydoc_lines())).hexdigest())"
+    code = "import hashlib, read_conversations as r; print(hashlib.sha256(b''.join(r.pydoc_lines())).hexdigest())"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY, env=environment, capture_output=True)
     assert result.stdout.decode().strip() == hashlib.sha256(b"".join(lines)).hexdigest()
@@ -624,7 +562,7 @@ def test_open_data_refuses_another_version(tmp_path, target, capsys):
 
 # ---------------------------------------------------------------------------- command line
 def test_flags(capsys):
-    argv = prepare_data.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
+    argv = read_conversations.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
     assert argv == ["--a_b=c-d", "--x_y", "-1", "--new", "e-f"]
     required = ["--dataset", "a", "--target-model-path", "b", "--output_path", "c"]
     assert prepare_data.parse_args(required).train_only_last_turn is False
@@ -645,10 +583,10 @@ def test_flags(capsys):
 
 
 def test_write_atomic_replaces_the_whole_file(tmp_path):
-    prepare_data.write_atomic(tmp_path / "a", "long text")
-    prepare_data.write_atomic(tmp_path / "a", b"b")
+    read_conversations.write_atomic(tmp_path / "a", "long text")
+    read_conversations.write_atomic(tmp_path / "a", b"b")
     assert (tmp_path / "a").read_bytes() == b"b" and len(list(tmp_path.iterdir())) == 1
-    assert prepare_data.hash_file(tmp_path / "a").startswith("3e23e816")
+    assert read_conversations.hash_file(tmp_path / "a").startswith("3e23e816")
 
 
 def test_command_line(tmp_path, target):

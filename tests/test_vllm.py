@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from test_load_target import FAMILIES, SIZES, write_model
 from transformers import AutoModelForCausalLM
 
-import ask_vllm
 import prepare_data
 import prepare_hidden_states
+import regenerate_data
 import train_eagle3
 from ask_vllm import Extracted
 from deal_batches import tokens_read
@@ -149,7 +149,7 @@ def waits(monkeypatch):
     """The seconds of back-off that were waited, without waiting."""
     waited, sleep = [], time.sleep
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: waited.append(s) if s >= 1 else sleep(s))
-    monkeypatch.setattr(ask_vllm, "time", clock)
+    monkeypatch.setattr(regenerate_data, "time", clock)
     return waited
 
 

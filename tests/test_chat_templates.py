@@ -1,0 +1,85 @@
+"""Which tokens of each model family are supervised: templates and hand-marked texts lie in templates/."""
+
+import functools
+import json
+
+import pytest
+from chat_templates import CONVERSATIONS, FAMILIES, FOLDER, ROWS, expected, family_tokenizer, marked, names_of
+
+from prepare_data import TEMPLATES, make_chat, tokenise
+from read_conversations import Rejected
+
+# Names with the same markers, so that each fits where the other does.
+ALIKE = [{"qwen", "qwen3-thinking", "qwen3-instruct"}, {"deepseek-r1-distill", "deepseek-v3"}]
+CASES = [(family, name) for family in FAMILIES for name in names_of(family)]
+
+
+@functools.cache
+def tokenizer_of(family):
+    return family_tokenizer(family)
+
+
+def shown(row, chat):
+    """As in templates/FAMILY.txt."""
+    try:
+        ids, mask, _ = tokenise(json.dumps(row).encode(), chat)
+    except Rejected as rejected:
+        return f"rejected: {rejected.args[0]}"
+    text = marked(ids, mask, chat.tokenizer)
+    assert ids.tolist() == chat.tokenizer(text.translate({ord("⟦"): None, ord("⟧"): None}))["input_ids"]
+    return text
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_supervised_tokens_by_hand(family, name):
+    chat = make_chat(tokenizer_of(family), name, 4096, False)
+    assert {conversation: shown(row, chat) for conversation, row in CONVERSATIONS.items()} == expected(family)
+
+
+def test_every_name_has_a_family_with_several_turns_thoughts_and_calls():
+    assert {name for _, name in CASES} == {*TEMPLATES, "auto"}
+    for family in FAMILIES:
+        texts = expected(family)
+        assert set(texts) == set(CONVERSATIONS)
+        assert texts["turns"].count("⟦") == 2 and "rejected" not in texts["thinking"] + texts["thinking in a field"]
+    for name in TEMPLATES:  # Phi 3 and Phi 4 know no tools
+        texts = [expected(family)["a call"] for family in FAMILIES if name in names_of(family)]
+        assert any(text.count("⟦") == 2 for text in texts) or name in ("phi3", "phi4", "deepseek-r1-distill")
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_other_names_are_refused_and_the_right_ones_named(family, capsys):
+    fitting = set(names_of(family)) - {"auto"}
+    fitting = fitting.union(*(names for names in ALIKE if names & fitting))
+    for name in TEMPLATES:
+        if name in fitting:
+            make_chat(tokenizer_of(family), name, 4096, False)
+            continue
+        with pytest.raises(SystemExit):
+            make_chat(tokenizer_of(family), name, 4096, False)
+        named = capsys.readouterr().err.rpartition("use --chat_template ")[2].split(" or ")
+        assert {word.strip() for word in named} == fitting | {"auto"}
+
+
+def test_the_name_turns_thinking_on_and_off():
+    """A template that thinks on request only: qwen takes it as it is, the other two names ask for what they say."""
+    tokenizer = family_tokenizer("qwen")
+    asks = "enable_thinking is defined and enable_thinking is false"
+    assert asks in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(asks, "not enable_thinking")
+    row = CONVERSATIONS["thinking in a field"]
+    for name, family in (("qwen", "qwen3-instruct"), ("qwen3-thinking", "qwen3-thinking")):
+        assert shown(row, make_chat(tokenizer, name, 4096, False)) == expected(family)["thinking in a field"]
+
+
+def test_reasoning_alone_is_no_reply_of_a_target_that_answers_at_once():
+    row = {
+        "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>two and</think>"}]
+    }
+    assert shown(row, make_chat(tokenizer_of("qwen"), "qwen3-instruct", 4096, False)) == "rejected: empty"
+    assert "⟦<think>\ntwo and\n</think>" in shown(row, make_chat(tokenizer_of("qwen"), "qwen", 4096, False))
+
+
+def test_no_file_of_the_folder_is_without_a_row():
+    named = {f"{family}.txt" for family in ROWS} | {row["template"] for row in ROWS.values()}
+    assert {path.name for path in FOLDER.iterdir()} == named | {"families.json", "conversations.json"}

@@ -1,0 +1,105 @@
+"""Flags and command lines of other trainers' documentation: they run, or end with one line that says what to write."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny
+
+import build_vocab_mapping
+import prepare_data
+import train_eagle3
+
+HERE = Path(__file__).parent
+FLAGS = [
+    [cell.strip() for cell in line.split("|")]
+    for line in (HERE / "foreign_flags.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+COMMANDS = re.findall(r"# (runs|refused: .*)\n((?:[^#\n].*\n)+)", (HERE / "foreign_commands.txt").read_text())
+SCRIPTS = {"train": train_eagle3, "train_eagle3": train_eagle3, "build_vocab_mapping": build_vocab_mapping}
+SCRIPTS["prepare_data"] = prepare_data
+
+
+def parsed(capsys, script, argv):
+    """(flags by name, "") or (None, the one line of the error)."""
+    try:
+        return vars(script.parse_args(argv)), ""
+    except SystemExit as stopped:
+        lines = capsys.readouterr().err.splitlines()
+        assert stopped.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return None, lines[0]
+
+
+@pytest.mark.parametrize(("flag", "happens"), [row[1:] for row in FLAGS])
+def test_every_documented_flag_does_what_the_table_says(capsys, flag, happens):
+    needed = [] if flag.startswith(("--verifier-name-or-path", "--target-model-path")) else ["--target_model_path", "M"]
+    plain, _ = parsed(capsys, train_eagle3, needed or ["--target_model_path", "M"])
+    written = [flag.split()] if flag.count(" ") != 1 else [flag.split(), [flag.replace(" ", "=")]]  # both ways
+    for words in written:
+        values, error = parsed(capsys, train_eagle3, [*needed, *words])
+        if happens.startswith("refused: "):
+            assert happens.removeprefix("refused: ") in error, error
+        else:
+            assert values is not None, error
+            changed = {name: str(value) for name, value in values.items() if value != plain[name] and name != "log_dir"}
+            name, _, value = happens.partition(" = ")
+            assert happens == "nothing" or str(values[name]) == value
+            assert changed.keys() <= {name}, "and nothing else changes"
+
+
+def test_what_is_refused_is_one_line_about_all_of_it(capsys):
+    argv = shlex.split(
+        "--target-model-path M --muon-lr 1 --cache-dir c --num-layers 1 --muon-momentum=2 --batch-size 3"
+    )
+    _, error = parsed(capsys, train_eagle3, argv)
+    adamw = "--muon_lr, --muon_momentum: the optimizer is AdamW, with --learning_rate and --weight_decay"
+    assert error == f"error: {adamw}; --cache_dir: data are kept in output_dir/data, downloads in HF_HOME: drop it"
+
+
+def test_no_flag_of_ours_is_taken_for_another_trainers():
+    ours = [name for rows in train_eagle3.FLAGS.values() for name, *_ in rows]
+    for names, _, text in train_eagle3.INSTEAD:
+        assert not [name for name in ours if re.fullmatch(names, name.removeprefix("no_"))], names
+        for flag in re.findall(r"--(\w+)", text):
+            assert flag in ours, text
+    assert not set(train_eagle3.ALIASES) & set(ours)
+
+
+def test_every_row_of_both_tables_is_documented():
+    """What nobody's documentation has is in no table of the trainer."""
+    written = [re.match(r"--([\w-]+)", flag)[1].replace("-", "_") for _, flag, _ in FLAGS]
+    for names, *_ in train_eagle3.INSTEAD:
+        assert any(re.fullmatch(names, name.removeprefix("no_")) for name in written), names
+
+
+@pytest.mark.parametrize(("happens", "command"), COMMANDS)
+def test_documented_command_lines(capsys, happens, command):
+    words = shlex.split(command.replace("\\\n", " "))
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    values, error = parsed(capsys, SCRIPTS[Path(words[place]).stem], words[place + 1 :])
+    assert (values is not None) if happens == "runs" else happens.removeprefix("refused: ") in error, error
+
+
+def test_a_documented_command_line_trains(tmp_path):
+    """speculators' example, with its paths exchanged and fewer steps."""
+    tiny.write_target(tmp_path / "target")
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(8))
+    prepare_data.prepare(tmp_path / "chats.jsonl", tmp_path / "data", tmp_path / "target", chat_template="llama3",
+                         max_length=512, num_proc=1)  # fmt: skip
+    mapping = ["--token_freq_path", tmp_path / "data" / "token_freq.pt", "--draft_vocab_size", 200,
+               "--target_vocab_size", 400, "--output_path", tmp_path / "map"]  # fmt: skip
+    build_vocab_mapping.main(build_vocab_mapping.parse_args(list(map(str, mapping))))
+    (command,) = (command for _, command in COMMANDS if "--data-format-version" in command)
+    words = shlex.split(command.replace("\\\n", " "))
+    argv, exchanged = words[words.index("scripts/train.py") + 1 :], {
+        "meta-llama/Llama-3.1-8B-Instruct": tmp_path / "target", "./data/llama-3.1-8b_sharegpt/gen/": tmp_path / "data",
+        "./checkpoints/llama-3.1-8b.eagle3": tmp_path / "out", "./logs/llama-3.1-8b.eagle3": tmp_path / "logs",
+        "./data/llama-3.1-8b_sharegpt/d2t.npy": tmp_path / "map" / "d2t.npy",
+        "./data/llama-3.1-8b_sharegpt/t2d.npy": tmp_path / "map" / "t2d.npy",
+    }  # fmt: skip
+    assert exchanged.keys() <= set(argv)
+    argv = [str(exchanged.get(word, word)) for word in argv]
+    train_eagle3.main(train_eagle3.parse_args([*argv, "--max-steps", "1"]))
+    assert (tmp_path / "out" / "final" / "model.safetensors").exists() and list((tmp_path / "logs").rglob("events*"))

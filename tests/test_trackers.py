@@ -1,0 +1,403 @@
+"""The trackers with their real libraries, offline: values read back, resumed runs, trackers that fail or hang."""
+
+import json
+import os
+import pty
+import shutil
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+import record_run
+import train_eagle3
+from prepare_data import prepare
+from record_run import Record, tracked
+
+TRACKERS = ["swanlab", "wandb", "tensorboard", "mlflow", "trackio"]
+OFFLINE = {"SWANLAB_MODE": "offline", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+ACCOUNTS = ("WANDB_", "SWANLAB_", "MLFLOW_", "TRACKIO_")  # variables that would lead to one
+TIMES = ("seconds", "tokens_per_second")  # of the clock: steps that come again differ in them
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny target and prepared data."""
+    folder = tmp_path_factory.mktemp("trackers")
+    tiny.write_target(folder / "target")
+    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19))
+    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3, 2))
+    prepare(folder / "train.jsonl", folder / "data", folder / "target", validation_dataset=folder / "validation.jsonl",
+            chat_template="llama3", max_length=512, num_proc=1)  # fmt: skip
+    return folder
+
+
+def arguments(work, output, *flags):
+    argv = ["--target_model_path", work / "target", "--data_path", work / "data", "--output_dir", output]
+    argv += ["--ttt_length", 2, "--log_steps", 1, "--eval_steps", 2, "--save_steps", 2, "--scheduler_type", "constant"]
+    return [str(part) for part in (*argv, "--run_name", "tiny", "--num_workers", 0, *flags)]
+
+
+def train(*argv):
+    train_eagle3.main(train_eagle3.parse_args(arguments(*argv)))
+
+
+def rows_of(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def offline(patch, **more):
+    """Only these variables of trackers; what is set meanwhile is undone as well."""
+    for name in [name for name in os.environ if name.startswith(ACCOUNTS)] + ["TRACKIO_DIR"]:
+        patch.delenv(name, raising=False)
+    for name, value in (OFFLINE | more).items():
+        patch.setenv(name, str(value))
+
+
+# --- what each of them holds: {(step, name): [values]} ---
+
+
+def newest(paths):
+    return max(paths, key=lambda path: path.stat().st_mtime)
+
+
+def swanlab_values(logs):
+    """Of the newest start's folder."""
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    found, reader, record = defaultdict(list), DataStoreReader(), Record()
+    reader.open(str(newest(logs.glob("run-*/run-*.swanlab"))))
+    while (data := reader.scan()) is not None:
+        record.ParseFromString(data)
+        if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):  # what it measures itself
+            found[record.scalar.step, record.scalar.key].append(record.scalar.value.number)
+    return found
+
+
+def wandb_values(logs):
+    """Of the newest start's folder: a log of LevelDB's form, which has blocks of 32 KiB and a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found, record, part, at = defaultdict(list), Record(), b"", 7
+    data = newest(logs.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        part, at = part + data[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            record.ParseFromString(part)
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            for name in items.keys() - {"_step", "_runtime", "_timestamp"}:
+                found[int(items["_step"]), name].append(json.loads(items[name]))
+            part = b""
+    return found
+
+
+def tensorboard_values(logs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events, found = EventAccumulator(str(logs / "tiny")).Reload(), defaultdict(list)
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            found[event.step, name].append(event.value)
+    return found
+
+
+def mlflow_values(logs):
+    from mlflow import MlflowClient
+
+    client, found = MlflowClient(f"sqlite:///{logs}/mlflow.db"), defaultdict(list)
+    (run,) = client.search_runs([client.get_experiment_by_name("eagle3").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["ttt_length"] == "2"
+    for name in run.data.metrics:
+        for row in client.get_metric_history(run.info.run_id, name):
+            found[row.step, name].append(row.value)
+    return found
+
+
+def trackio_values(logs):
+    found = defaultdict(list)
+    with sqlite3.connect(logs / "trackio" / "eagle3.db") as base:
+        rows = base.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert len({run for run, *_ in rows}) == 1 and rows[0][0].startswith("tiny-")
+    for _, step, metrics in rows:
+        for name, value in json.loads(metrics).items():
+            found[step, name].append(value)
+    return found
+
+
+def check_values(name, output):
+    """A tracker has every value of metrics.jsonl, once, and no others."""
+    values, expected = globals()[f"{name}_values"](output / "logs"), {}
+    for row in rows_of(output):
+        expected |= {(row["step"], key): value for key, value in tracked(row).items()}
+    assert len(expected) > 50 and values.keys() == expected.keys(), values.keys() ^ expected.keys()
+    for key, value in expected.items():
+        assert len(values[key]) == 1, (key, values[key])
+        if not key[1].endswith(TIMES):
+            assert values[key][0] == pytest.approx(value, rel=1e-6), key
+
+
+@pytest.fixture(scope="module")
+def resumed(work):
+    """A run of all trackers that lost what it did behind step 2, and was resumed; mlflow's server left at step 2."""
+    from mlflow import MlflowClient
+
+    log_batch, output = MlflowClient.log_batch, work / "resumed"
+
+    def away(client, run, metrics=(), **options):
+        if metrics and metrics[0].step == 2:
+            raise ConnectionError("the server is away")
+        log_batch(client, run, metrics, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        offline(patch)
+        flags = work, output, "--report_to", ",".join(TRACKERS)
+        with patch.context() as server:
+            server.setattr(MlflowClient, "log_batch", away)
+            train(*flags, "--total_steps", 3)
+        shutil.rmtree(output / "step_00000003")
+        shutil.rmtree(output / "final")
+        time.sleep(1)  # folders are named by the second
+        train(*flags, "--total_steps", 5, "--resume")
+    assert [row["step"] for row in rows_of(output)] == [1, 2, 2, 3, 3, 4, 4, 5, 5]
+    return output
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_resumed_run_is_in_the_tracker_without_gap_or_duplicate(resumed, name):
+    check_values(name, resumed)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(work, tmp_path):
+    """kill -9 behind step 5, two rows after the checkpoint of step 4."""
+    output, program = tmp_path / "out", (
+        "import os, signal, train_eagle3; step, done = train_eagle3.optimizer_step, []\n"
+        "def counted(*args):\n"
+        "    if len(done) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    done.append(1); return step(*args)\n"
+        "train_eagle3.optimizer_step = counted\n"
+        "train_eagle3.main(train_eagle3.parse_args())"
+    )  # fmt: skip
+    argv = arguments(work, output, "--report_to", ",".join(TRACKERS), "--total_steps", 7)
+    with pytest.MonkeyPatch.context() as patch:
+        offline(patch)
+        given = {"cwd": tiny.REPOSITORY, "timeout": 300, "capture_output": True, "text": True, "check": False}
+        assert subprocess.run([sys.executable, "-c", program, *argv], **given).returncode == -9
+        done = subprocess.run([sys.executable, "train_eagle3.py", *argv, "--resume"], **given)
+        assert done.returncode == 0 and "fails" not in done.stderr, done.stderr[-3000:]
+    for name in TRACKERS:
+        check_values(name, output)
+
+
+# --- accounts, as far as they can be known without one ---
+
+
+def test_wandbs_server_is_not_sent_the_steps_that_it_has(tmp_path, monkeypatch):
+    """Its client stood in for: it says which step is next, and would warn for each one before that."""
+    sent, given = [], {}
+    run = SimpleNamespace(step=3, log=lambda values, step: sent.append(step), finish=lambda: sent.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: given.update(options) or run))
+    offline(monkeypatch, WANDB_PROJECT="mine")
+    args = SimpleNamespace(run_name="name", log_dir=tmp_path / "logs")
+    log, close = record_run.open_wandb(args, settings_of(2))
+    for step in range(1, 6):
+        log({"train/loss": 1.0}, step)
+    close()
+    assert sent == [3, 4, 5, "end"] and (tmp_path / "logs").is_dir()
+    assert given["id"] == "0123456789abcdef" and given["resume"] == "allow" and given["project"] == "mine"
+
+
+def test_trackios_server_is_not_sent_the_steps_that_it_has(tmp_path, monkeypatch):
+    sent, given = [], {}
+    run = SimpleNamespace(_initial_last_step=2, log=lambda values, step: sent.append(step), finish=None)
+    fake = SimpleNamespace(init=lambda **options: given.update(options) or run)
+    storage = SimpleNamespace(SQLiteStorage=SimpleNamespace(get_logs=lambda *_, **__: []))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setitem(sys.modules, "trackio.sqlite_storage", storage)
+    offline(monkeypatch, TRACKIO_SPACE_ID="me/space")
+    log, _ = record_run.open_trackio(SimpleNamespace(run_name=None, log_dir=tmp_path), settings_of(2))
+    for step in range(1, 6):
+        log({"train/loss": 1.0}, step)
+    assert sent == [3, 4, 5] and given["name"] == "0123456789abcdef" and given["resume"] == "allow"
+
+
+def test_mlflow_takes_the_run_that_a_service_has_begun(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    offline(monkeypatch, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/elsewhere.db")
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    begun = client.create_run(client.create_experiment("job")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", begun)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "job")
+    for step in (1, 2):  # the second time it is resumed, and offered both
+        args = SimpleNamespace(run_name=None, log_dir=tmp_path / "logs")
+        log, close = record_run.open_mlflow(args, settings_of(step - 1))
+        for row in range(1, step + 1):
+            log({"train/loss": 1.0 / row}, row)
+        close()
+    assert [(x.step, x.value) for x in client.get_metric_history(begun, "train/loss")] == [(1, 1.0), (2, 0.5)]
+    assert client.get_run(begun).info.status == "FINISHED" and not (tmp_path / "logs" / "mlflow.db").exists()
+
+
+# --- trackers that fail or hang ---
+
+
+def settings_of(step=0):
+    return {"run_id": "0123456789abcdef", "starts_behind_step": step, "flags": {}}
+
+
+@pytest.fixture
+def record(work, tmp_path, monkeypatch):
+    """record(*openers, step=0): a Record in tmp_path with these trackers, named t0, t1, ..."""
+    if not train_eagle3.dist.is_initialized():
+        train_eagle3.dist.init_process_group("gloo", rank=0, world_size=1, store=train_eagle3.dist.HashStore())
+    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 0.5)
+    left = []
+    monkeypatch.setattr(record_run.atexit, "register", left.append)
+
+    def make(*openers, step=0):
+        names = [f"t{i}" for i in range(len(openers))]
+        for name, opener in zip(names, openers, strict=True):
+            monkeypatch.setitem(record_run.TRACKERS, name, opener)
+        args = SimpleNamespace(output_dir=tmp_path, log_dir=tmp_path, report_to=names, run_name=None, total_steps=9)
+        record = Record(args, settings_of(step))
+        record.left = left
+        return record
+
+    return make
+
+
+def collecting(rows):
+    """An opener whose tracker takes everything into `rows`; `closed` at last."""
+    return lambda args, settings: (lambda values, step: rows.append((step, values)), lambda: rows.append("closed"))
+
+
+def refuse(*args):
+    raise ConnectionError("no account,\n   no run")
+
+
+def test_trackers_that_fail_are_named_once_and_the_others_go_on(record, capsys):
+    rows = []
+    run = record(refuse, collecting(rows), lambda *_: (refuse, refuse), lambda *_: (print, refuse), lambda *_: 1 / 0)
+    for step in (1, 2):
+        run.row("train", step, 0.1, {"loss": 2.0 / step, "grad_norm": None})
+    run.close()
+    assert rows == [(1, {"train/loss": 2.0}), (2, {"train/loss": 1.0}), "closed"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fails" in line]
+    failed = "fails, training goes on without it: no account, no run"
+    assert sorted(lines) == [
+        *(f"t{i} {failed}" for i in (0, 2, 3)),
+        "t4 fails, training goes on without it: division by zero",
+    ]
+    assert not run.left
+
+
+def test_training_with_a_tracker_that_fails_ends_well(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train_eagle3.TRACKERS, "tensorboard", refuse)
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
+    train(work, tmp_path / "out", "--total_steps", 1, "--report_to", "tensorboard,trackio")
+    printed = capsys.readouterr().err
+    assert "tensorboard fails, training goes on without it: no account, no run" in printed
+    assert "trackio fails, training goes on without it: " in printed and (tmp_path / "out" / "final").exists()
+
+
+@pytest.mark.parametrize("where", ["open", "log", "close"])
+def test_a_tracker_that_hangs_holds_nothing_up(record, capsys, where):
+    rows, never = [], threading.Event()
+    hang = lambda *_: never.wait(60)  # noqa: E731 (a row of the table below)
+    opener = {"open": hang, "log": lambda *_: (hang, print), "close": lambda *_: (lambda *_: None, hang)}[where]
+    start = time.monotonic()
+    run = record(opener, collecting(rows))
+    assert (time.monotonic() - start > 0.4) == (where == "open")
+    start = time.monotonic()
+    for step in range(1, 101):
+        run.row("train", step, 0.1, {"loss": 1.0})
+    assert time.monotonic() - start < 0.4, "rows do not wait"
+    run.close()
+    never.set()
+    assert time.monotonic() - start < 5 and [row[0] for row in rows[:-1]] == [*range(1, 101)]
+    printed = capsys.readouterr().err
+    assert "t0: not done 0.5 s after the training" in printed and run.left == [record_run.leave]
+    assert ("t0 is not open after 0.5 s" in printed) == (where == "open")
+
+
+def test_a_resumed_run_offers_the_trackers_what_is_kept(record, tmp_path):
+    first, second = [], []
+    run = record(collecting(first))
+    for step in (1, 2, 3):
+        run.row("train", step, 0.1, {"loss": 1.0 / step})
+    run.row("validation", 2, 0.2, {"loss": 5.0})
+    run.close()
+    run = record(collecting(second), step=2)
+    run.row("train", 3, 0.1, {"loss": 9.0})
+    run.close()
+    losses = [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5})]
+    assert first == [*losses, (3, {"train/loss": 0.333333333}), (2, {"validation/loss": 5.0}), "closed"]
+    assert second == [*losses, (2, {"validation/loss": 5.0}), (3, {"train/loss": 9.0}), "closed"]
+
+
+ALONE = """
+import sys, torch.distributed as dist
+from types import SimpleNamespace
+import record_run
+record_run.TRACKER_SECONDS = float(sys.argv[3])
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+args = SimpleNamespace(output_dir=sys.argv[1], log_dir=sys.argv[1], run_name=None, report_to=sys.argv[2].split(","),
+                       total_steps=1)
+print("terminal", sys.stdin.isatty())
+record = record_run.Record(args, {"run_id": "0123456789abcdef", "starts_behind_step": 0, "flags": {}})
+record.row("train", 1, 1.0, {"loss": 1.0})
+record.close()
+print("the run ended", sys.stdin.isatty(), flush=True)
+"""
+
+
+def alone(output, names, seconds, **options):
+    """A Record in a process of its own, without accounts but those in `env`."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ACCOUNTS)}
+    env |= {"HOME": str(output), "PYTHONPATH": str(tiny.REPOSITORY)} | options.pop("env", {})
+    return subprocess.Popen([sys.executable, "-c", ALONE, output, names, str(seconds)], env=env, **options)
+
+
+def test_nobody_is_asked_for_an_account(tmp_path):
+    """On a terminal, which is where libraries ask."""
+    here, there = pty.openpty()
+    process = alone(tmp_path, "swanlab,wandb", 60, stdin=there, stdout=there, stderr=there, start_new_session=True)
+    os.close(there)
+    printed, start = b"", time.monotonic()
+    while b"the run ended True" not in printed and time.monotonic() - start < 50:
+        try:
+            printed += os.read(here, 1000)
+        except OSError:  # the other side is closed
+            break
+    process.kill()
+    assert b"terminal True" in printed and b"the run ended True" in printed, printed.decode()
+    for name in (b"swanlab", b"wandb"):
+        assert name + b" fails, training goes on without it" in printed, printed.decode()
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_holds_up_neither_the_training_nor_its_end(tmp_path):
+    """The real libraries, with accounts at a server that accepts connections and is silent."""
+    with socket.create_server(("127.0.0.1", 0), backlog=99) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url, "SWANLAB_API_KEY": "0" * 21, "SWANLAB_API_HOST": url,
+               "SWANLAB_WEB_HOST": url, "MLFLOW_TRACKING_URI": url}  # fmt: skip
+        process = alone(tmp_path, "swanlab,wandb,mlflow", 3, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"the run ended" in printed, errors.decode()
+    assert b"mlflow is not open after 3.0 s" in errors and b"not done 3.0 s after the training" in errors
