@@ -13,6 +13,7 @@ names that it does not know. So nothing is written or read here that is not whol
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems, target_ids
 from load_target import default_layer_ids, read_target_tensor, resolve_target
-from prepare_data import fail, normalise_argv, open_to_all, write_atomic
+from prepare_data import fail, normalise_argv, write_atomic
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -496,17 +497,16 @@ def read_draft(folder, model_dir=None):
 
 def _write(folder, config, tensors, **metadata):
     """Both files, so that a process killed at any moment leaves the old draft, no config.json, or the new draft."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-        open_to_all(temporary)
+        with contextlib.suppress(OSError):  # storage that keeps no modes
+            temporary.chmod(0o644)  # safetensors leaves it to its owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         written = load_file(temporary)
-        different = [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]
-        if different:
+        if different := [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]:
             fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
         (folder / "config.json").unlink(missing_ok=True)  # never an old config beside new weights
         os.replace(temporary, folder / "model.safetensors")

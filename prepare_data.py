@@ -7,8 +7,7 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
-    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
-        --output_path data/chats --max_length 4096 --validation_ratio 0.01
+    python prepare_data.py --dataset chats.jsonl --target_model_path TARGET --output_path data --validation_ratio 0.01
 """
 
 import argparse
@@ -29,6 +28,7 @@ from typing import NoReturn
 
 import huggingface_hub
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
@@ -115,12 +115,6 @@ def write_atomic(path, data):
     os.replace(temporary, path)
 
 
-def open_to_all(path):
-    """Let others read a file, as far as the storage keeps such modes: safetensors leaves its files to their owner."""
-    with contextlib.suppress(OSError):
-        os.chmod(path, 0o644)
-
-
 def hash_file(path):
     """sha256 of the content, in hex."""
     with open(path, "rb") as file:
@@ -200,6 +194,17 @@ def open_data(folder):
     if (version := config.get("format_version")) != FORMAT_VERSION:
         fail(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again")
     return DatasetDict.load_from_disk(str(folder)), config
+
+
+def read_token_freq(path):
+    """{token id: count} of a token_freq.pt; ends the program if the file is of another kind."""
+    try:
+        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
+    except Exception as error:  # a file of another kind fails anywhere in the unpickler
+        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
+    if not counts or min(counts) < 0 or min(counts.values()) < 0:
+        fail(f"token counts {path}: none in it, or a negative token id or count")
+    return counts
 
 
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
@@ -467,12 +472,13 @@ def pydoc_lines():
                 continue
             tree = ast.parse(path.read_bytes())
             topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
-            for name, node in ({module_name: tree} | topics).items():
-                methods = [part for part in node.body if type(node) is ast.ClassDef and type(part) in KINDS]
-                messages = sum((turns(f"{name}.{method.name}", method) for method in methods), turns(name, node))
-                for start in [0, *range(8, len(messages), 2)] if messages else []:
-                    row = {"id": f"pydoc {name}", "conversations": messages[start : start + 2 if start else 8]}
-                    lines.append(json.dumps(row).encode())
+            for name, node in [(module_name, tree), *topics.items()]:
+                messages = turns(name, node)
+                for part in node.body if type(node) is ast.ClassDef else ():
+                    if type(part) in KINDS:
+                        messages += turns(f"{name}.{part.name}", part)
+                chats = [messages[:8], *(messages[at : at + 2] for at in range(8, len(messages), 2))]
+                lines += [json.dumps({"id": f"pydoc {name}", "conversations": chat}).encode() for chat in chats if chat]
     return lines
 
 
@@ -563,17 +569,15 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
     return data, [{"file": source, **row} for row in rejected]
 
 
-def build(sources, chat, options, num_proc, config, folder, scratch):
+def build(sources, chat, options, num_proc, config, folder, caches):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
-    import torch
     from datasets import DatasetDict, disable_progress_bars
 
     if not sys.stderr.isatty():  # in a log file a bar is noise
         disable_progress_bars()
     splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
     for split, (source, files) in sources.items():
-        cache, samples = scratch / split, options["num_samples"] if split == "train" else None
-        cache.mkdir(parents=True)
+        cache, samples = caches / split, options["num_samples"] if split == "train" else None
         splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache)
     if options["validation_ratio"]:
         data, rows = splits["train"], len(splits["train"])
@@ -611,8 +615,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     """
     names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
     output, known = Path(output_path).expanduser().absolute(), [*TEMPLATES, "auto"]
-    stored = output / "data_config.json"
-    foreign = output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir()))
+    foreign = not (stored := output / "data_config.json").is_file() and (output.is_file() or any(output.glob("*")))
     for wrong, message in (
         (chat_template not in known, f"chat_template {chat_template}: known are {', '.join(known)}"),
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
@@ -643,18 +646,16 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
-    # The caches are the data again, twice, on this machine's disk: `output` may be storage that is mounted.
-    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]
-    for folder in (scratch, caches):
-        shutil.rmtree(folder, ignore_errors=True)
+    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]  # `output` may be mounted
+    clear = lambda: [shutil.rmtree(path, ignore_errors=True) for path in (scratch, caches)]  # noqa: E731
+    clear()
     try:
         build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", caches)
         if output.exists():
             output.rename(scratch / "old")
         (scratch / "new").rename(output)
     finally:
-        for folder in (scratch, caches):
-            shutil.rmtree(folder, ignore_errors=True)
+        clear()
     data, config = open_data(output)
     ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]

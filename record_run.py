@@ -64,7 +64,7 @@ def open_tensorboard(args, settings):
 
     step = settings["starts_behind_step"]  # what an interrupted start wrote of later ones is not shown
     folder = str(Path(args.log_dir) / (args.run_name or "tensorboard"))
-    writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+    writer = SummaryWriter(folder, purge_step=step + 1)
     writer.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", step)
 
     def log(values, step):
