@@ -496,8 +496,7 @@ def read_draft(folder, model_dir=None):
 
 def _write(folder, config, tensors, **metadata):
     """Both files, so that a process killed at any moment leaves the old draft, no config.json, or the new draft."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
@@ -505,8 +504,7 @@ def _write(folder, config, tensors, **metadata):
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         written = load_file(temporary)
-        different = [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]
-        if different:
+        if different := [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]:
             fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
         (folder / "config.json").unlink(missing_ok=True)  # never an old config beside new weights
         os.replace(temporary, folder / "model.safetensors")

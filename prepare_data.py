@@ -460,7 +460,7 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache, agai
     return data, [{"file": source, **row} for row in rejected]
 
 
-def build(sources, chat, options, num_proc, config, folder, scratch, again=None):
+def build(sources, chat, options, num_proc, config, folder, caches, again=None):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest.
 
     again: folder of the target's own answers, what the server calls it, and the flags; None keeps the replies.
@@ -471,7 +471,7 @@ def build(sources, chat, options, num_proc, config, folder, scratch, again=None)
         disable_progress_bars()
     splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
     for split, (source, files) in sources.items():
-        cache, samples = scratch / split, options["num_samples"] if split == "train" else None
+        cache, samples = caches / split, options["num_samples"] if split == "train" else None
         cache.mkdir(parents=True)
         answers = again and (again[0] / f"{split}.jsonl", *again[1:])
         splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache, answers)
@@ -512,8 +512,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     """
     names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
     output, known = Path(output_path).expanduser().absolute(), [*TEMPLATES, "auto"]
-    stored = output / "data_config.json"
-    foreign = output.exists() and not stored.is_file() and (output.is_file() or any(output.iterdir()))
+    foreign = not (stored := output / "data_config.json").is_file() and (output.is_file() or any(output.glob("*")))
     for wrong, message in (
         (chat_template not in known, f"chat_template {chat_template}: known are {', '.join(known)}"),
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
@@ -548,18 +547,16 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
-    # The caches are the data again, twice, on this machine's disk: `output` may be storage that is mounted.
-    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]
-    for folder in (scratch, caches):
-        shutil.rmtree(folder, ignore_errors=True)
+    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]  # `output` may be mounted
+    clear = lambda: [shutil.rmtree(path, ignore_errors=True) for path in (scratch, caches)]  # noqa: E731
+    clear()
     try:
         build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", caches, again)
         if output.exists():
             output.rename(scratch / "old")
         (scratch / "new").rename(output)
     finally:
-        for folder in (scratch, caches):
-            shutil.rmtree(folder, ignore_errors=True)
+        clear()
     data, config = open_data(output)
     ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]

@@ -6,7 +6,7 @@ Out: output_dir/step_00001000 with
      trainer_state.json               steps, position in the data, best so far; size and checksum of each other file
      ranks.safetensors                of each rank: random number generators, metrics not yet logged
      deepspeed/                       weights and optimizer in fp32, a shard of each rank (pickled by torch)
-     and the links output_dir/latest, output_dir/best (files with the checkpoint's name on storage without links).
+     and the links output_dir/latest, output_dir/best.
 
 train_eagle3.py imports this file; it is not run itself.
 """

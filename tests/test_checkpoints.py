@@ -1,6 +1,5 @@
 """Checkpoints: complete or not there, continued exactly, on other numbers of ranks, and what a run survives."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -573,27 +572,6 @@ def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
     assert record.keep() == ""
     assert [row["step"] for row in rows(disk)] == list(range(100))
     record.close()
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_best_and_latest_are_kept_where_there_are_no_links(links, tmp_path, monkeypatch):
-    def refuse(path, target):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    if not links:  # as on mounted blob storage
-        monkeypatch.setattr(Path, "symlink_to", refuse)
-    for step in range(1, 6):
-        folder = tmp_path / f"step_{step:08d}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"step": step, "files": {}, "world_size": 1}))
-        save_checkpoint.link(folder, "latest")
-        if step in (1, 2):
-            save_checkpoint.link(folder, "best")
-    assert [(tmp_path / name).is_symlink() for name in ("latest", "best")] == [links, links]
-    assert links or (tmp_path / "best").read_text() == "step_00000002"
-    save_checkpoint.remove_old(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_{step:08d}" for step in (2, 4, 5)]
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_folder_that_a_node_does_not_see_is_named(work, tmp_path, monkeypatch, capsys):
