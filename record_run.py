@@ -29,6 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from prepare_data import fail, write_atomic
+from run_ranks import Watch
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
 TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
@@ -274,6 +275,8 @@ class Record:
 
 def leave():
     """End the process at once: what a tracker that hangs would do at exit hangs as well."""
+    if Watch.running:
+        Watch.running.tell("")  # to the other ranks: this is no failure
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
