@@ -108,15 +108,15 @@ def keep_asking(args, what, work):
             said = f"{error}: {error.read(300).decode(errors='replace')}"
             if error.code < 500 and error.code not in (408, 429):
                 raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} refuses {what}: {said}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            said = f"{type(error).__name__} {error}"
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+            said = f"{type(error).__name__} {error}"  # the last three: an answer of another form
     raise ServerFailed(f"vllm_endpoint {args.vllm_endpoint} fails for {what}, {attempt + 1} times, at last with {said}")
 
 
 def served_model(args, model_dir, longest):
     """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
     try:
-        models = keep_asking(args, "the list of its models", lambda: request_answer(args, "models"))["data"]
+        models = keep_asking(args, "the list of its models", lambda: request_answer(args, "models")["data"])
     except ServerFailed as error:
         fail(error)
     names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()

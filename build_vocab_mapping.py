@@ -18,18 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prepare_data import fail, locate, parse_flags, write_atomic
-
-
-def read_token_freq(path):
-    """{token id: count} as prepare_data.py writes it into token_freq.pt."""
-    try:
-        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
-    except Exception as error:  # a file of another kind fails anywhere in the unpickler
-        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
-    if not counts or min(counts) < 0 or min(counts.values()) < 0:
-        fail(f"token counts {path}: none in it, or a negative token id or count")
-    return counts
+from prepare_data import fail, locate, parse_flags, read_token_freq, write_atomic
 
 
 def target_ids(d2t):

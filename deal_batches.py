@@ -4,7 +4,7 @@ In:  a folder written by prepare_data.py; the number of ranks and the sizes of b
 Out: per rank and optimizer step its micro-batches: whole sequences behind one another without padding, the slots that
      are supervised at each step of the training-time test, and the target's forwards that have to come before.
 
-train_eagle3.py imports this file; it is not run itself.
+train_eagle3.py and others import this file; it is not run itself.
 """
 
 import bisect
@@ -323,6 +323,20 @@ def tokens_read(loss_mask):
     """
     live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
     return (int(live[-1]) + 1 if len(live) else 0), live + 1
+
+
+def measure_read(split):
+    """(n, number of teachers) of each row, as `tokens_read` says: int64 [rows] twice."""
+    counts, teachers = [], []
+    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
+        mask = batch["loss_mask"].combine_chunks()
+        values, row = mask.flatten().to_numpy(), mask.value_parent_indices().to_numpy()
+        first = np.cumsum(mask.value_lengths()) - mask.value_lengths()
+        live = np.flatnonzero(values[1:-1] & values[2:] & (row[:-2] == row[2:]))  # slots of step 0, of all rows
+        counts.append(np.zeros(len(mask), np.int64))
+        counts[-1][row[live]] = live + 1 - first[row[live]]  # of a row's slots the last one stays
+        teachers.append(np.bincount(row[live], minlength=len(mask)))
+    return np.concatenate(counts), np.concatenate(teachers)
 
 
 def read_steps(split, args, target, device, steps=None, name="train", **sizes):

@@ -91,14 +91,13 @@ class Target:
         self.decoder = self.model and self.model.get_decoder()
         if self.decoder is None:
             return
-        if not hasattr(self.decoder, "layers"):
-            fail(f"the layers of model_type {self.config.model_type} are not where hooks look: it is not supported")
+        layers = find_layers(self.model)
         for index in self.layer_ids:
             # hidden_states[0] is what enters the first layer; hidden_states[i] what the i-th leaves behind.
             if index == 0:
-                self.decoder.layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+                layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
             else:
-                self.decoder.layers[index - 1].register_forward_hook(self._keep_output(index))
+                layers[index - 1].register_forward_hook(self._keep_output(index))
 
     def _keep_input(self, module, args, kwargs):
         self.captured[0] = args[0] if args else kwargs["hidden_states"]
@@ -258,19 +257,25 @@ def saved_dtype(model_dir, config):
     return config.dtype or torch.float32
 
 
-def zero3_config(model_dir, device, dtype, offload="none", path=None, trust_remote_code=False):
+def find_layers(model):
+    """The decoder's layers of a causal language model; ends the program if they are not where hooks look."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        fail(f"the layers of model_type {model.config.model_type} are not where hooks look: it is not supported")
+    return layers
+
+
+def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_code=False):
     """DeepSpeed's configuration under which a target's layers are gathered one by one, the next one ahead of its turn.
 
-    offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the folder `path`.
+    config: the target's; offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the
+    folder `path`.
     """
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    if not hasattr(model.get_decoder(), "layers"):
-        fail(f"the layers of model_type {config.model_type} are not where hooks look: it is not supported")
     if dtype == torch.float16 and device.type == "cpu":
         fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
-    layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.get_decoder().layers)
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in find_layers(model))
     zero = {
         "stage": 3,
         "stage3_prefetch_bucket_size": layer,
@@ -326,7 +331,7 @@ def load_target(
         options = {"distributed_config": DistributedConfig(tp_size=tp_size, **several)}
     elif sharding == "zero3":
         dtype, options = saved_dtype(model_dir, whole_config) if dtype == "auto" else dtype, {}
-        zero3 = zero3_config(model_dir, device, dtype, offload, offload_path, trust_remote_code)
+        zero3 = zero3_config(whole_config, device, dtype, offload, offload_path, trust_remote_code)
         partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -341,18 +346,23 @@ def load_target(
     if info["missing_keys"]:  # transformers would go on with random values
         fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     model.eval().requires_grad_(False)
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     if sharding == "zero3":
         import deepspeed
 
+        # The table stays out of what is gathered in each forward, as the head does: both are whole on every rank.
+        model.set_input_embeddings(torch.nn.Identity())
         deepspeed.initialize(model=model.get_decoder(), config=zero3)
-    output, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-    head = Head(whole(output.weight), whole(output.bias))
-    target = Target(model, text, head, head.weight if table is output.weight else whole(table), layer_ids)
-    if sharding == "zero3":  # the model's own stays in parts
+        model.set_input_embeddings(inputs)
+    tied, head = inputs.weight is output.weight, Head(whole(output.weight), whole(output.bias))
+    embedding = head.weight if tied else whole(inputs.weight)
+    if sharding == "zero3":
         own = [x if x is None else torch.nn.Parameter(x, requires_grad=False) for x in (head.weight, head.bias)]
         output = torch.nn.Linear(1, 1, device="meta")
         output.weight, output.bias = own
         model.set_output_embeddings(output)
+        inputs.weight = torch.nn.Parameter(embedding, requires_grad=False)
+    target = Target(model, text, head, embedding, layer_ids)
     _fit_head(target)
     target.packs = _ends_at_borders(target)
     return target
@@ -362,18 +372,19 @@ def share_of_weights(target, args, row_tokens):
     """One line: what this rank holds of the target's weights, and what a forward moves; row_tokens: a row's average."""
     if target.decoder is None:
         return f"{target.config.model_type}, head and embedding alone, hidden states of {args.hidden_states_path}"
-    total = mine = 0
+    total = mine = moved = 0
     for p in target.decoder.parameters():
         part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
         total += getattr(p, "ds_numel", p.numel()) * p.itemsize / 1e9
+        moved += getattr(p, "ds_numel", 0) * p.itemsize / 1e9
         mine += part.numel() * p.itemsize / 1e9
     line = f"{target.config.model_type}, {mine:.3g} of {total:.3g} GB of weights on each rank"
     if args.target_sharding == "tp":
         line += f", tensor parallel over {args.tp_size}"
     if args.target_sharding == "zero3":
         place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
-        a_token = 1000 * total / (args.batch_size * row_tokens)
-        line += (f" (zero3{place}); a forward moves {total:.3g} GB to each: {a_token:.3g} MB a token, as "
+        a_token = 1000 * moved / (args.batch_size * row_tokens)
+        line += (f" (zero3{place}); a forward moves {moved:.3g} GB to each: {a_token:.3g} MB a token, as "
                  f"{args.batch_size} sequences of {row_tokens:.0f} tokens share it")  # fmt: skip
     return line
 

@@ -7,8 +7,7 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
-    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
-        --output_path data/chats --max_length 4096 --validation_ratio 0.01
+    python prepare_data.py --dataset chats.jsonl --target_model_path TARGET --output_path data --validation_ratio 0.01
 """
 
 import argparse
@@ -29,6 +28,7 @@ from typing import NoReturn
 
 import huggingface_hub
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
@@ -194,6 +194,17 @@ def open_data(folder):
     if (version := config.get("format_version")) != FORMAT_VERSION:
         fail(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again")
     return DatasetDict.load_from_disk(str(folder)), config
+
+
+def read_token_freq(path):
+    """{token id: count} of a token_freq.pt; ends the program if the file is of another kind."""
+    try:
+        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
+    except Exception as error:  # a file of another kind fails anywhere in the unpickler
+        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
+    if not counts or min(counts) < 0 or min(counts.values()) < 0:
+        fail(f"token counts {path}: none in it, or a negative token id or count")
+    return counts
 
 
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
@@ -461,12 +472,13 @@ def pydoc_lines():
                 continue
             tree = ast.parse(path.read_bytes())
             topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
-            for name, node in ({module_name: tree} | topics).items():
-                methods = [part for part in node.body if type(node) is ast.ClassDef and type(part) in KINDS]
-                messages = sum((turns(f"{name}.{method.name}", method) for method in methods), turns(name, node))
-                for start in [0, *range(8, len(messages), 2)] if messages else []:
-                    row = {"id": f"pydoc {name}", "conversations": messages[start : start + 2 if start else 8]}
-                    lines.append(json.dumps(row).encode())
+            for name, node in [(module_name, tree), *topics.items()]:
+                messages = turns(name, node)
+                for part in node.body if type(node) is ast.ClassDef else ():
+                    if type(part) in KINDS:
+                        messages += turns(f"{name}.{part.name}", part)
+                chats = [messages[:8], *(messages[at : at + 2] for at in range(8, len(messages), 2))]
+                lines += [json.dumps({"id": f"pydoc {name}", "conversations": chat}).encode() for chat in chats if chat]
     return lines
 
 
@@ -559,7 +571,6 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache):
 
 def build(sources, chat, options, num_proc, config, folder):
     """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest."""
-    import torch
     from datasets import DatasetDict, disable_progress_bars
 
     if not sys.stderr.isatty():  # in a log file a bar is noise

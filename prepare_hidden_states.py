@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,7 @@ from tqdm import tqdm
 # isort: off
 # (it would give every name a line of its own)
 from ask_vllm import SERVER_FLAGS, Extracted, Server, ServerFailed, served_model
-from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, tokens_read
+from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, measure_read, tokens_read
 from load_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
 from load_target import read_target_config, resolve_target
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, open_data, parse_flags, write_atomic
@@ -71,11 +72,11 @@ def from_stored(tensors, name, dtype):
     return states.to(dtype)
 
 
-def row_bytes(loss_mask, hidden_size, layers, dtype):
-    """Bytes that a row takes in the store."""
-    count, teachers = tokens_read(loss_mask)
-    parts = count * layers + len(teachers)
-    return 5 * len(loss_mask) + parts * (hidden_size * dtype.itemsize + 4 * (dtype == torch.float8_e4m3fn))
+def row_bytes(tokens, count, teachers, hidden_size, layers, dtype):
+    """Bytes that a row takes in the store; count, teachers: numbers of tokens that are read of its first layers and of
+    the last one. Arrays work too."""
+    parts = count * layers + teachers
+    return 5 * tokens + parts * (hidden_size * dtype.itemsize + 4 * (dtype == torch.float8_e4m3fn))
 
 
 def checksum(tensors):
@@ -182,7 +183,9 @@ class Store:
 
     def add(self, row, tensors):
         """Keep a row for the next shard; False, and a line that names it, if its states are not finite."""
-        if not all(tensors[name].float().isfinite().all() for name in STATES):
+        states = [tensors.get(f"{name}_scale", tensors[name]) for name in STATES]  # a scale is as finite as its numbers
+        # Least and greatest tell: isfinite() of every number takes sixty times as long.
+        if not all(torch.stack(x.aminmax()).isfinite().all() for x in states if len(x)):
             tqdm.write(f"row {row}: hidden states are not finite in {self.index['dtype']}", sys.stderr)
             return False
         self.new[row] = tensors
@@ -253,6 +256,8 @@ def open_target(args, model_dir, device, layers, data, data_config):
     """The Target, or with args.hidden_states_path a Source: then the target is loaded only to generate missing rows."""
     load = functools.partial(load_as_asked, args, model_dir, device, layers)
     generate, server = args.on_missing == "generate", None
+    if args.vllm_endpoint and not generate:
+        fail(f"vllm_endpoint generates missing rows: it needs on_missing generate, not {args.on_missing}")
     if generate and args.vllm_endpoint and not args.hidden_states_path:
         args.hidden_states_path = str(Path(args.output_dir) / "hidden_states")
     if not args.hidden_states_path:
@@ -275,6 +280,8 @@ def open_target(args, model_dir, device, layers, data, data_config):
         if lacking and args.on_missing == "raise":
             fail(f"{store.folder} lacks {len(lacking)} of {len(rows)} rows, such as {lacking[0]}: write them with "
                  "prepare_hidden_states.py, or choose another on_missing")  # fmt: skip
+        if not generate and len(lacking) == len(rows):
+            fail(f"{store.folder} has none of the {len(rows)} rows: on_missing {args.on_missing} would leave out all")
         if generate and args.on_generate == "cache":
             store.remove_rests()
         print(f"{store.folder}: {len(rows) - len(lacking):,} of {len(rows):,} rows are there")
@@ -410,9 +417,13 @@ class Source:
                     for whole, part in zip(states, new, strict=True):
                         whole[start : start + length] = part
                     if self.args.on_generate == "cache":
-                        sequence = (batch[name][start : start + length].cpu() for name in COLUMNS)
+                        sequence = [batch[name][start : start + length].cpu() for name in COLUMNS]
                         tensors = to_stored(*sequence, *new, self.store.dtype)
                         self.keep(functools.partial(self.store.add, f"{batch['split']}/{row}", tensors))
+                        # As it will be read: the training does not depend on which rows were there already.
+                        count, teachers = tokens_read(sequence[1])
+                        for whole, name, at in zip(states, STATES, (slice(count), teachers), strict=True):
+                            whole[start : start + length][at] = from_stored(tensors, name, whole.dtype).to(whole.device)
             yield tuple(states)
 
 
@@ -420,24 +431,32 @@ class Source:
 # Writing all rows
 
 
-def groups_of(data, batch_size):
-    """Rows (split, number) that share a forward, batch_size of them, by length, the longest first.
+def groups_of(lengths, batch_size):
+    """Rows (split, number) that share a forward, batch_size of them, by length, the longest first; lengths: by split.
 
     They are the same whatever has been written, so that a row's last bits do not depend on interruptions.
     """
-    rows = [(-length, split, number) for split in data for number, length in enumerate(data[split]["length"])]
+    rows = [(-length, split, number) for split in lengths for number, length in enumerate(lengths[split])]
     rows = [(split, number) for _, split, number in sorted(rows)]
     return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
 
 
+def row_lengths(data):
+    """{split: tokens of each row}"""
+    return {split: part["length"][:] for split, part in data.items()}
+
+
 def plan_writing(args, config, store, data):
     """The groups that are not written yet; prints what they will take, and ends the program if that is too much."""
-    layers, done = len(store.index["layers"]), store.rows
-    pending = [group for group in groups_of(data, args.batch_size) if any(f"{s}/{n}" not in done for s, n in group)]
+    layers, done, lengths, sizes = len(store.index["layers"]), store.rows, row_lengths(data), {}
+    for split, part in data.items():
+        read = np.array(lengths[split]), *measure_read(part)
+        sizes[split] = row_bytes(*read, config.hidden_size, layers, store.dtype).tolist()
+    pending = [group for group in groups_of(lengths, args.batch_size) if any(f"{s}/{n}" not in done for s, n in group)]
     rows = [(split, number) for group in pending for split, number in group if f"{split}/{number}" not in done]
-    sizes = [row_bytes(torch.tensor(data[s][n]["loss_mask"]), config.hidden_size, layers, store.dtype) for s, n in rows]
     header = 110 * (4 if store.dtype.itemsize > 1 else 6) * len(rows)  # names, shapes and places of the tensors
-    tokens, size = sum(data[split][number]["length"] for split, number in rows), sum(sizes) + header
+    tokens, size = (sum(of[split][number] for split, number in rows) for of in (lengths, sizes))
+    size += header
     plain = 4 * 2 * config.hidden_size * tokens
     print(f"{len(rows):,} of {sum(map(len, data.values())):,} rows to write: {size / 1e9:.3f} GB, "
           f"{size / max(tokens, 1):,.0f} bytes a token ({size / max(plain, 1):.0%} of four layers of every token in "
@@ -453,8 +472,8 @@ def plan_writing(args, config, store, data):
 def write_all(args, target, store, data, pending):
     """Run the target on all groups; rows whose states are not finite are reported and left out."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    copies, writes = world // args.tp_size, rank % args.tp_size == 0
-    total = sum(data[split][number]["length"] for group in pending for split, number in group)
+    copies, writes, tokens = world // args.tp_size, rank % args.tp_size == 0, row_lengths(data)
+    total = sum(tokens[split][number] for group in pending for split, number in group)
     bar = tqdm(total=total, unit="tok", unit_scale=True, disable=rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
     bad, written = [], 0
@@ -477,7 +496,7 @@ def write_all(args, target, store, data, pending):
                 else:
                     bad.append(name)
             passed = [row for part in pending[at : at + copies] for row in part]
-            bar.update(sum(data[split][number]["length"] for split, number in passed))
+            bar.update(sum(tokens[split][number] for split, number in passed))
             bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
         store.flush(wait=True)
     every = [None] * world
@@ -497,7 +516,7 @@ FLAGS = {
     "what is written": [
         ("output_path", str, ..., "folder to write, or to go on with"),
         ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "fp8: e4m3 with a scale per token and layer"),
-        ("max_disk", float, None, "GB that may be written; none: what the disk has", 0),
+        ("max_disk", float, None, "GB that this start may write; none: what the disk has", 0),
         ("dist_timeout", float, 20, "minutes a collective may take", 0),
         ("local_rank", int, -1, "set by the launcher; -1 = from LOCAL_RANK"),
     ],

@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
 
 from prepare_data import fail
 
@@ -64,12 +65,23 @@ def start_distributed(timeout, local_rank=-1):
     timeout = datetime.timedelta(minutes=timeout)
     # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    remove_old_locks()
     import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
 
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     if dist.get_world_size() > 1 and not Watch.running:
         Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
     return device
+
+
+def remove_old_locks():
+    """Remove locks of builds that were killed: torch would wait for them without end. A build takes minutes at most."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with contextlib.suppress(OSError):  # another rank was faster
+            if time.time() - lock.stat().st_mtime > 900:
+                lock.unlink()
+                print(f"{lock} was left by a build that was interrupted: removed", file=sys.stderr)
 
 
 class Watch:

@@ -11,6 +11,7 @@ Out: output_dir/step_00001000 with
 train_eagle3.py imports this file; it is not run itself.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -45,12 +46,14 @@ GENERATORS = {"torch", "python", "numpy", "numpy_gauss", "cuda"}
 
 @dataclass
 class Progress:
-    """Where a training is, beside what the engine holds. The last four are of the steps that are not logged yet."""
+    """Where a training is, beside what the engine holds. The last five are of the steps that are not logged yet."""
 
     step: int = 0  # optimizer steps finished, those left out as well
-    seconds: float = 0.0  # of training, all starts together
-    best: list = None  # [value, step] of the best checkpoint
+    seconds: float = 0.0  # since the training began, all starts together
+    best: list = None  # [value, step, name of the metric] of the best checkpoint
+    evaluation_due: bool = False  # at this step, and not done yet
     bad: int = 0  # steps left out in a row
+    spent: float = 0.0  # seconds of the steps that are not logged yet
     sums: torch.Tensor = 0.0  # [K, 4], of this rank
     chains: torch.Tensor = 0.0  # of this rank
     tokens: torch.Tensor = 0.0  # of this rank
@@ -60,7 +63,7 @@ class Progress:
         """Begin to sum up anew."""
         self.sums = torch.zeros(ttt_length, 4, dtype=torch.float64, device=device)
         self.chains, self.tokens = self.sums.new_zeros(()), torch.zeros((), dtype=torch.float64)
-        self.norms = []
+        self.norms, self.spent = [], 0.0
 
 
 def draft_tensors(engine, d2t):
@@ -77,15 +80,13 @@ def draft_tensors(engine, d2t):
     return tensors
 
 
-def engine_kind(engine):
-    """What must be the same for DeepSpeed to read its shards as they are; the first two, to read them at all."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return {
-        "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
-        "optimizer": type(optimizer).__name__,
-        "zero_stage": engine.zero_optimization_stage(),
-        "world_size": dist.get_world_size(),
-    }
+def engine_kind(config):
+    """What of DeepSpeed's configuration decides whether shards that were written with it can be read."""
+    zero = config.get("zero_optimization", {})
+    place = zero.get("offload_optimizer", {}).get("device", "none")
+    optimizer = {"none": "AdamW", "cpu": "DeepSpeedCPUAdam"}.get(place, "AdamW on nvme")
+    precision = "bf16" if config["bf16"]["enabled"] else "fp32"
+    return {"precision": precision, "optimizer": optimizer, "zero_stage": zero.get("stage", 0)}
 
 
 def generator_states():
@@ -141,7 +142,8 @@ def write_shards(engine, building):
         try:
             write(state_dict, path)
         except (OSError, RuntimeError) as error:
-            problems.append(f"{path} cannot be written: {str(error).splitlines()[0]}")
+            free = shutil.disk_usage(building).free / 1e9
+            problems.append(f"{path} cannot be written, {free:.3f} GB are free: {str(error).splitlines()[0]}")
 
     engine._copy_recovery_script = lambda folder: None  # scripts that belong to DeepSpeed, not to a checkpoint
     writer.save = save
@@ -163,9 +165,9 @@ def write_checkpoint(engine, d2t, folder, state, mine):
     """A complete checkpoint, visible only when it is whole. All ranks call it; None, or why there is none.
 
     state: JSON that is the same for all ranks; mine: this rank's tensors by name. A checkpoint that is there already
-    stays: it is of the same step.
+    stays, as it is of the same step; anything else of its name is put aside.
     """
-    if on_first_rank(folder.exists):
+    if on_first_rank(functools.partial(is_there, folder)):
         return None
     first, world = dist.get_rank() == 0, dist.get_world_size()
     building, every, problems = folder.with_name(f".{folder.name}.building"), [None] * world, []
@@ -178,20 +180,36 @@ def write_checkpoint(engine, d2t, folder, state, mine):
             write_draft(building, engine.module.config, tensors)
             save_file({f"{rank}.{name}": x for rank, part in enumerate(every) for name, x in part.items()},
                       building / RANKS)  # fmt: skip
-        except (OSError, SafetensorError) as error:
-            problems.append(str(error))
+        except (OSError, SafetensorError, SystemExit) as error:  # the last with a line of its own
+            problems.append(f"{building} cannot be written: {error}")
     problem = agree(problems) or agree(write_shards(engine, building))
     if not problem:
-        problem = seal(building, folder, {**state, **engine_kind(engine)})
+        problem = seal(building, folder, state)
     if first and problem:
         shutil.rmtree(building, ignore_errors=True)
     return problem
 
 
+def is_there(folder):
+    """Whether a whole checkpoint has this name. What else has it gets another one."""
+    if not folder.exists():
+        return False
+    state = read_state(folder)
+    if state and not damage(folder, state):
+        return True
+    aside = next(
+        path for i in itertools.count() if not (path := folder.with_name(f"damaged_{i}_{folder.name}")).exists()
+    )
+    folder.rename(aside)
+    print(f"{folder} is not a complete checkpoint: it is {aside} now", file=sys.stderr)
+    return False
+
+
 def seal(building, folder, state):
     """Give a checkpoint that is written its name; the ranks bring its files to the disk and measure them together."""
     rank, problems, files = dist.get_rank(), [], {}
-    paths, every = sorted(path for path in building.rglob("*") if path.is_file()), [None] * dist.get_world_size()
+    paths = on_first_rank(lambda: [path for path in building.rglob("*") if path.is_file()])
+    every = [None] * dist.get_world_size()
     try:
         for path in paths[rank :: len(every)]:
             sync(path)
@@ -237,21 +255,33 @@ def write_final(engine, d2t, folder, files):
     on_first_rank(write)
 
 
-def link(path, name):
-    """The symbolic link `name` beside a checkpoint, which points to it from now on."""
-    new = path.with_name(f".{name}.building")
-    new.unlink(missing_ok=True)
-    new.symlink_to(path.name)
-    new.replace(path.with_name(name))
+def step_folder(output_dir, step):
+    return Path(output_dir) / f"step_{step:08d}"
 
 
-def remove_old(output_dir, limit):
+def link_newest(folder, best):
+    """The links beside a checkpoint: `latest` to it, and `best` to that of best = [value, step, name] or None.
+
+    On storage without symbolic links, as that of services may be, files with the checkpoint's name.
+    """
+    names = {"latest": folder.name} | ({"best": step_folder("", best[1]).name} if best else {})
+    for name, target in names.items():
+        if folder.with_name(target).exists():
+            new = folder.with_name(f".{name}.building")
+            new.unlink(missing_ok=True)
+            try:
+                new.symlink_to(target)
+            except OSError:
+                new.write_text(target)
+            new.replace(folder.with_name(name))
+
+
+def remove_old(output_dir, limit, best):
     """Remove the oldest checkpoints beyond `limit`, on one rank. The best stays, and folders with files of others."""
-    output_dir = Path(output_dir)
-    kept = {(output_dir / name).resolve() for name in ("latest", "best")}
     for folder in checkpoints(output_dir)[limit:]:
         there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-        if folder.resolve() not in kept and there == {STATE, *(read_state(folder) or {"files": ()})["files"]}:
+        ours = {STATE, *(read_state(folder) or {"files": ()})["files"]}
+        if there == ours and not (best and folder.name == step_folder("", best[1]).name):
             gone = folder.with_name(f".{folder.name}.building")  # no checkpoint any more, at once
             folder.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -259,13 +289,12 @@ def remove_old(output_dir, limit):
 
 def save_step(engine, d2t, args, progress, record=None):
     """output_dir/step_XXXXXXXX with `latest`. Returns the folder, or None after a line if it cannot be written."""
-    folder = Path(args.output_dir) / f"step_{progress.step:08d}"
-    within = progress.step % args.steps_per_epoch
+    folder, within = step_folder(args.output_dir, progress.step), progress.step % args.steps_per_epoch
     state = {
         "step": progress.step, "epoch": progress.step / args.steps_per_epoch,
         "rows_read_in_epoch": within * args.draft_global_batch_size, "seconds": progress.seconds, "best": progress.best,
-        "norms": [float(norm) for norm in progress.norms if norm is not None],
-        "data_fingerprint": args.data_fingerprint, "flags": vars(args),
+        "evaluation_due": progress.evaluation_due, "spent": progress.spent, "world_size": dist.get_world_size(),
+        "norms": [float(norm) for norm in progress.norms if norm is not None], "flags": vars(args),
     }  # fmt: skip
     mine = {name: torch.as_tensor(getattr(progress, name)).cpu() for name in ("sums", "chains", "tokens")}
     lost = record.keep() if record else ""
@@ -273,11 +302,12 @@ def save_step(engine, d2t, args, progress, record=None):
     if dist.get_rank() == 0 and problem:
         print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
     elif dist.get_rank() == 0:
-        link(folder, "latest")
-        if progress.best and progress.best[1] == progress.step:
-            link(folder, "best")
-        if args.save_total_limit:
-            remove_old(args.output_dir, args.save_total_limit)
+        try:
+            link_newest(folder, progress.best)
+            if args.save_total_limit:
+                remove_old(args.output_dir, args.save_total_limit, progress.best)
+        except OSError as error:
+            print(f"{folder} is whole, but: {error}", file=sys.stderr)
     return None if problem else folder
 
 
@@ -295,7 +325,7 @@ def read_state(folder):
     """trainer_state.json of a complete checkpoint, or None."""
     try:
         state = json.loads((Path(folder) / STATE).read_text())
-        return state if {"step", "files", "world_size"} <= state.keys() else None
+        return state if {"step", "files", "flags", "world_size"} <= state.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -336,11 +366,27 @@ def find_state(args):
         rest = f"from the weights of {given}" if given else "from the beginning"
         print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {rest}", file=sys.stderr)
         return None
+    if folder not in elsewhere:  # an interruption may have come before them
+        link_newest(folder, state["best"])
     args.resume_from_checkpoint, flags = str(folder), state["flags"]
+    rest = "or start from its weights without --resume"
     for name in ("seed", "draft_global_batch_size", "ttt_length"):
         if flags[name] != getattr(args, name):
             fail(f"{folder} was trained with {name} {flags[name]}, not {getattr(args, name)}: they decide what its "
-                 "remaining steps are; give the same, or start from its weights without --resume")  # fmt: skip
+                 f"remaining steps are; give the same, {rest}")  # fmt: skip
+    before, now = flags["engine"], args.engine
+    if "nvme" in before["optimizer"]:
+        fail(f"{folder} was trained with optimizer states on nvme, of which DeepSpeed restores only a part: start from "
+             "its weights without --resume")  # fmt: skip
+    for name in ("precision", "optimizer"):
+        if before[name] != now[name]:
+            fail(f"{folder} was trained with {name} {before[name]}, deepspeed_config means {now[name]}: give the same, "
+                 f"{rest}")  # fmt: skip
+    stages = {before["zero_stage"], now["zero_stage"]}
+    if len(stages) > 1 and stages != {1, 2}:
+        stage, other = before["zero_stage"], now["zero_stage"]
+        fail(f"{folder} was trained with ZeRO stage {stage}, deepspeed_config has stage {other}: DeepSpeed converts "
+             f"only 1 and 2 into one another; give one that fits, {rest}")  # fmt: skip
     return state
 
 
@@ -350,28 +396,14 @@ def remove_rests(output_dir):
         path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
-def differs(state, engine):
-    """Whether DeepSpeed cannot read the shards as they are. Ends the program if it cannot read them at all."""
-    kind = engine_kind(engine)
-    for name in ("precision", "optimizer"):
-        if state[name] != kind[name]:
-            fail(f"the checkpoint was trained with {name} {state[name]}, this run has {kind[name]}: "
-                 "continue with the same deepspeed_config, or start from its weights without --resume")  # fmt: skip
-    before, now = state["zero_stage"], kind["zero_stage"]
-    if before != now and not {before, now} <= {1, 2}:
-        fail(f"the checkpoint was trained with ZeRO stage {before}, deepspeed_config has stage {now}: DeepSpeed "
-             "converts stages 1 and 2 into one another only; continue with a stage that fits, or start from its "
-             "weights without --resume")  # fmt: skip
-    return now > 0 and (state["world_size"] != kind["world_size"] or before != now)  # stage 0 has no shards
-
-
-def read_shards(engine, folder, state):
+def read_shards(engine, args, state):
     """Weights, fp32 masters and optimizer of a checkpoint, whatever the number of ranks that wrote it."""
-    folder = Path(folder)
-    if not differs(state, engine):
+    folder, stage = Path(args.resume_from_checkpoint), args.engine["zero_stage"]
+    same = (state["world_size"], state["flags"]["engine"]["zero_stage"]) == (dist.get_world_size(), stage)
+    if same or stage == 0:  # which has no shards
         path, _ = engine.load_checkpoint(str(folder), SHARDS)
     else:
-        other = folder.parent / ".universal.building"
+        other = Path(args.output_dir) / ".universal.building"
 
         def convert():
             shutil.rmtree(other, ignore_errors=True)
@@ -379,8 +411,8 @@ def read_shards(engine, folder, state):
                        "--input_folder", folder / SHARDS, "--output_folder", other / SHARDS]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                fail(f"{folder / SHARDS} cannot be converted for {dist.get_world_size()} ranks: "
-                     f"{done.stderr.strip().splitlines()[-1]}")  # fmt: skip
+                said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+                fail(f"{folder / SHARDS} cannot be converted for {dist.get_world_size()} ranks: {said[0]}")
 
         on_first_rank(convert)
         engine._config.load_universal_checkpoint = True
@@ -412,8 +444,9 @@ def read_ranks(folder, state):
 
 def resume(engine, args, state):
     """The Progress of a checkpoint; the engine and the random number generators get what it holds."""
-    read_shards(engine, args.resume_from_checkpoint, state)
-    progress = Progress(*(state[name] for name in ("step", "seconds", "best")), norms=state["norms"])
+    read_shards(engine, args, state)
+    names = "step", "seconds", "best", "evaluation_due", "spent", "norms"
+    progress = Progress(**{name: state[name] for name in names})
     mine = read_ranks(args.resume_from_checkpoint, state)
     progress.sums, progress.chains = mine["sums"].to(engine.device), mine["chains"].to(engine.device)
     progress.tokens = mine["tokens"]

@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft for a target model that is held in memory.
+"""Train an EAGLE-3 draft for a target model: its hidden states are formed in memory, or read from a disk or a server.
 
 In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split),
      or a folder written by prepare_data.py (--data_path).
@@ -40,18 +40,17 @@ from transformers.utils.logging import disable_progress_bar
 
 # isort: off
 # (it would give every name a line of its own)
-from build_vocab_mapping import choose_mapping, read_token_freq, target_ids
+from build_vocab_mapping import choose_mapping, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
 from prepare_data import boolean, fail, hash_tokenizer, load_tokenizer, normalise_argv, open_data, parse_flags, prepare
-from prepare_data import write_atomic
-from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, open_target
+from prepare_data import read_token_freq, write_atomic
+from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, hash_target, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
-from load_target import share_of_weights
-from record_run import TRACKERS, Record, metrics_line, run_settings
+from record_run import TRACKERS, Record, metrics_line, run_settings, summary
 from run_ranks import check_shared, noted_signals, on_each_node, on_first_rank, read_deepspeed_config, run_together
 from run_ranks import start_distributed
-from save_checkpoint import Progress, find_state, remove_rests, resume, save_step, write_final
+from save_checkpoint import Progress, engine_kind, find_state, remove_rests, resume, save_step, write_final
 # isort: on
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -531,19 +530,19 @@ def run_objective(draft, target, batches, d2t, args):
         yield draft(ids, positions, auxiliary, last, target.head, plan, d2t, args.ttt_step_loss_decay)
 
 
-def optimizer_step(engine, target, batches, d2t, args, votes):
+def optimizer_step(engine, target, batches, d2t, args):
     """One optimizer step on this rank's micro-batches.
 
-    Returns metric sums [K, 4], the sum of chain lengths, the sums of `votes` (numbers) over the ranks, and "" or, if a
-    gradient was not finite and the step was left out, where that comes from.
+    Returns metric sums [K, 4], the sum of chain lengths, and "" or, if a gradient was not finite and the step was left
+    out, where that comes from.
 
     The loss is divided by the supervised step-0 slots of the whole step (all micro-batches, all ranks), so the gradient
     does not depend on how sequences are dealt out. DeepSpeed averages over ranks and micro-batches: hence the factors.
     """
     slots = sum(batch["counts"][0] for batch in batches)
-    total = torch.tensor([slots, *votes], dtype=torch.float64, device=engine.device)
+    total = torch.full((), slots, dtype=torch.float64, device=engine.device)
     dist.all_reduce(total)
-    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total[0].clamp(min=1)
+    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total.clamp(min=1)
     sums, chains, losses, skipped = 0.0, 0.0, [], False
     for number, (loss, part, correct) in enumerate(run_objective(engine, target, batches, d2t, args), 1):
         engine.set_gradient_accumulation_boundary(number == len(batches))  # steps differ in their number
@@ -553,8 +552,11 @@ def optimizer_step(engine, target, batches, d2t, args, votes):
         engine.zero_grad() if skipped else engine.step()
         losses.append(loss.detach())
         sums, chains = sums + part, chains + chain_lengths(correct).sum().double()
-    skipped = skipped or getattr(engine.optimizer, "overflow", False)
-    return sums, chains, total[1:].tolist(), blame(batches, losses) if skipped else ""
+    if not (skipped or getattr(engine.optimizer, "overflow", False)):
+        return sums, chains, ""
+    for gradient in getattr(engine.optimizer, "accumulated_grads_in_cpu", {}).values():
+        gradient.zero_()  # with offload DeepSpeed adds to it in the next step
+    return sums, chains, blame(batches, losses)
 
 
 def blame(batches, losses):
@@ -653,8 +655,10 @@ def draft_config_for(args, model_dir):
 def prepare_run(args, world):
     """Everything that can go wrong before a model loads, on rank 0. Returns what all ranks need to go on."""
     check_flags(args, world)
+    args.engine = engine_kind(engine_config(args, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     state = find_state(args)
-    engine_config(args, torch.device("cpu"))
+    if "nvme" in args.engine["optimizer"]:
+        print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     for name in (
         "dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path",
     ):  # fmt: skip
@@ -698,11 +702,13 @@ def prepare_run(args, world):
     args.scheduler_total_steps = args.scheduler_total_steps or args.total_steps
     if args.scheduler_warmup_steps > args.scheduler_total_steps:
         fail(f"warm-up of {args.scheduler_warmup_steps} steps in a schedule of {args.scheduler_total_steps} steps")
-    args.data_fingerprint = data_config["fingerprint"]
-    if state and state["data_fingerprint"] != args.data_fingerprint:
-        fail(f"{args.resume_from_checkpoint} was trained on other data than {folder}: give the same, or start from its "
-             "weights without --resume")  # fmt: skip
-    ignored = {"resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc"}
+    args.fingerprints = {"data": data_config["fingerprint"], "target": hash_target(model_dir)}
+    for name, value in args.fingerprints.items() if state else ():
+        if state["flags"]["fingerprints"][name] != value:
+            given = {"data": folder, "target": model_dir}[name]
+            fail(f"{args.resume_from_checkpoint} was trained with another {name} than {given}: give the same, or start "
+                 "from its weights without --resume")  # fmt: skip
+    ignored = {"resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine"}
     changed = [f"{name} {old} -> {getattr(args, name)}" for name, old in (state or {"flags": {}})["flags"].items()
                if name not in ignored and old != getattr(args, name, old)]  # fmt: skip
     if changed:
@@ -727,28 +733,6 @@ def build_draft(args, config, target, d2t):
     return draft.to(target.embedding.dtype).float()  # what a checkpoint can hold: continuing from a dry run is the same
 
 
-def summary(args, config, layers, draft, target, data, data_config, share):
-    """The lines printed once at the start: what was derived, and from what."""
-    world = dist.get_world_size()
-    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    rows, train_rows = {split: len(part) for split, part in data.items()}, data_config["splits"]["train"]
-    batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
-    if args.total_seq_len:
-        batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
-    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
-    return "\n".join([
-        f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
-        f"target      {share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
-        f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
-        f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
-        f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
-        f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
-        f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
-        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
-    ])  # fmt: skip
-
-
 def due(count, interval):
     """Whether something that happens every `interval` (0 = never) happens at `count` (0 = not yet)."""
     return bool(count and interval and count % interval == 0)
@@ -760,7 +744,9 @@ def train(args, engine, target, data, d2t, record, progress):
     Returns whether the training is finished: False if a signal asked it to stop.
     """
     started, good = time.monotonic() - progress.seconds, progress
-    since = saved = time.monotonic()
+    mark = saved = time.monotonic()
+    if progress.evaluation_due:  # it was interrupted
+        evaluate_now(engine, target, data["validation"], d2t, args, record, progress)
     steps = read_steps(
         data["train"], args, target, engine.device, range(progress.step, args.total_steps),
         total_seq_len=args.total_seq_len, global_batch_size=args.draft_global_batch_size,
@@ -768,12 +754,11 @@ def train(args, engine, target, data, d2t, record, progress):
     )  # fmt: skip
     with noted_signals() as asked, contextlib.closing(steps):
         for step, batches in enumerate(steps, progress.step + 1):
-            # --- one optimizer step; whether to stop and to save is found out along with it ---
+            # --- one optimizer step; then all ranks find out together whether to stop and to save ---
             rate = learning_rate_at(step - 1, args)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
-            old = record.first and 0 < 60 * args.save_minutes < time.monotonic() - saved
-            sums, chains, (stop, old), wrong = optimizer_step(engine, target, batches, d2t, args, (bool(asked), old))
+            sums, chains, wrong = optimizer_step(engine, target, batches, d2t, args)
             if wrong:
                 good = good if progress.bad else copy.deepcopy(progress)
                 progress.bad += 1
@@ -783,53 +768,68 @@ def train(args, engine, target, data, d2t, record, progress):
                 progress.sums, progress.chains = progress.sums + sums, progress.chains + chains
                 progress.tokens += sum(len(batch["input_ids"]) for batch in batches)
                 progress.norms.append(engine.get_global_grad_norm())
+            old = record.first and 0 < 60 * args.save_minutes < time.monotonic() - saved
+            votes = torch.tensor([len(asked), old], dtype=torch.float32, device=engine.device)
+            dist.all_reduce(votes)
+            stop, old = votes.tolist()
             progress.step, progress.seconds = step, time.monotonic() - started
+            progress.spent += time.monotonic() - mark
             if progress.bad == args.max_bad_steps:
                 folder = save_step(engine, d2t, args, good, record)
-                message = f"{progress.bad} steps in a row are not finite, the last good state is in {folder}"
+                message = (
+                    f"{progress.bad} steps in a row are not finite, the last good state is {folder or 'not saved'}"
+                )
                 on_first_rank(functools.partial(fail, f"{message}: look at the rows named above"))
             if record.first:
                 record.bar.update()
-            at, last = step / args.steps_per_epoch, step == args.total_steps
+            last = step == args.total_steps
 
             # --- log: the values cover all steps since the last line ---
             if step % args.log_steps == 0 or last:
-                log(args, record, progress, rate, time.monotonic() - since)
+                log(args, record, progress, rate)
                 progress.restart(args.ttt_length, engine.device)
-                since = time.monotonic()
 
             # --- evaluate and save: by epochs, by steps, by time, and always at the end ---
             whole = 0 if step % args.steps_per_epoch else step // args.steps_per_epoch  # epochs finished, 0 within one
-            paused, better = time.monotonic(), False
+            before = progress.best
             due_now = last or stop or old or due(whole, args.save_interval) or due(step, args.save_steps)
             if "validation" in data and (last or due(whole, args.eval_interval) or due(step, args.eval_steps)):
-                values = evaluate(engine, target, data["validation"], d2t, args)
-                record.row("validation", step, at, values)
-                record.line(f"evaluation at step {step} | {metrics_line(values, args.ttt_length)} | "
-                            f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
-                value, sign = values[args.best_metric], -1 if args.best_metric == "loss" else 1
-                better = progress.best is None or sign * value > sign * progress.best[0]
-                if better and (due_now or args.save_best):
-                    progress.best, due_now = [value, step], True
-            if due_now:
-                folder, saved = save_step(engine, d2t, args, progress, record), time.monotonic()
+                best = evaluate_now(engine, target, data["validation"], d2t, args, record, progress)
+                if best and not progress.bad and (due_now or args.save_best):
+                    progress.best, due_now = best, True
+            if due_now:  # never after a step that was left out: --resume tries those again
+                folder = save_step(engine, d2t, args, good if progress.bad else progress, record)
+                progress.best, saved = progress.best if folder else before, time.monotonic()
                 record.line(f"saved {folder}" if folder else "the training goes on")
             if stop and not last:
                 record.line(f"stopped behind step {step} by {asked[0] if asked else 'a signal'}: --resume continues")
                 return False
-            since += time.monotonic() - paused  # tokens/s is about training
+            mark = time.monotonic()  # tokens/s is about training
     return True
 
 
-def log(args, record, progress, rate, seconds):
-    """A row and a line about the steps since the last ones; seconds: that these took."""
+def evaluate_now(engine, target, data, d2t, args, record, progress):
+    """Evaluate, write a row and a line; returns [value, step, metric] if it is the best so far, else None."""
+    progress.evaluation_due = True  # until it is done: a server may fail
+    values = evaluate(engine, target, data, d2t, args)
+    progress.evaluation_due = False
+    record.row("validation", progress.step, progress.step / args.steps_per_epoch, values)
+    record.line(f"evaluation at step {progress.step} | {metrics_line(values, args.ttt_length)} | "
+                f"acceptance_length {values['acceptance_length']:.3f}")  # fmt: skip
+    value, sign, best = values[args.best_metric], -1 if args.best_metric == "loss" else 1, progress.best
+    better = not best or best[2] != args.best_metric or sign * value > sign * best[0]
+    return [value, progress.step, args.best_metric] if better and math.isfinite(value) else None
+
+
+def log(args, record, progress, rate):
+    """A row and a line about the steps since the last ones."""
     step, total = progress.step, args.total_steps
     values = reduced_metrics(progress.sums, progress.chains, args, progress.tokens.reshape(1))
     norms = [float(norm) for norm in progress.norms if norm is not None]  # ZeRO stage 0 reports none
     values |= {
         "lr": rate,
         "grad_norm": sum(norms) / len(norms) if norms else None,
-        "tokens_per_second": values.pop("extra")[0] / seconds,
+        "tokens_per_second": values.pop("extra")[0] / progress.spent,
         "seconds": progress.seconds,
     }
     record.row("train", step, step / args.steps_per_epoch, values)
@@ -899,7 +899,7 @@ FLAGS = {
         ("save_total_limit", int, 0, "newest checkpoints that are kept, beside the best one; 0 = all", 0),
         ("save_best", boolean, False, "save whenever the evaluation is the best so far; `best` links to it"),
         ("best_metric", ("acceptance_length", "loss"), "acceptance_length", "of the validation split"),
-        ("max_bad_steps", int, 10, "steps in a row that may be left out as their gradient is not finite", 1),
+        ("max_bad_steps", int, 10, "steps in a row whose gradient is not finite, which end the training", 1),
         ("resume", boolean, False, "go on from the newest complete checkpoint of output_dir, if there is one"),
         ("resume_from_checkpoint", str, None, "with resume: if output_dir has none; without: draft to start from"),
         ("no_resume_from_checkpoint", boolean, False, "start anew, even with resume"),
@@ -981,7 +981,8 @@ def main(args):
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {output_dir / 'final'}")
     except ServerFailed as error:
         folder = save_step(engine, d2t, args, progress, record)
-        on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}"))
+        record.close()
+        on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}" if folder else error))
     record.close()
 
 

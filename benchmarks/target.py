@@ -152,18 +152,19 @@ def computed_bytes(model_dir, ranks, tokens, sharding="none", tp_size=1, offload
     table, head = (module.weight.numel() * size for module in (model.get_input_embeddings(), model.lm_head))
     head = 0 if config.tie_word_embeddings else head
     sharers = {"none": 1, "tp": tp_size, "zero3": ranks}[sharding]
-    # The model keeps its own shares of table and head. With zero3 it got the whole head back; where there are several
-    # copies, FSDP's wrappers leave the head's share gathered once more after the forward that tries the logits.
-    kept = {"none": 0, "tp": table + head * (2 if ranks > tp_size else 1), "zero3": table}[sharding]
+    # Under tp the model keeps its own shares of table and head; with several copies, FSDP's wrappers leave the head's
+    # share gathered once more after the forward that tries the logits. With zero3 it got the whole ones back.
+    kept = {"none": 0, "tp": table + head * (2 if ranks > tp_size else 1), "zero3": 0}[sharding]
     rest, moved = (sum(layers) + kept) / sharers + table + head, 0
     if offload == "nvme":
-        shares = [p.numel() * size / ranks for p in model.parameters() if p is not model.lm_head.weight]
-        rest = table + head + 5 * max(shares) + sum(share for share in shares if share < MIB)
+        largest = max(p.numel() for p in model.parameters()) * size / ranks
+        shares = [p.numel() * size / ranks for layer in model.get_decoder().layers for p in layer.parameters()]
+        rest = table + head + 5 * largest + sum(share for share in shares if share < MIB)
     others = (sharers - 1) / sharers  # of what a rank needs, they have this part
     if sharding == "tp":  # of attention, MLP and embeddings; summed in parts, and the parts handed round
         moved = (2 * len(layers) + 1) * tokens * config.hidden_size * size * 2 * others
     elif sharding == "zero3":
-        moved = (sum(layers) + table) * (1 if offload == "nvme" else others)
+        moved = sum(layers) * (1 if offload == "nvme" else others)
     # zero3 holds two layers at most, and the buffer into which the next is gathered. One rank alone gathers nothing.
     return rest, rest + 3 * max(layers) * (sharding == "zero3" and ranks > 1), moved
 

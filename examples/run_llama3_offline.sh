@@ -37,6 +37,7 @@ LEARNING_RATE=${LEARNING_RATE:-1e-4}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}                    # sequences per optimizer step, all ranks
 MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one forward of the draft
 LOG_STEPS=${LOG_STEPS:-50}
+SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints; started again, training goes on
 REPORT_TO=${REPORT_TO:-tensorboard}
 NUM_PROMPTS=${NUM_PROMPTS:-32}                      # of the evaluation, which loads the target; 0 = none
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
@@ -71,6 +72,7 @@ deepspeed --num_gpus "$NUM_GPUS" train_eagle3.py \
     --max_length "$MAX_LENGTH" --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
     --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
     --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
+    --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
     --deepspeed_config "$DEEPSPEED_CONFIG" \
     --output_dir "$OUTPUT/draft"
 

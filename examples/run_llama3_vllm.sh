@@ -7,8 +7,8 @@
 #   SERVER="/opt/vllm/bin/vllm serve" SERVER_GPUS=0,1 TRAIN_GPUS=2,3 bash examples/run_llama3_vllm.sh
 #
 # Needs vLLM 0.32 or later, best in an environment of its own, as it asks for versions of its own: see SERVER.
-# Hardware: meant for one node of 8 GPUs with 80 GB. Time and acceptance length: not measured yet.
-# Written 2026-11-21. Every variable can be overridden from the environment.
+# Hardware: meant for one node of 8 GPUs with 80 GB. Time and acceptance length: not measured yet. Seen to run: on a CPU,
+# with a small target and the CPU build of vLLM 0.32.0. Written 2026-11-21. Every variable can be overridden from the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
@@ -34,6 +34,7 @@ GLOBAL_BATCH=${GLOBAL_BATCH:-16}                    # sequences per optimizer st
 MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one forward of the draft
 ON_GENERATE=${ON_GENERATE:-delete}                  # cache: keep the hidden states, for later epochs and runs
 LOG_STEPS=${LOG_STEPS:-50}
+SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints; started again, training goes on
 REPORT_TO=${REPORT_TO:-tensorboard}
 NUM_PROMPTS=${NUM_PROMPTS:-32}                      # of the evaluation
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
@@ -94,6 +95,7 @@ deepspeed --include "localhost:$TRAIN_GPUS" train_eagle3.py \
     --max_length "$MAX_LENGTH" --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
     --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
     --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
+    --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
     --deepspeed_config "$DEEPSPEED_CONFIG" \
     --output_dir "$OUTPUT/draft"
 stop

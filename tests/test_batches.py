@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deal_batches import Steps, collate, deal, deal_forwards, epoch_order, measure_rows
+from deal_batches import Steps, collate, deal, deal_forwards, epoch_order, measure_read, measure_rows
 
 FEATURES = datasets.Features(
     {
@@ -86,10 +86,14 @@ def test_rows_are_measured_as_by_counting(tmp_path):
             [("ab", [1, 1]), ("", []), ("c", [0]), ("", [])],
         ),
     ):
-        lengths, supervised = measure_rows(split)
-        assert lengths.dtype == supervised.dtype == np.int64
+        (lengths, supervised), (counts, teachers) = measure_rows(split), measure_read(split)
+        assert lengths.dtype == supervised.dtype == counts.dtype == teachers.dtype == np.int64
         assert lengths.tolist() == [len(ids) for ids, _ in expected]
         assert supervised.tolist() == [sum(mask) for _, mask in expected]
+        # A slot of step 0 has two supervised tokens behind it; all up to the last one are read, and one teacher each.
+        slots = [[j for j in range(len(mask) - 2) if mask[j + 1] and mask[j + 2]] for _, mask in expected]
+        assert counts.tolist() == [max(several, default=-1) + 1 for several in slots]
+        assert teachers.tolist() == list(map(len, slots))
 
 
 # ---------------------------------------------------------------------------- dealing rows out

@@ -1,14 +1,13 @@
 """The draft vocabulary: which tokens are chosen, what a mapping must be to be read, the command line."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import build_vocab_mapping
-from build_vocab_mapping import build_mapping, coverage, load_mapping, mapping_problems, read_token_freq, save_mapping
+from build_vocab_mapping import build_mapping, coverage, load_mapping, mapping_problems, save_mapping
 
 
 def target_ids(d2t):
@@ -174,17 +173,3 @@ def test_command_line_errors(counts, tmp_path, capsys):
     for name in ("draft_vocab_size", "target_vocab_size"):
         assert f"{name} is 0; it must be at least 1" in fails(capsys, run, *sizes, f"--{name}", 0)
     assert "--draft_vocab_size" in fails(capsys, run, "--draft_vocab_size", "many", *sizes)
-
-
-def test_read_token_freq(tmp_path, capsys):
-    torch.save({1: torch.tensor(3)}, tmp_path / "dict.pt")
-    assert read_token_freq(tmp_path / "dict.pt") == {1: 3}
-    torch.save({1: Path("x")}, tmp_path / "code.pt")
-    torch.save({1: -2}, tmp_path / "negative.pt")
-    torch.save({}, tmp_path / "none.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "junk.pt").write_text("junk")
-    for name, message in (("code", "not a plain dict"), ("negative", "negative"), ("none", "none in it"),
-                          ("list", "not a plain dict"), ("junk", "not a plain dict"),
-                          ("absent", "FileNotFoundError")):  # fmt: skip
-        assert message in fails(capsys, read_token_freq, tmp_path / f"{name}.pt")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,8 +16,7 @@ from chat_templates import FAMILIES
 from tokenizers import processors
 
 import prepare_data
-from build_vocab_mapping import read_token_freq
-from prepare_data import make_chat, open_data, prepare, tokenise
+from prepare_data import make_chat, open_data, prepare, read_token_freq, tokenise
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
 SECOND = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "that is all"}]
@@ -544,6 +544,20 @@ def test_counts_are_of_the_supervised_tokens_of_train(tmp_path, target):
     train = config["splits"]["train"]
     assert (train["tokens"], train["supervised_tokens"]) == (tokens, sum(expected.values()))
     assert train["longest"] == 199 and 0 < truncated == train["truncated"] < 30
+
+
+def test_read_token_freq(tmp_path, capsys):
+    torch.save({1: torch.tensor(3)}, tmp_path / "dict.pt")
+    assert read_token_freq(tmp_path / "dict.pt") == {1: 3}
+    torch.save({1: Path("x")}, tmp_path / "code.pt")
+    torch.save({1: -2}, tmp_path / "negative.pt")
+    torch.save({}, tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "junk.pt").write_text("junk")
+    for name, message in (("code", "not a plain dict"), ("negative", "negative"), ("none", "none in it"),
+                          ("list", "not a plain dict"), ("junk", "not a plain dict"),
+                          ("absent", "FileNotFoundError")):  # fmt: skip
+        assert message in fails(capsys, read_token_freq, tmp_path / f"{name}.pt")
 
 
 def test_fingerprint_follows_every_ingredient(tmp_path, target, capsys):

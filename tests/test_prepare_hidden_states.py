@@ -315,6 +315,22 @@ def test_states_that_are_not_finite_are_reported_and_not_written(work, tmp_path,
     assert there.keys() == expected.keys() and 0 < len(reported) < 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_number_that_is_not_finite_keeps_a_row_out(tmp_path, capsys, dtype):
+    """Wherever among the tokens that are read it is."""
+    store, generator = Store(tmp_path, {"layers": LAYERS}, create=dtype), torch.Generator().manual_seed(0)
+    ids, mask = torch.arange(40), torch.tensor([0] * 10 + [1] * 30)
+    for number, wrong in enumerate([0.0, *[float("nan"), float("inf"), -float("inf")] * 20]):
+        states = [torch.randn(40, width * WIDTH, generator=generator) for width in (3, 1)]
+        part = states[number % 2].flatten()[15 * WIDTH : 35 * WIDTH]  # tokens that are read of either
+        part[int(torch.randint(len(part), (), generator=generator))] = wrong
+        tensors = prepare_hidden_states.to_stored(ids, mask, *states, DTYPES[dtype])
+        assert store.add(f"train/{number}", tensors) == (wrong == 0)
+        assert (f"row train/{number}: hidden states are not finite" in capsys.readouterr().err) == (wrong != 0)
+    nothing = prepare_hidden_states.to_stored(ids, 0 * mask, *states, DTYPES[dtype])
+    assert store.add("train/none", nothing) and list(store.new) == ["train/0", "train/none"]
+
+
 def test_overflow_of_float16_is_not_written(work, tmp_path, capsys):
     folder = shutil.copytree(work / "target", tmp_path / "target")
     shutil.copytree(work / "data", tmp_path / "data")

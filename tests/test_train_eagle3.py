@@ -347,7 +347,6 @@ def bad_inputs(work, folder):
         "missing mapping": ([*split, "--d2t_path", folder / "d2t.npy", "--t2d_path", folder / "t2d.npy"], "d2t.npy"),
         "half a mapping": ([*split, "--d2t_path", "d2t.npy"], "t2d_path"),
         "tensor parallel": ([*split, "--tp_size", 2], "tp_size 2"),
-        "resume": ([*split, "--resume"], "resume"),
         "contradiction": ([*split, "--deepspeed_config", contradiction], "clipping 7.0 contradicts max_grad_norm"),
         "broken engine file": ([*split, "--deepspeed_config", broken], "broken.json"),
         "engine file of a list": ([*split, "--deepspeed_config", listed], "listed.json"),
