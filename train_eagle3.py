@@ -554,8 +554,8 @@ def optimizer_step(engine, target, batches, d2t, args):
         sums, chains = sums + part, chains + chain_lengths(correct).sum().double()
     if not (skipped or getattr(engine.optimizer, "overflow", False)):
         return sums, chains, ""
-    for gradient in getattr(engine.optimizer, "accumulated_grads_in_cpu", {}).values():
-        gradient.zero_()  # with offload DeepSpeed adds to it in the next step
+    if getattr(engine.optimizer, "cpu_offload", False):
+        engine.optimizer.averaged_gradients = {}  # ZeRO-2 with offload would add to them in the next step
     return sums, chains, blame(batches, losses)
 
 

@@ -190,6 +190,7 @@ def table(text):
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+@pytest.mark.slow
 def test_objective_writes_a_table_with_every_column(tmp_path):
     command = [sys.executable, str(tiny.REPOSITORY / "benchmarks" / "step.py"), "objective", *TINY]
     command += ["--output", str(tmp_path / "table.md")]

@@ -176,6 +176,7 @@ def test_each_of_these_flags_changes_the_draft(work, tmp_path):
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 7]
 
 
+@pytest.mark.slow
 def test_bf16_and_stage_0_train_as_well(work, tmp_path):
     """bf16 with fp32 master weights, as on a GPU, with the files of ds_configs; stage 0 reports no gradient norm."""
     expected, engines = run(work, tmp_path / "plain", "--total_steps", 4), {"stage0": {}}
