@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from load_target import share_of_weights
 from read_conversations import fail, write_atomic
+from run_ranks import Watch
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
 TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
@@ -55,6 +57,28 @@ def run_settings(args, data_config, step):
         "starts_behind_step": step,
         "earlier_starts": earlier,
     }
+
+
+def summary(args, config, layers, draft, target, data, data_config, share):
+    """The lines printed once at the start: what was derived, and from what."""
+    world = dist.get_world_size()
+    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    rows, train_rows = {split: len(part) for split, part in data.items()}, data_config["splits"]["train"]
+    batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
+    if args.total_seq_len:
+        batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
+    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
+    return "\n".join([
+        f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
+        f"target      {share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
+        f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
+        f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
+        f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
+        f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
+        f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
+        f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
+        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
+    ])  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,18 +109,22 @@ def open_wandb(args, settings):
 
 
 def open_tensorboard(args, settings):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
-    step = settings["starts_behind_step"]  # what an interrupted start wrote of later ones is not shown
-    folder = Path(args.log_dir) / (args.run_name or "tensorboard")
-    held = step if any(folder.glob("events*")) else 0
-    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    step = settings["starts_behind_step"]
+    folder, held = str(Path(args.log_dir) / (args.run_name or "tensorboard")), set()
+    if step and Path(folder).is_dir():
+        events = EventAccumulator(folder, {"scalars": 0}).Reload()  # 0: all of them
+        held = {(event.step, name) for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+    # What an interrupted start wrote of later steps is not shown.
+    writer = SummaryWriter(folder, purge_step=step + 1)
     writer.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", step)
 
-    def log(values, step):
+    def log(values, at):
         for name, value in values.items():
-            if step > held:
-                writer.add_scalar(name, value, step)
+            if at > step or (at, name) not in held:
+                writer.add_scalar(name, value, at)
         writer.flush()
 
     return log, writer.close
@@ -274,6 +302,8 @@ class Record:
 
 def leave():
     """End the process at once: what a tracker that hangs would do at exit hangs as well."""
+    if Watch.running:
+        Watch.running.tell("")  # to the other ranks: this is no failure
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -46,8 +46,8 @@ from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
 from prepare_data import hash_tokenizer, load_tokenizer, open_data, prepare, read_token_freq
 from read_conversations import boolean, fail, normalise_argv, parse_flags, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, hash_target, open_target
-from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target, share_of_weights
-from record_run import TRACKERS, Record, metrics_line, run_settings
+from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
+from record_run import TRACKERS, Record, metrics_line, run_settings, summary
 from run_ranks import check_shared, noted_signals, on_each_node, on_first_rank, read_deepspeed_config, run_together
 from run_ranks import start_distributed
 from save_checkpoint import Progress, engine_kind, find_state, remove_rests, resume, save_step, write_final
@@ -731,28 +731,6 @@ def build_draft(args, config, target, d2t):
         check_embedding(args.resume_from_checkpoint, tensors, target.embedding)
         draft.load_state_dict({n: t for n, t in tensors.items() if n not in ("embed_tokens.weight", "d2t", "t2d")})
     return draft.to(target.embedding.dtype).float()  # what a checkpoint can hold: continuing from a dry run is the same
-
-
-def summary(args, config, layers, draft, target, data, data_config, share):
-    """The lines printed once at the start: what was derived, and from what."""
-    world = dist.get_world_size()
-    trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    rows, train_rows = {split: len(part) for split, part in data.items()}, data_config["splits"]["train"]
-    batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
-    if args.total_seq_len:
-        batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
-    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
-    return "\n".join([
-        f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
-        f"target      {share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
-        f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
-        f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
-        f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
-        f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
-        f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
-        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
-    ])  # fmt: skip
 
 
 def due(count, interval):

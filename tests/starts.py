@@ -58,7 +58,7 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print
     import train_eagle3
-    from run_ranks import run_together
+    from run_ranks import Watch, run_together
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -82,6 +82,8 @@ def serve():
                 try:
                     run_together(train_eagle3.main, train_eagle3.parse_args(request["argv"]))
                     code = 0
+                    if Watch.running:
+                        Watch.running.tell("")  # as at the exit of a process that was not forked
                 except SystemExit as stop:
                     code = stop.code
                 finally:

@@ -203,6 +203,25 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
         check_values(name, output)
 
 
+@pytest.mark.parametrize("name", TRACKERS)
+def test_an_evaluation_made_up_for_is_in_the_tracker(record, tmp_path, monkeypatch, name):
+    """Its row is of the checkpoint's own step, and comes after the resumption."""
+    offline(monkeypatch)
+    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
+    for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)  # it keeps the folder that it was imported with
+    for step in (0, 2):
+        if step:
+            time.sleep(1)  # folders are named by the second
+        run = record(record_run.TRACKERS[name], step=step, log_dir=tmp_path / "logs", run_name="tiny")
+        if step:
+            run.row("validation", step, 0.2, {"loss": 5.0, "passes": 4})
+        for later in range(step + 1, step + 4):
+            run.row("train", later, 0.1, {f"loss_{i}": float(later * i) for i in range(11)})
+        run.close()
+    check_values(name, tmp_path)
+
+
 # --- accounts, as far as they can be known without one ---
 
 
@@ -257,7 +276,7 @@ def test_mlflow_takes_the_run_that_a_service_has_begun(tmp_path, monkeypatch):
 
 
 def settings_of(step=0):
-    return {"run_id": "0123456789abcdef", "starts_behind_step": step, "flags": {}}
+    return {"run_id": "0123456789abcdef", "starts_behind_step": step, "flags": {"ttt_length": 2}}
 
 
 @pytest.fixture
@@ -269,11 +288,12 @@ def record(work, tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(record_run.atexit, "register", left.append)
 
-    def make(*openers, step=0):
+    def make(*openers, step=0, **more):
         names = [f"t{i}" for i in range(len(openers))]
         for name, opener in zip(names, openers, strict=True):
             monkeypatch.setitem(record_run.TRACKERS, name, opener)
-        args = SimpleNamespace(output_dir=tmp_path, log_dir=tmp_path, report_to=names, run_name=None, total_steps=9)
+        given = {"output_dir": tmp_path, "log_dir": tmp_path, "report_to": names, "run_name": None, "total_steps": 9}
+        args = SimpleNamespace(**given | more)
         record = Record(args, settings_of(step))
         record.left = left
         return record
