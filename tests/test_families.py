@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
@@ -266,3 +267,132 @@ def runs(ids, mask):
     """The token ids of each run of ones in the mask."""
     cuts = [i for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
     return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True) if mask[a]]
+
+
+# ---------------------------------------------------------------------------- forms of files
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def publish_in_mxfp4(folder):
+    """Give a gpt-oss target the form of the hub's: experts of 4 bits, 32 values with one exponent, two in a byte.
+
+    Returns the values that the experts then have, {name: [experts, in, out] bfloat16}.
+    """
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    for name in [
+        name for name in tensors if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj")
+    ]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(122, 125, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers = torch.tensor(FP4)[torch.stack([blocks & 15, blocks >> 4], dim=-1).long()].flatten(-2)
+        scaled = numbers * 2.0 ** (scales.float() - 127)[..., None]
+        values[name] = scaled.flatten(-2).transpose(1, 2).bfloat16().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+def test_gpt_oss_as_it_is_published(tmp_path):
+    write_target(tmp_path, FAMILIES["gpt-oss"])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    values = publish_in_mxfp4(tmp_path)
+    assert len(values) == 2 * 8
+    plain.load_state_dict(plain.state_dict() | values)
+    target, ids = load_target(tmp_path), torch.arange(1, 30)
+    assert target.embedding.dtype == torch.bfloat16
+    auxiliary, last = target.hidden_states(ids, [len(ids)])
+    with torch.no_grad():
+        output = plain(input_ids=ids[None], output_hidden_states=True, use_cache=False)
+    assert torch.equal(auxiliary, torch.cat([output.hidden_states[i][0] for i in (2, 4, 5)], dim=-1))
+    assert torch.equal(last, output.hidden_states[-1][0])
+
+
+def test_a_wrapper_that_leaves_out_its_familys_defaults(tmp_path, capsys):
+    """As the files of Gemma 3, which say neither the size of the vocabulary nor the number of heads."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    wrapper = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper))
+    assert build_vocab_mapping.read_vocab_size(tmp_path) == transformers.Gemma3TextConfig().vocab_size == 262208
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "never_heard_of"}))
+    with pytest.raises(SystemExit):
+        build_vocab_mapping.read_vocab_size(tmp_path)
+    assert "has no vocab_size: give --target_vocab_size" in capsys.readouterr().err
+
+
+def test_a_family_with_several_states_a_token_is_refused(tmp_path, capsys):
+    """Gemma 3n's layers pass on several copies of the residual stream."""
+    options = {"laurel_rank": 8, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "altup_num_inputs": 2}
+    options |= {"activation_sparsity_pattern": [0.0] * 8, "vocab_size": 97, "vocab_size_per_layer_input": 97}
+    options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    AutoModelForCausalLM.from_config(transformers.Gemma3nTextConfig(**SIZES, **options)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        load_target(tmp_path)
+    assert stop.value.code == 2
+    assert "the layers of model_type gemma3n_text give several states a token" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- drafts for targets of real sizes
+# hub id: (configuration class, what the model's config.json says, DENSE of the draft, its rope type). Written down by
+# hand; where the sizes are in the file they are the draft's too, but for experts and latent attention.
+REAL = {
+    "meta-llama/Llama-3.1-8B-Instruct": ("LlamaConfig", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "rope_parameters": {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}}, (14336, 32, 8, 128), "llama3"),
+    "Qwen/Qwen3-8B": ("Qwen3Config", {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128}, (12288, 32, 8, 128), None),
+    "Qwen/Qwen3-30B-A3B": ("Qwen3MoeConfig", {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}, (6144, 32, 4, 128), None),
+    "openai/gpt-oss-20b": ("GptOssConfig", {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_experts_per_tok": 4, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 64}, (11520, 64, 8, 64), "yarn"),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": ("MixtralConfig", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_experts_per_tok": 2, "num_attention_heads": 32,
+        "num_key_value_heads": 8}, (28672, 32, 8, 128), None),
+    "deepseek-ai/DeepSeek-V3": ("DeepseekV3Config", {
+        "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_experts_per_tok": 8,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+        "v_head_dim": 128}, (18432, 64, 8, 128), None),
+    "google/gemma-3-27b-it": ("Gemma3Config", {"text_config": {
+        "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32, "num_key_value_heads": 16,
+        "head_dim": 128, "rope_parameters": GEMMA_ROPE}}, (21504, 32, 16, 128), "linear"),
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": ("Mistral3Config", {"text_config": {
+        "model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128}}, (32768, 32, 8, 128), None),
+    "microsoft/phi-4": ("Phi3Config", {
+        "hidden_size": 5120, "intermediate_size": 17920, "num_attention_heads": 40, "num_key_value_heads": 10},
+        (17920, 40, 10, 128), None),
+    # Experts without a dense size in the file: those of a token and the one that all share.
+    "Qwen/Qwen3.5 with experts": ("Qwen3_5MoeTextConfig", {
+        "hidden_size": 2048, "moe_intermediate_size": 512, "num_experts_per_tok": 8,
+        "shared_expert_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},
+        (4608, 16, 2, 256), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_draft_of_a_real_target(name):
+    kind, options, dense, rope = REAL[name]
+    whole = getattr(transformers, kind)(**options)
+    config, _ = export_eagle3.configure(whole.get_text_config(), whole)
+    assert tuple(config[key] for key in DENSE) == dense
+    assert (config["rope_scaling"] or {}).get("rope_type") == rope
+    assert config["hidden_size"] == options.get("text_config", options)["hidden_size"]
+    # A server's ranks, 2, 4 or 8, divide the heads, and 2 the groups, wherever they divide the target's.
+    assert all(config["num_attention_heads"] % ranks == 0 for ranks in (2, 4, 8))
+
+
+def test_what_a_family_says_of_its_own_layers_stays_out_of_the_drafts_rope():
+    rope = {**DEEPSEEK_ROPE, "beta_fast": 32, "truncate": None, "partial_rotary_factor": 0.5, "attention_factor": 1.5}
+    rope |= {"mrope_section": [4, 4, 4], "llama_4_scaling_beta": 0.1}
+    text = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
+    kept = {"rope_type", "factor", "original_max_position_embeddings", "mscale", "mscale_all_dim", "beta_fast"}
+    config, _ = export_eagle3.configure(text, text)
+    assert config["rope_scaling"] == {key: rope[key] for key in kept} and config["rope_theta"] == 150000.0
