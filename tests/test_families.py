@@ -20,7 +20,7 @@ import evaluate_eagle3
 import export_eagle3
 import prepare_data
 import train_eagle3
-from load_target import load_target
+from load_target import load_head, load_target
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 DRAFT_VOCABULARY = 160
@@ -202,8 +202,8 @@ def made(request, tmp_path_factory):
     return family, folder, *write_target(folder, family)
 
 
-def test_hidden_states_are_those_of_transformers(made):
-    """Of two sequences behind one another; and the head makes the logits of them."""
+def test_hidden_states_and_logits_are_those_of_transformers(made):
+    """Of two sequences behind one another; and the head, the norm and the table are found alone too."""
     _, folder, model, tokenizer = made
     target, parts = load_target(folder), torch.randint(1, len(tokenizer), (40,)).split([23, 17])
     assert target.layer_ids == [2, 4, 5]
@@ -215,6 +215,13 @@ def test_hidden_states_are_those_of_transformers(made):
             torch.testing.assert_close(states, output.hidden_states[index][0], rtol=1e-4, atol=1e-4)
         logits = output.logits[0]
         torch.testing.assert_close(target.head.logits(final), logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+
+    alone = load_head(folder, "cpu", target.layer_ids)
+    assert torch.equal(alone.head.weight, target.head.weight)
+    assert (alone.head.scale, alone.head.softcap) == (target.head.scale, target.head.softcap)
+    assert torch.equal(alone.norm(last), target.decoder.norm(last))
+    assert torch.equal(export_eagle3.read_embedding(folder), alone.embedding)
+    assert torch.equal(alone.embedding, target.embedding)
 
 
 # ---------------------------------------------------------------------------- the stages
