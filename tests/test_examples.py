@@ -179,7 +179,9 @@ R1 = {
 }
 
 
-@pytest.mark.parametrize(("script", "name", "variables", "expected", "supervised"), RECIPES)
+@pytest.mark.parametrize(
+    ("script", "name", "variables", "expected", "supervised"), RECIPES, ids=[" ".join(row[:2]) for row in RECIPES]
+)
 def test_recipe_of_a_family_with_a_small_target(script, name, variables, expected, supervised, tmp_path):
     _, tokenizer = write_target(tmp_path / "target", (FAMILIES | R1)[name])
     if name == "gpt-oss":
