@@ -11,6 +11,7 @@ Out: d2t.npy  int64 [Vd]  offsets: target id = draft id + d2t[draft id], the tar
         --target_vocab_size 400 --output_path ./vocab_mapping
 """
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -125,6 +126,11 @@ def read_vocab_size(target_model_path):
     path = locate(target_model_path, ["config.json"]) / "config.json"
     config = json.loads(path.read_text())
     size = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
+    if size is None:  # Gemma 3's files leave out what is their family's default
+        from transformers import AutoConfig
+
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            size = getattr(AutoConfig.from_pretrained(path.parent).get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         fail(f"{path} has no vocab_size: give --target_vocab_size")
     return size

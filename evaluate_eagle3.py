@@ -23,6 +23,7 @@ With a higher temperature drafts are accepted by speculative sampling (arXiv 221
 distribution as it is.
 """
 
+import copy
 import io
 import itertools
 import json
@@ -34,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from build_vocab_mapping import target_ids
 from export_eagle3 import auxiliary_layers, read_draft
@@ -52,8 +54,10 @@ class CachedTarget:
 
     def __init__(self, target):
         self.target, self.length = target, 0
-        self.cache = DynamicCache(config=target.config)
-        if hasattr(self.cache, "activate_past_recording"):  # sliding windows forget what a rejection must bring back
+        self.cache, self.before = DynamicCache(config=target.config), None
+        # Linear attention has one state for all that was read: tokens are not taken out of it, they are not put in.
+        self.copies = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
+        if not self.copies:  # sliding windows forget what a rejection must bring back
             self.cache.activate_past_recording()
 
     @torch.inference_mode()
@@ -64,6 +68,8 @@ class CachedTarget:
         """
         device = self.target.embedding.device
         positions = torch.arange(self.length, self.length + len(tokens), device=device)[None]
+        if self.copies:
+            self.before = copy.deepcopy(self.cache), self.length, tokens
         output = self.target.decoder(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=positions,
@@ -74,8 +80,11 @@ class CachedTarget:
         return self.target.auxiliary(), self.target.head.logits(output.last_hidden_state[0, -last:])
 
     def forget(self, count):
-        """Drop the last `count` tokens."""
-        if count:
+        """Drop the last `count` tokens, all of them from the last feed."""
+        if count and self.copies:
+            self.cache, self.length, tokens = self.before
+            self.feed(tokens[:-count], last=1)
+        elif count:
             self.cache.crop(-count)
             self.length -= count
 

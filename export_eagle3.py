@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from build_vocab_mapping import mapping_problems, target_ids
-from load_target import default_layer_ids, read_target_tensor, resolve_target
+from load_target import default_layer_ids, dense_layer, read_target_tensor, resolve_target
 from read_conversations import fail, normalise_argv, open_to_all, write_atomic
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -66,6 +66,7 @@ ROPE_TYPES = {
     "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # of yarn, read by all
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +80,8 @@ def _derived_rope(text):
     theta, kind = rope.pop("rope_theta", None) or 10000.0, rope.get("rope_type", "default")
     if kind == "default" or kind not in ROPE_TYPES:
         return theta, None
-    rope.pop("partial_rotary_factor", None)  # the draft rotates whole heads
-    rope = {key: value for key, value in rope.items() if value is not None}
+    # What else a family has there is about its own layers: shares of heads, sections of pictures, scales of queries.
+    rope = {k: v for k, v in rope.items() if v is not None and k in {*ROPE_TYPES[kind], *ROPE_OPTIONS}}
     if kind != "linear":  # as transformers completes them
         original = rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
         rope.setdefault("factor", text.max_position_embeddings / original)
@@ -90,7 +91,7 @@ def _derived_rope(text):
 def derive_config(text, whole):
     """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
     theta, scaling = _derived_rope(text)
-    heads = text.num_attention_heads
+    inner, heads, groups, head_dim = dense_layer(text, whole)
 
     def first(*names, default=None):
         values = (getattr(config, name, None) for config in (text, whole) for name in names)
@@ -99,10 +100,8 @@ def derive_config(text, whole):
     return {
         **FIXED,
         "hidden_size": text.hidden_size,
-        "intermediate_size": first("intermediate_size", default=4 * text.hidden_size),
-        "num_attention_heads": heads,
-        "num_key_value_heads": first("num_key_value_heads", default=heads),
-        "head_dim": first("head_dim", default=text.hidden_size // heads),
+        "intermediate_size": inner,
+        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim,
         "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
         "hidden_act": "silu",
         "rope_theta": theta, "rope_scaling": scaling, "max_position_embeddings": text.max_position_embeddings,

@@ -30,7 +30,13 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.utils import logging
@@ -92,7 +98,7 @@ class Target:
     captured: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.decoder = self.model and self.model.get_decoder()
+        self.decoder = self.model and find_decoder(self.model)
         if self.decoder is None:
             return
         layers = find_layers(self.model)
@@ -219,9 +225,47 @@ def read_target_config(model_dir, trust_remote_code=False):
     return text, config
 
 
+def automatic_class(config):
+    """transformers' class that finds a target's own: few families that see are among the causal language models."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def default_layer_ids(num_layers):
     """The auxiliary layers 2, L//2, L-3 in hidden_states indexing (the default of SGLang and vLLM)."""
     return [2, num_layers // 2, num_layers - 3]
+
+
+def dense_layer(text, whole):
+    """(intermediate size, heads, key-value heads, size of a head) of a plain layer that suits a target with these text
+    and whole configurations: the sizes of its own layers where these are plain.
+
+    Experts: what the family's dense layers have, else the experts that work on a token taken together. Latent attention
+    (MLA) keeps one small vector a token for all heads; with as many heads, a plain layer would keep as much a token as
+    all 61 layers of DeepSeek-V3. So heads of 128 that fill the hidden size, in 8 groups; their number is a power of
+    two, so that the ranks of a server divide it.
+    """
+
+    def first(*names, default=None):
+        values = (getattr(config, name, None) for config in (text, whole) for name in names)
+        values = (max(value, default=None) if isinstance(value, list | tuple) else value for value in values)
+        return next((value for value in values if value is not None), default)
+
+    if getattr(text, "is_heterogeneous", False):  # Gemma 4's layers that see all have other heads than its sliding ones
+        text = text.per_layer_config[0]
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    inner, mixed = first("intermediate_size", "ffn_dim", "n_inner"), first("intermediate_size_mlp")
+    expert, active = first("moe_intermediate_size", "expert_ffn_hidden_size"), first("num_experts_per_tok", default=0)
+    if mixed:  # Llama 4's dense layers; intermediate_size is that of its experts
+        inner = mixed
+    elif inner and active and not expert:  # intermediate_size is that of the experts
+        inner *= active
+    elif not inner:
+        inner = active * expert + first("shared_expert_intermediate_size", default=0) if expert else 4 * hidden
+    if first("kv_lora_rank"):
+        heads = 2 ** math.ceil(math.log2(max(hidden / 128, 1)))
+        return inner, heads, min(8, heads), 128
+    return inner, heads, first("num_key_value_heads", default=heads), first("head_dim", default=hidden // heads)
 
 
 # (name, type, default, help, least value if any): see read_conversations.parse_flags
@@ -282,9 +326,15 @@ def saved_dtype(model_dir, config):
     return config.dtype or torch.float32
 
 
+def find_decoder(model):
+    """What a causal language model has below its head, the final norm included."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model and hasattr(model, "model") else decoder  # Llama 4's is not found
+
+
 def find_layers(model):
     """The decoder's layers of a causal language model; ends the program if they are not where hooks look."""
-    layers = getattr(model.get_decoder(), "layers", None)
+    layers = getattr(find_decoder(model), "layers", None)
     if layers is None:
         fail(f"the layers of model_type {model.config.model_type} are not where hooks look: it is not supported")
     return layers
@@ -297,7 +347,7 @@ def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_
     folder `path`.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
     if dtype == torch.float16 and device.type == "cpu":
         fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in find_layers(model))
@@ -359,7 +409,7 @@ def load_target(
         zero3 = zero3_config(whole_config, device, dtype, offload, offload_path, trust_remote_code)
         partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = automatic_class(whole_config).from_pretrained(
             model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -377,7 +427,7 @@ def load_target(
 
         # The table stays out of what is gathered in each forward, as the head does: both are whole on every rank.
         model.set_input_embeddings(torch.nn.Identity())
-        deepspeed.initialize(model=model.get_decoder(), config=zero3)
+        deepspeed.initialize(model=find_decoder(model), config=zero3)
         model.set_input_embeddings(inputs)
     tied, head = inputs.weight is output.weight, Head(whole(output.weight), whole(output.bias))
     embedding = head.weight if tied else whole(inputs.weight)
@@ -425,6 +475,8 @@ def _fit_head(target):
     with torch.no_grad():
         own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
         last = target.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    if any(states.shape[-2:] != last.shape or states.dim() != 3 for states in target.captured.values()):
+        fail(f"the layers of model_type {config.model_type} give several states a token: it is not supported")
     scales = [1.0]
     for value in (getattr(config, key, None) for key in LOGIT_SCALE_KEYS):
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
@@ -482,7 +534,7 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
         small.get_text_config().num_hidden_layers = 0
         if getattr(text, "layer_types", None):
             small.get_text_config().layer_types = []
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = automatic_class(config).from_pretrained(
             model_dir, config=small, dtype="auto", trust_remote_code=trust_remote_code, device_map={"": device},
             output_loading_info=True,
         )  # fmt: skip

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
+from test_families import FAMILIES, publish_in_mxfp4, write_target
 
 from deal_batches import acceptance_walk, plan_slots, supervised_slots
 from evaluate_eagle3 import load_draft
 from export_eagle3 import check_draft, read_draft
 from load_target import load_target
+from prepare_data import open_data
 from train_eagle3 import chain_lengths
 
 pytestmark = pytest.mark.slow
@@ -159,6 +161,45 @@ def test_single_gpu_recipe_with_a_small_target(tmp_path):
     assert "(zero3, in CPU memory)" in printed and "as 8 sequences of" in printed and "target forward 8" in printed
     assert "complete: " in printed and tells_acceptance(tmp_path / "out", printed)
     assert check_draft(tmp_path / "out" / "draft" / "final") == []
+
+
+# (script, family of its target, variables beside SMALL, what it prints, what the supervised text has; DeepSeek's prompt
+# opens the thought)
+RECIPES = [
+    ("run_qwen3_8b_online.sh", "qwen3", {}, "world 2 = dp 2 x tp 1", "<think>\nBecause "),
+    ("run_qwen3_8b_online.sh", "qwen2", {}, "world 2 = dp 2 x tp 1", "<|im_end|>"),
+    ("run_qwen3_30b_a3b_online.sh", "qwen3 experts", {"TP_SIZE": 2}, "tensor parallel over 2", "<think>\nBecause "),
+    ("run_gpt_oss_20b_online.sh", "gpt-oss", {}, "target forward 1", "<|channel|>analysis<|message|>Because "),
+    ("run_deepseek_r1_distill_online.sh", "r1 llama", {}, "world 2 = dp 2 x tp 1", ".\n</think>\n\n"),
+    ("run_deepseek_r1_distill_online.sh", "r1 qwen", {}, "world 2 = dp 2 x tp 1", ".\n</think>\n\n"),
+]
+R1 = {
+    f"r1 {name}": FAMILIES[family]._replace(tokens=FAMILIES["deepseek"].tokens, template="deepseek")
+    for name, family in (("llama", "llama"), ("qwen", "qwen2"))
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "variables", "expected", "supervised"), RECIPES, ids=[" ".join(row[:2]) for row in RECIPES]
+)
+def test_recipe_of_a_family_with_a_small_target(script, name, variables, expected, supervised, tmp_path):
+    _, tokenizer = write_target(tmp_path / "target", (FAMILIES | R1)[name])
+    if name == "gpt-oss":
+        publish_in_mxfp4(tmp_path / "target")
+    chats = tiny.conversations(40)
+    for i, chat in enumerate(chats):
+        chat["conversations"][-1]["reasoning_content"] = f"Because {i}."
+    tiny.write_jsonl(tmp_path / "chats.jsonl", chats)
+    printed = run(
+        script, 900, OUTPUT=tmp_path / "out", TARGET=tmp_path / "target", DATASET=tmp_path / "chats.jsonl", NUM_GPUS=2,
+        NUM_PROMPTS=2, MAX_NEW_TOKENS=12, **SMALL, **variables,
+    )  # fmt: skip
+    assert expected in printed and "complete: " in printed and tells_acceptance(tmp_path / "out", printed)
+    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
+    for row in open_data(tmp_path / "out" / "data")[0]["train"]:
+        text = tokenizer.decode(torch.tensor(row["input_ids"])[torch.tensor(row["loss_mask"]) == 1])
+        assert supervised in text and "Question" not in text
 
 
 def test_deepspeed_launcher_ends_with_one_line_and_an_error(tmp_path):
