@@ -40,7 +40,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from build_vocab_mapping import target_ids
 from export_eagle3 import auxiliary_layers, read_draft
 from load_target import load_target, read_target_config, resolve_target
-from prepare_data import hash_tokenizer, load_tokenizer, open_data, render
+from prepare_data import TEMPLATES, hash_tokenizer, load_tokenizer, open_data, render
 from read_conversations import Rejected, boolean, fail, parse_flags, read_conversation, read_lines, write_atomic
 from record_run import curve, draw_curves, read_metrics
 from train_eagle3 import DraftModel
@@ -215,8 +215,11 @@ def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
 # Measuring
 
 
-def read_prompts(path, tokenizer, limit=None):
-    """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program."""
+def read_prompts(path, tokenizer, limit=None, options=None):
+    """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program.
+
+    options: variables of the tokenizer's template.
+    """
     if Path(path).is_dir():
         data, config = open_data(path)
         if config["ingredients"]["tokenizer"] != hash_tokenizer(tokenizer):
@@ -226,7 +229,7 @@ def read_prompts(path, tokenizer, limit=None):
         prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
     elif Path(path).is_file():
         lines = itertools.islice(read_lines(path), limit)
-        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}") for number, line in lines]
+        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
     else:
         fail(f"prompts {path} does not exist")
     if not prompts or not all(prompts):
@@ -234,7 +237,7 @@ def read_prompts(path, tokenizer, limit=None):
     return prompts
 
 
-def read_prompt(line, tokenizer, where):
+def read_prompt(line, tokenizer, where, options):
     """Token ids of the prompt in one line of a JSON Lines file."""
     try:
         row = json.loads(line)
@@ -243,7 +246,7 @@ def read_prompt(line, tokenizer, where):
         if isinstance(row.get("prompt"), str):
             return tokenizer(row["prompt"])["input_ids"]
         messages, tools = read_conversation(row)
-        text = render(tokenizer, messages[:-1], tools, add_generation_prompt=True)
+        text = render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except Rejected as error:
         fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")
@@ -417,6 +420,7 @@ FLAGS = {
         ("draft_model_path", str, None, "draft checkpoint, flat or speculators form; needed as well"),
         ("prompts", str, None, 'JSON Lines of conversations or {"prompt": text}, or a prepared folder; needed as well'),
         ("num_prompts", int, None, "use only the first so many; none: all", 1),
+        ("chat_template", (*TEMPLATES, "auto"), "auto", "of JSON Lines; qwen3-thinking and -instruct switch thinking"),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),
     ],
     "generation and output": [
@@ -455,7 +459,8 @@ def main(args):
         return compare(args.compare, open_output(args.output))
     model_dir = resolve_target(args.target_model_path)
     tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
-    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts)
+    template = TEMPLATES.get(args.chat_template)
+    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
     config, tensors = read_draft(args.draft_model_path)
     check_fit(args.draft_model_path, config, read_target_config(model_dir, args.trust_remote_code)[0])
     folder = open_output(args.output)

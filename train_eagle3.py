@@ -43,7 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 from build_vocab_mapping import choose_mapping, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
-from prepare_data import hash_tokenizer, load_tokenizer, open_data, prepare, read_token_freq
+from prepare_data import TEMPLATES, hash_tokenizer, load_tokenizer, open_data, prepare, read_token_freq
 from read_conversations import boolean, fail, normalise_argv, parse_flags, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, hash_target, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
@@ -848,7 +848,7 @@ FLAGS = {
         ("dataset_train_split", str, None, "JSON Lines of conversations; prepared into output_dir/data"),
         ("dataset_validation_split", str, None, "the same, for evaluation; none: no evaluation"),
         ("data_path", str, None, "folder written by prepare_data.py, instead of the two above"),
-        ("chat_template", str, "llama3", "llama3, qwen, gpt-oss, deepseek-r1-distill, or auto = the tokenizer's own"),
+        ("chat_template", str, "llama3", f"{', '.join(TEMPLATES)} or auto, which finds it out"),
         ("max_length", int, 2048, "tokens; longer conversations are cut at the right", 2),
         ("build_dataset_num_proc", int, 96, "processes that tokenise, at most the cores available", 1),
         ("trust_remote_code", boolean, False, "run code that comes with the target"),

@@ -611,3 +611,21 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         line = capsys.readouterr().err.strip()
         assert stop.value.code == 2
         assert line.startswith("error: ") and "\n" not in line and words in line, (options, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("auto", "assistant\n"), ("qwen3-thinking", "assistant\n"), ("qwen3-instruct", "<think>\n\n</think>\n\n")],
+)
+def test_chat_template_switches_the_thinking_of_the_prompts(paths, tmp_path, monkeypatch, name, end):
+    """A target that answers at once is measured as it is served: behind the empty thought."""
+    tokenizer = tiny.tokenizer(VOCABULARY)
+    tokenizer.chat_template = (tiny.REPOSITORY / "tests" / "templates" / "qwen3.jinja").read_text()
+    seen, read_prompts = [], evaluate_eagle3.read_prompts
+    monkeypatch.setattr(evaluate_eagle3, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(evaluate_eagle3, "read_prompts", lambda *args: seen.extend(read_prompts(*args)) or seen)
+    monkeypatch.setattr(evaluate_eagle3, "measure", lambda *args: (_ for _ in ()).throw(InterruptedError))
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.conversations(2))
+    with pytest.raises(InterruptedError):
+        run(paths, prompts=tmp_path / "prompts.jsonl", chat_template=name)
+    assert len(seen) == 2 and all(tokenizer.decode(ids).endswith(end) for ids in seen)
