@@ -93,18 +93,19 @@ def ask_for(args, what, work):
 def served_model(args, model_dir, longest):
     """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
     try:
-        models = ask_for(args, "the list of its models", lambda: request(args, "models")["data"])
+        work = lambda: {model["id"]: model for model in request(args, "models")["data"]}  # noqa: E731
+        models = ask_for(args, "the list of its models", work)
     except ServerFailed as error:
         fail(error)
     names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()
-    for model in models:
+    for name, model in models.items():
         own = [model[key] for key in ("id", "root") if model.get(key)]
         if any(name in names or Path(name).resolve() == there for name in own):
             if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
                 fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
                      f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
-            return model["id"]
-    fail(f"vllm_endpoint {args.vllm_endpoint} serves {', '.join(model['id'] for model in models)}, not the target "
+            return name
+    fail(f"vllm_endpoint {args.vllm_endpoint} serves {', '.join(models)}, not the target "
          f"{names[0]}: start it with that one, or if it is, with --served-model-name {names[0]}")  # fmt: skip
 
 

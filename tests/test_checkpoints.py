@@ -292,6 +292,9 @@ def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatc
     tiny.write_jsonl(tmp_path / "other.jsonl", tiny.conversations(9, 1))
     prepare(tmp_path / "other.jsonl", tmp_path / "other", work / "target", chat_template="llama3", num_proc=1)
     assert "another data than" in refused(capsys, work, out, "--resume", "--data_path", tmp_path / "other")
+    tiny.write_target(tmp_path / "target", seed=1)
+    line = refused(capsys, work, out, "--resume", "--target_model_path", tmp_path / "target")
+    assert f"another target than {tmp_path / 'target'}" in line
     state = json.loads((out / "step_00000012" / "trainer_state.json").read_text())
     assert state["step"] == 12 and rows(out) == rows(work / "whole"), "nothing was touched"
 

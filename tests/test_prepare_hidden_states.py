@@ -639,6 +639,16 @@ def test_offline_in_float32_is_online_bit_by_bit(work, tmp_path, online, no_targ
     assert identical(train(work, tmp_path / "b", *offline(work / "float32", "generate"), "--num_workers", 2), online)
 
 
+@pytest.mark.parametrize("on_missing", ["skip", "warn"])
+def test_nothing_to_train_on_is_one_line(work, tmp_path, no_target, capsys, on_missing):
+    """A folder without a row, where rows that it lacks are left out."""
+    shutil.copytree(work / "float32", tmp_path / "empty")
+    for path in (tmp_path / "empty").glob("*.safetensors"):
+        path.unlink()
+    line = refused(capsys, train, work, tmp_path / "out", *offline(tmp_path / "empty", on_missing))
+    assert f"has none of the 26 rows: on_missing {on_missing} would leave out all" in line
+
+
 @pytest.mark.parametrize(("dtype", "gap"), [("bfloat16", 2e-2), ("fp8", 8e-2)])
 def test_other_dtypes_give_the_same_training_to_their_rounding(work, tmp_path, online, no_target, dtype, gap):
     found = train(work, tmp_path / "out", *offline(work / dtype))

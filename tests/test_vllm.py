@@ -69,7 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         model = {"id": self.server.name, "root": self.server.root, "max_model_len": self.server.max_len}
-        self.answer({"data": [model]} if self.path == "/v1/models" else {})
+        models = {"data": [model]} if self.server.models is None else self.server.models
+        self.answer(models if self.path == "/v1/models" else {})
 
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -93,7 +94,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with open(f"{path}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 told = {"hidden_states_path": str(path)}
-                self.answer({"choices": [{"prompt_token_ids": ids}], "kv_transfer_params": told})
+                choices = [{"prompt_token_ids": ids}] if server.choices is None else server.choices
+                self.answer({"choices": choices, "kv_transfer_params": told})
                 self.wfile.flush()
                 time.sleep(0.02)  # the client has the path before there is a file
                 tokens = torch.tensor(ids) + server.shift
@@ -111,10 +113,14 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def open_server(model, name, folder, port=0):
-    """A server that is not faulty: set lives (requests until it dies), failures, delay (s), shift (of tokens)."""
+    """A server that is not faulty: set lives (requests until it dies), failures, delay (s), shift (of tokens).
+
+    models and choices: what it answers in their place.
+    """
     server = Server(("127.0.0.1", port), Handler)
     vars(server).update(model=model, name=str(name), root=None, folder=Path(folder), max_len=512, requests=[], busy=0)
-    vars(server).update(most=0, lives=None, failures=0, delay=0, shift=0, counting=threading.Lock())
+    vars(server).update(most=0, lives=None, failures=0, delay=0, shift=0, models=None, choices=None)
+    server.counting = threading.Lock()
     return server
 
 
@@ -305,6 +311,26 @@ def test_server_of_another_model_or_length_is_refused_before_anything_is_trained
 def test_endpoint_where_nobody_listens(work, tmp_path, capsys, waits):
     error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", "http://127.0.0.1:9", "--max_retries", 2)
     assert "http://127.0.0.1:9 fails for the list of its models, 3 times" in error and waits == [1, 2]
+
+
+@pytest.mark.parametrize("models", [[], {}, {"data": None}, {"data": ["name"]}, {"data": [{"name": "x"}]}])
+def test_list_of_models_of_another_form_is_one_line(work, server, tmp_path, capsys, waits, models):
+    server.models = models
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 1)
+    assert f"{server.url} fails for the list of its models, 2 times" in error and waits == [1]
+
+
+@pytest.mark.parametrize("choices", [[], {}, "text"])
+def test_answer_of_another_form_is_one_line(work, server, tmp_path, capsys, waits, choices):
+    server.choices = choices
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 1)
+    assert f"{server.url} fails for row " in error and ", 2 times" in error and 1 in waits
+
+
+@pytest.mark.parametrize("on_missing", ["skip", "warn", "raise"])
+def test_endpoint_is_for_missing_rows_that_are_generated(work, server, tmp_path, capsys, on_missing):
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--on_missing", on_missing)
+    assert f"needs on_missing generate, not {on_missing}" in error and server.requests == []
 
 
 # --- the extractor's files ---

@@ -4,11 +4,12 @@ import contextlib
 import os
 import socket
 import threading
+import time
 
 import pytest
 
 from load_target import saved_dtype
-from run_ranks import Watch
+from run_ranks import Watch, remove_old_locks
 
 
 @pytest.fixture
@@ -64,6 +65,18 @@ def test_a_forked_process_closes_the_connections_and_nothing_else(watch):
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0 and os.read(reading, 4) == b"open"
     theirs.close()
+
+
+def test_lock_of_a_build_that_was_killed_is_removed_and_of_one_under_way_is_not(tmp_path, monkeypatch, capsys):
+    old, fresh = tmp_path / "cpu_adam" / "lock", tmp_path / "py311_cpu" / "shm" / "lock"
+    for lock, age in ((old, 901), (fresh, 880)):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    remove_old_locks()
+    assert not old.exists() and fresh.exists()
+    assert capsys.readouterr().err == f"{old} was left by a build that was interrupted: removed\n"
 
 
 def test_the_saved_dtype_is_the_weights_own_where_the_configuration_names_none(tmp_path):
