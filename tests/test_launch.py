@@ -187,6 +187,7 @@ def two_nodes(started, namespaces, *command):
                     *command)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_nodes_with_a_launcher_each(work, started, namespaces):
     """The name of this host is that of both nodes and may be the loopback's: gloo has to listen elsewhere."""
     two_nodes(started, namespaces, *train(work, started))

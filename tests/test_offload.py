@@ -47,7 +47,7 @@ def check_same(work, output):
     "name",
     [
         pytest.param("zero2_offload.json", marks=pytest.mark.slow),
-        "zero3_offload.json",
+        pytest.param("zero3_offload.json", marks=pytest.mark.slow),
         pytest.param(DRAFT_ON_DISK, marks=disk),
     ],
 )

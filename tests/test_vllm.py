@@ -228,6 +228,7 @@ def test_a_row_may_be_under_way_twice(work, server, tmp_path, batch):
     assert len(server.requests) == 5 * 9 + 3
 
 
+@pytest.mark.slow
 def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
     launch = ["torchrun", "--nproc_per_node", "2", Path(__file__).with_name("launch_many.py")]
     runs = [
