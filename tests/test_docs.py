@@ -86,6 +86,57 @@ def test_readme_commands_name_files_and_flags_that_exist():
                 assert option in known[script[1]], line
 
 
+OTHERS = {  # flags of programs that are not here: as their own --help has them
+    "deepspeed": "hostfile include master_addr master_port no_ssh node_rank num_gpus",
+    "torchrun": "master_addr nnodes node_rank nproc_per_node",
+    "vllm": "kv_transfer_config max-model-len port reasoning-parser speculative-config speculative_config "
+            "tensor-parallel-size dtype served-model-name",
+    "sglang": "dtype model-path reasoning-parser speculative-algorithm speculative-draft-model-path "
+              "speculative-eagle-topk speculative-num-draft-tokens speculative-num-steps tp-size",
+    "az": "file resource-group set workspace-name", "swanlab": "id", "tensorboard": "logdir",
+    "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "
+                       "quiet yes version",
+    "benchmarks and make_tiny_target": "block hidden_size layers ranks steps table vocab_size",
+}  # fmt: skip
+
+
+def test_flags_that_are_mentioned_anywhere_exist():
+    """In README, examples, azureml/ and help texts: of a script of ours, an alias, or of a program named above."""
+    paths = [path for name in ("examples", "azureml") for path in (ROOT / name).rglob("*") if path.is_file()]
+    texts = {path: path.read_text() for path in (ROOT / "README.md", *paths)}
+    known = {option[2:] for script in SCRIPTS for option in flags_of(script)} | set(train_eagle3.ALIASES)
+    for script in SCRIPTS:
+        texts |= {(script.__name__, option): action.help or "" for option, action in flags_of(script).items()}
+    others, mentioned = set(" ".join(OTHERS.values()).split()), set()
+    for where, text in texts.items():
+        for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+            mentioned.add(name)
+            assert name in others or name.replace("-", "_") in known, f"--{name} in {where}"
+    assert len(mentioned & others) > 30 and len(mentioned) > 100
+
+
+def test_files_that_are_mentioned_anywhere_exist():
+    paths = [ROOT / "README.md", *ROOT.glob("*.py"), *(ROOT / "examples").glob("*.*")]
+    texts = {path: path.read_text() for path in paths}
+    for where, text in texts.items():
+        for name in re.findall(r"(?<![\w/.-])((?:examples|ds_configs|benchmarks|tests|azureml)/[\w./-]*\w)", text):
+            assert (ROOT / name).exists(), f"{name} in {where}"
+        for name in re.findall(r"(?<![\w/.-])([a-z_0-9]+\.py)\b", text):
+            folders = ("", "examples", "benchmarks", "tests")
+            assert any((ROOT / folder / name).exists() for folder in folders), f"{name} in {where}"
+
+
+def test_every_flag_and_every_example_occurs_in_a_test():
+    texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("*.py") if path.name != "test_docs.py"}
+    words = set(re.findall(r"\w+", "\n".join(texts.values())))
+    for script in SCRIPTS:
+        for option in flags_of(script):
+            if option.startswith("--") and option != "--help":
+                assert {option[2:], option[2:].removeprefix("regenerate_")} & words, f"{script.__name__} {option}"
+    for path in (ROOT / "examples").glob("run_*.sh"):
+        assert any(f'"{path.name}"' in text for text in texts.values()), path
+
+
 def test_readme_file_map_names_every_file_and_nothing_else():
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True

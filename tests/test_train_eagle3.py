@@ -390,3 +390,17 @@ def test_bad_input_is_one_line_with_exit_code_2_before_any_model_loads(work, cas
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
         assert stopped.value.code == 2, name
         assert len(lines) == 1 and expected in lines[0], (name, lines)
+
+
+def test_data_prepared_on_the_fly_take_the_flags_of_their_preparation(work, tmp_path, monkeypatch):
+    given = {}
+
+    def stop(*_, **options):
+        given.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(train_eagle3, "prepare", stop)
+    flags = "--dataset_train_split", work / "train.jsonl", "--build_dataset_num_proc", 3, "--max_length", 99
+    with pytest.raises(InterruptedError):
+        run(work, tmp_path / "out", *flags, "--chat_template", "auto", data=False)
+    assert (given["num_proc"], given["max_length"], given["chat_template"]) == (3, 99, "auto")
