@@ -110,6 +110,8 @@ def load_tokenizer(target_model_path, trust_remote_code=False):
     from transformers import AutoTokenizer
 
     folder = locate(target_model_path, TOKENIZER_FILES)
+    if (folder / "tiktoken.model").exists() and not (folder / "tokenizer.json").exists():
+        fail(f"the tokenizer in {folder} is a tiktoken.model: add a tokenizer.json that was made of it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -120,7 +122,7 @@ def load_tokenizer(target_model_path, trust_remote_code=False):
 
 
 def hash_tokenizer(tokenizer):
-    """Hash of all that decides which tokens a conversation becomes."""
+    """Hash of all that decides which tokens a conversation becomes, but for a date that a template may print."""
     return hash_of([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
@@ -152,7 +154,8 @@ def read_token_freq(path):
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
 # All that turns a row into tokens. encoder: without post-processing, which would trim blanks off the offsets. template:
 # None for auto if the tokenizer has none. opening: what the prompt, so not the assistant, has behind the header.
-# call_form: content of a message that calls tools and has no text, and whether its arguments are handed over as text.
+# call_form: content of a message that calls tools and has no text (None: transformers leaves the key out), and whether
+# its arguments are handed over as text.
 # thoughts: reasoning is "dropped" as the target answers at once, goes into a "field" that the template reads, or stays
 # in the "text" of the reply.
 CHAT_FIELDS = ("tokenizer", "encoder", "template", "opening", "call_form", "thoughts", "max_length", "only_last")
@@ -211,6 +214,20 @@ def arrange(messages, chat):
     return arranged
 
 
+def reasoning_of(message):
+    """(reasoning, answer) of an assistant's message, whichever form it has; "" if there is none."""
+    content, reasoning = message["content"] or "", message["reasoning"] or ""
+    if not reasoning and "</think>" in content:
+        reasoning, content = content.removeprefix("<think>").split("</think>", 1)
+    return reasoning.strip(), content
+
+
+def shows(text, message):
+    """Does the text of a reply have the message's reasoning, which the answer may say again?"""
+    reasoning, answer = reasoning_of(message)
+    return not reasoning or text.count(reasoning) > answer.count(reasoning)
+
+
 def render_reply(messages, tools, chat):
     """(text, spans) of a conversation that ends with the reply as the target produces it, reasoning included.
 
@@ -222,30 +239,29 @@ def render_reply(messages, tools, chat):
     if template.shared_ends and not text.endswith(template.ends):
         text += template.ends[1 if last.get("tool_calls") else 0]
     spans = find_spans(text, template, chat.opening)
-    content, reasoning = last["content"] or "", last["reasoning"] or ""
-    if not reasoning and "</think>" in content:
-        reasoning, content = content.removeprefix("<think>").split("</think>", 1)
-    kept = "tool_calls" in last or not spans or reasoning.strip() in text[spans[-1][0] :]
-    if not reasoning.strip() or kept or "</think>" not in str(chat.tokenizer.chat_template):
+    if "tool_calls" in last or not spans or shows(text[spans[-1][0] :], last):
         return text, spans
+    if "</think>" not in str(chat.tokenizer.chat_template):
+        return text, spans
+    reasoning, content = reasoning_of(last)
     if text.startswith("<think></think>", spans[-1][0]):  # the template has a place for it, and no blanks around it
-        text = text[: spans[-1][0]] + f"<think>{reasoning.strip()}" + text[spans[-1][0] + len("<think>") :]
+        text = text[: spans[-1][0]] + f"<think>{reasoning}" + text[spans[-1][0] + len("<think>") :]
         return text, find_spans(text, template, chat.opening)
     prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True, **template.options)
     prompt = re.sub(r"(<think>\n?)?\Z", "<think>\n", prompt, count=1)
-    text = f"{prompt}{reasoning.strip()}\n</think>\n\n{content.strip()}{template.ends[0]}"
+    text = f"{prompt}{reasoning}\n</think>\n\n{content.strip()}{template.ends[0]}"
     return text, find_spans(text, template, chat.opening)
 
 
 def chat_spans(row, chat):
-    """(text, spans) of a row with messages."""
+    """(text, spans) of a row with messages, and whether the reasoning of the last one is left out."""
     messages, tools = read_conversation(row)
     content = json.dumps([messages, tools], ensure_ascii=False)
     for marker in chat.template.headers + chat.template.ends:
         # No text may contain one: a prompt could declare itself supervised, a reply end too early.
         if json.dumps(marker.strip(), ensure_ascii=False)[1:-1] in content:
             raise Rejected("marker inside content", repr(marker))
-    messages = arrange(messages, chat)
+    last, messages = messages[-1], arrange(messages, chat)
     others = [message | {"content": "x"} if message["role"] == "tool" else message for message in messages]
     try:
         text, spans = render_reply(messages, tools, chat)
@@ -268,7 +284,7 @@ def chat_spans(row, chat):
         if start < 0:
             raise Rejected("turns not marked", "an answer that was cut is not shown as it is")
         spans[-1] = (spans[-1][0], start + len(content))
-    return text, spans
+    return text, spans, not shows(text[slice(*spans[-1])], last)
 
 
 def encode(text, spans, encoder):
@@ -287,7 +303,10 @@ def encode(text, spans, encoder):
 
 
 def tokenise(raw, chat):
-    """(ids, mask, number of tokens cut off) of one row, given as the bytes of its line. Raises Rejected."""
+    """(ids, mask, number of tokens cut off, whether the last reply's reasoning is left out) of one row, given as the
+    bytes of its line. Raises Rejected.
+    """
+    silent = False
     try:
         row = json.loads(raw.decode() or "{}")
         json.dumps(row, ensure_ascii=False).encode() if b"\\u" in raw else None  # half a surrogate pair is no text
@@ -312,7 +331,7 @@ def tokenise(raw, chat):
         if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
             raise Rejected("no chat template in the tokenizer", "needed to render messages, or for the markers of auto")
         if is_chat:
-            text, spans = chat_spans(row, chat)
+            text, spans, silent = chat_spans(row, chat)
         elif isinstance(text, str):
             spans = find_spans(text, chat.template, chat.opening)
         elif row:
@@ -323,17 +342,18 @@ def tokenise(raw, chat):
     ids, mask, cut = ids[: chat.max_length], mask[: chat.max_length], max(0, len(ids) - chat.max_length)
     if not mask.any():
         raise Rejected("no supervised token", f"within {chat.max_length} tokens" if cut else "")
-    return ids, mask, cut
+    return ids, mask, cut, silent
 
 
 def tokenise_row(row, chat):
     """For datasets' map: columns of a row; without tokens, but with cause and detail, if it is rejected."""
-    ids, mask, cut, cause, detail = np.zeros(0, np.int32), np.zeros(0, np.uint8), 0, "", ""
+    ids, mask, cut, silent, cause, detail = np.zeros(0, np.int32), np.zeros(0, np.uint8), 0, False, "", ""
     try:
-        ids, mask, cut = tokenise(row["raw"], chat)
+        ids, mask, cut, silent = tokenise(row["raw"], chat)
     except Rejected as rejected:
         cause, detail = rejected.args[0], str(rejected.args[1])[:200]
-    return {"input_ids": ids, "loss_mask": mask, "length": len(ids), "cut": cut, "cause": cause, "detail": detail}
+    values = {"input_ids": ids, "loss_mask": mask, "length": len(ids), "cut": cut, "silent": silent}
+    return values | {"cause": cause, "detail": detail}
 
 
 # ---------------------------------------------------------------------------- does the template fit the tokenizer?
@@ -438,7 +458,8 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache, agai
         rows = lambda: ({"line": line, "raw": raw} for line, raw in answered_rows(lines, path))  # noqa: E731
         data = Dataset.from_generator(rows, cache_dir=str(cache / "answers"), fingerprint="answers")
     columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
-    columns |= {"length": Value("int32"), "cut": Value("int64"), "cause": Value("string"), "detail": Value("string")}
+    columns |= {"length": Value("int32"), "cut": Value("int64"), "silent": Value("bool"), "cause": Value("string")}
+    columns |= {"detail": Value("string")}
     workers = min(num_proc, len(data) // MIN_ROWS_PER_PROCESS)
     data = data.map(
         functools.partial(tokenise_row, chat=chat), remove_columns=["raw"], features=Features(columns),
@@ -447,7 +468,7 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache, agai
     )  # fmt: skip
     total, lengths = len(data), np.array(data["length"][:])
     rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
-    data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut"])
+    data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut", "silent"])
     limit = options["max_rejected_ratio"]
     if limit is None:
         limit = PRESETS[source].rejected if source in PRESETS else 0.01
@@ -481,7 +502,7 @@ def build(sources, chat, options, num_proc, config, folder, caches, again=None):
             fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
         order = np.random.RandomState(options["seed"]).permutation(rows)
         splits = {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
-    DatasetDict(splits).remove_columns("cut").save_to_disk(str(folder))
+    DatasetDict(splits).remove_columns(["cut", "silent"]).save_to_disk(str(folder))
     for split, data in splits.items():
         lengths, counts = np.array(data["length"][:]), np.zeros(vocabulary, dtype=np.int64)
         for batch in data.with_format("arrow").iter(batch_size=1000):
@@ -492,8 +513,12 @@ def build(sources, chat, options, num_proc, config, folder, caches, again=None):
         part = config["splits"][split] = {
             "rows": len(data), "tokens": int(lengths.sum()), "supervised_tokens": int(counts.sum()),
             "longest": int(lengths.max()), "truncated": int(np.count_nonzero(data["cut"][:])),
+            "reasoning_left_out": int(np.count_nonzero(data["silent"][:])),
             "rejected": Counter(row["cause"] for row in rejected.get(split, ())),
         }  # fmt: skip
+        if part["reasoning_left_out"]:
+            print(f"{split}: {part['reasoning_left_out']:,} rows without the reasoning of their last reply: the target "
+                  "is asked to answer at once, or its chat template does not show it")  # fmt: skip
         print(f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
               f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
               f"rejected: {dict(part['rejected']) or 'none'}")  # fmt: skip
@@ -537,6 +562,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
         "chat_template": [chat_template, *(chat.template or ())],
     }  # fmt: skip
     if regenerate:
+        regenerate.template_options = chat.template.options if chat.template else {}  # the server has to render so too
         ingredients["regenerate"] = settings_of(regenerate, target_model_path)
     fingerprint = hash_of(ingredients)
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:

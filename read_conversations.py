@@ -129,8 +129,8 @@ def read_conversation(row):
         raise Rejected("roles out of order", " ".join(roles))
     with contextlib.suppress(ValueError):
         tools = json.loads(tools) if isinstance(tools, str) else tools
-    if not isinstance(tools, list | None):
-        raise Rejected("malformed tools", "neither a list nor the JSON of one")
+    if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
+        raise Rejected("malformed tools", "neither a list of objects nor the JSON of one")
     return messages[: len(roles) - roles[::-1].index("assistant")], tools
 
 
@@ -154,6 +154,8 @@ def read_message(turn):
             raise Rejected("malformed message", "tool_calls is not a list of objects")
         for call in calls:  # their arguments are text on the wire, but templates want the object
             function = call.get("function", call)
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise Rejected("malformed message", "a call of tool_calls has no name")
             with contextlib.suppress(ValueError, TypeError, KeyError):  # an object already, none, or no JSON
                 function["arguments"] = json.loads(function["arguments"])
         if not isinstance(content, str | None) or not (content or "").strip():
@@ -309,9 +311,9 @@ def find_files(name, dataset_path, split):
     if not dataset_path:
         folders = [download(repo, patterns, "dataset", preset.revision) for repo in preset.hub]
     found = ([path for folder in folders for path in sorted(folder.glob(pattern))] for pattern in patterns)
-    if not (files := next(filter(None, found), [])) and preset.hub:
-        where = ", ".join(map(str, folders))
-        fail(f"preset {name}: no {' or '.join(patterns)} in {where}, as in {', '.join(preset.hub)} on the hub")
+    if len(files := next(filter(None, found), [])) < len(preset.hub):  # one of each repository at least
+        where, wanted = ", ".join(map(str, folders)), " or ".join(patterns)
+        fail(f"preset {name}: {len(files) or 'no'} {wanted} in {where}, as in {', '.join(preset.hub)} on the hub")
     return files
 
 

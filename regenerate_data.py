@@ -34,17 +34,11 @@ REGENERATE_FLAGS = [
     ("regenerate_endpoint", str, None, "URL of a server whose answers replace the assistant turns; none: they stay"),
     ("regenerate_model", str, None, "what the server calls the target; none: target_model_path"),
     ("regenerate_path", str, None, "folder that keeps the answers; none: OUTPUT_PATH.answers"),
-    (
-        "regenerate_temperature",
-        float,
-        None,
-        "of the answers; none: the server's, which is the target's own for most",
-        0,
-    ),
+    ("regenerate_temperature", float, None, "of the answers; none: the server's, as a rule the target's own", 0),
     ("regenerate_max_tokens", int, 4096, "of an answer, reasoning included; what is cut there has no end to learn", 1),
     ("regenerate_reasoning", ("keep", "drop"), "keep", "whether an answer keeps its reasoning"),
     ("regenerate_concurrency", int, 64, "conversations under way at once", 1),
-    ("regenerate_timeout", float, 600, "seconds that the server may take for an answer", 0),
+    ("regenerate_timeout", float, 600, "seconds that the server may take for an answer", 1),
     ("regenerate_retries", int, 6, "times that it is asked again, after 1, 2, 4, ... 60 seconds", 0),
 ]
 
@@ -79,7 +73,9 @@ def keep_asking(server, what, retries, work):
         except ServerFailed as error:
             raise ServerFailed(f"{server}, {what}: {error}") from error
         except urllib.error.HTTPError as error:
-            said = f"{error}: {error.read(300).decode(errors='replace')}"
+            said = str(error)
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the connection may end in the middle
+                said += f": {error.read(300).decode(errors='replace')}"
             if error.code < 500 and error.code not in (408, 429):
                 failed = ServerFailed(f"{server} refuses {what}: {said}")
                 failed.status = error.code
@@ -231,24 +227,31 @@ def served_model(args, target):
     if args.regenerate_model:
         return args.regenerate_model
     server = f"regenerate_endpoint {args.regenerate_endpoint}"
-    listed = lambda: request_answer(args.regenerate_endpoint, "models", timeout=args.regenerate_timeout)  # noqa: E731
+
+    def listed():
+        answer = request_answer(args.regenerate_endpoint, "models", timeout=args.regenerate_timeout)
+        return {model["id"]: model for model in answer["data"]}
+
     try:
-        models = keep_asking(server, "the list of its models", args.regenerate_retries, listed)["data"]
+        models = keep_asking(server, "the list of its models", args.regenerate_retries, listed)
     except ServerFailed as error:
         fail(error)
-    for model in models:
+    for name, model in models.items():
         own = [model[key] for key in ("id", "root") if model.get(key)]
-        if any(name == str(target) or Path(name).resolve() == Path(target).resolve() for name in own):
-            return model["id"]
-    names = ", ".join(model["id"] for model in models)
-    fail(f"{server} serves {names}, not the target {target}: if one of them is it, name it with --regenerate_model")
+        if any(known == str(target) or Path(known).resolve() == Path(target).resolve() for known in own):
+            return name
+    fail(f"{server} serves {', '.join(models)}, not the target {target}: if one of them is it, name it with "
+         "--regenerate_model")  # fmt: skip
 
 
 def settings_of(args, target):
-    """What the answers depend on, beside the input; where the server is does not matter."""
+    """What the answers depend on, beside the input; where the server is does not matter.
+
+    args: the flags, and template_options, the variables of the target's chat template.
+    """
     names = ("temperature", "max_tokens", "reasoning")
     model = {"model": args.regenerate_model or str(target)}
-    return model | {name: getattr(args, f"regenerate_{name}") for name in names}
+    return model | {name: getattr(args, f"regenerate_{name}") for name in names} | {"template": args.template_options}
 
 
 def open_answers(args, target, output, inputs):
@@ -285,6 +288,7 @@ def ask_all(lines, read, pending, model, args):
         def ask(messages, tools):
             body = {"model": model, "messages": messages, "max_tokens": args.regenerate_max_tokens}
             body |= {"tools": tools} if tools else {}
+            body |= {"chat_template_kwargs": args.template_options} if args.template_options else {}
             if args.regenerate_temperature is not None:
                 body["temperature"] = args.regenerate_temperature
             return keep_asking(server, f"row {row}", args.regenerate_retries, lambda: complete(body, args))
@@ -328,7 +332,14 @@ def ask_all(lines, read, pending, model, args):
 def complete(body, args):
     """A chat completion; ValueError if the answer is none."""
     answer = request_answer(args.regenerate_endpoint, "chat/completions", body, args.regenerate_timeout)
-    if not isinstance(answer, dict) or not answer.get("choices") or not answer["choices"][0].get("message"):
+    try:
+        message = answer["choices"][0]["message"]
+        right = isinstance(message.get("content"), str | None)
+        names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+        right = right and all(isinstance(name, str) for name in names)
+    except (LookupError, TypeError, AttributeError):
+        right = False
+    if not right:
         raise ValueError(f"an answer without a message: {str(answer)[:200]}")
     return answer
 

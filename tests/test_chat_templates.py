@@ -22,7 +22,7 @@ def tokenizer_of(family):
 def shown(row, chat):
     """As in templates/FAMILY.txt."""
     try:
-        ids, mask, _ = tokenise(json.dumps(row).encode(), chat)
+        ids, mask, *_ = tokenise(json.dumps(row).encode(), chat)
     except Rejected as rejected:
         return f"rejected: {rejected.args[0]}"
     text = marked(ids, mask, chat.tokenizer)
@@ -70,6 +70,23 @@ def test_the_name_turns_thinking_on_and_off():
     row = CONVERSATIONS["thinking in a field"]
     for name, family in (("qwen", "qwen3-instruct"), ("qwen3-thinking", "qwen3-thinking")):
         assert shown(row, make_chat(tokenizer, name, 4096, False)) == expected(family)["thinking in a field"]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("tagged", [False, True])
+def test_a_thought_that_the_answer_says_again_stays(family, tagged):
+    """Of one word, so that nothing else in the text holds it, and of one that stands in the answer."""
+
+    def text(thought):
+        fields = {"content": "the answer is four"} | ({} if tagged else {"reasoning_content": thought})
+        fields["content"] = (f"<think>\n{thought}\n</think>\n\n" if tagged else "") + fields["content"]
+        messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", **fields}]
+        ids, mask, _, silent = tokenise(json.dumps({"messages": messages}).encode(), chat)
+        return marked(ids, mask, chat.tokenizer), silent
+
+    chat = make_chat(tokenizer_of(family), names_of(family)[0], 4096, False)
+    (alone, silent), again = text("zzyzx"), text("four")
+    assert silent == ("zzyzx" not in alone) and again == (alone.replace("zzyzx", "four"), silent)
 
 
 def test_reasoning_alone_is_no_reply_of_a_target_that_answers_at_once():

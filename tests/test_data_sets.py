@@ -67,12 +67,20 @@ def test_from_the_hub_each_repository_is_asked_for_its_files(tmp_path, monkeypat
 
     monkeypatch.setattr(read_conversations.huggingface_hub, "snapshot_download", snapshot_download)
     files = find_files("camel", None, "train")
-    assert [path.name for path in files] == ["biology.zip", "physics.zip"] * 3
+    assert [path.name for path in files] == ["biology.zip", "chemistry.zip", "physics.zip"] * 3
     assert asked == [
         (f"camel-ai/{field}", "dataset", ("*.zip",), None) for field in ("biology", "chemistry", "physics")
     ]
     assert find_files("math_qa", None, "train")[0].name == "0000.parquet"
     assert asked[3][0] == "allenai/math_qa" and asked[3][3] == "refs/convert/parquet"
+
+
+def test_a_copy_that_lacks_one_of_several_repositories_is_named(tmp_path, capsys):
+    write_copy(tmp_path, "camel")
+    (tmp_path / "chemistry.zip").unlink()
+    with pytest.raises(SystemExit):
+        find_files("camel", tmp_path, "train")
+    assert "preset camel: 2 *.zip in" in (line := capsys.readouterr().err) and "camel-ai/chemistry" in line
 
 
 def test_a_copy_with_other_columns_is_rejected_row_by_row(tmp_path, capsys):

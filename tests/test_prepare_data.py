@@ -40,7 +40,7 @@ def line(row):
 
 def runs(row, chat):
     """The text of each maximal run of supervised tokens."""
-    ids, mask, _ = tokenise(line(row), chat)
+    ids, mask, *_ = tokenise(line(row), chat)
     assert len(ids) == len(mask) <= chat.max_length
     return runs_of(ids, mask, chat.tokenizer)
 
@@ -98,7 +98,7 @@ CALLING = [
 
 def test_the_prompt_that_opens_a_thought_is_not_supervised_but_stands_before_it():
     chat = chat_for("deepseek-r1-distill")
-    ids, mask, _ = tokenise(line(chat_row(USER, THOUGHT)), chat)
+    ids, mask, *_ = tokenise(line(chat_row(USER, THOUGHT)), chat)
     assert chat.tokenizer.decode(ids[mask == 0]).endswith("<｜Assistant｜><think>\n")
 
 
@@ -106,7 +106,7 @@ def test_reasoning_that_the_template_drops_is_put_back_behind_the_generation_pro
     tokenizer = family_tokenizer("qwen")
     tokenizer.chat_template = tokenizer.chat_template.replace("(loop.last or reasoning)", "false")
     chat = make_chat(tokenizer, "qwen", 2048, False)
-    ids, mask, _ = tokenise(line(chat_row(USER, TAGGED)), chat)
+    ids, mask, *_ = tokenise(line(chat_row(USER, TAGGED)), chat)
     assert runs_of(ids, mask, tokenizer) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\ntwo and two\n</think>\n\nfour<|im_end|>")
 
@@ -117,7 +117,7 @@ def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_en
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     chat = make_chat(tokenizer, "qwen", 2048, False)
     reply = {"role": "assistant", "content": " \n five"}
-    ids, mask, _ = tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
+    ids, mask, *_ = tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
     text = tokenizer.apply_chat_template([USER, reply, USER, REPLY], tokenize=False)
     prefix = tokenizer(text[: text.index(" \n five")], add_special_tokens=False)["input_ids"]
     assert prefix != ids[: len(prefix)].tolist()  # so that spans from encoded prefixes would be wrong
@@ -154,7 +154,7 @@ def test_offsets_cover_blanks_even_if_the_tokenizer_trims_them():
 def test_another_prompt_leaves_the_supervised_tokens_unchanged(family):
     chat, supervised = chat_for(family, names_of(family)[0]), []
     for prompt in ("hi", "Something 😀 else\n\nassistant\n", "<think> user <|system|>"):
-        ids, mask, _ = tokenise(line(chat_row({"role": "user", "content": prompt}, REPLY, *SECOND)), chat)
+        ids, mask, *_ = tokenise(line(chat_row({"role": "user", "content": prompt}, REPLY, *SECOND)), chat)
         supervised.append(ids[mask == 1].tolist())
     assert supervised[0] == supervised[1] == supervised[2]
 
@@ -177,11 +177,31 @@ def test_every_form_of_a_conversation_gives_the_same_tokens():
         {"messages": [*messages, {"role": "user", "content": "never answered"}]},
         {"text": chat.tokenizer.apply_chat_template(messages, tokenize=False)},
     ]
-    ids, mask, _ = tokenise(line(forms[0]), chat)
+    ids, mask, *_ = tokenise(line(forms[0]), chat)
     forms.append({"input_ids": ids.tolist(), "loss_mask": mask.tolist()})
     for form in forms:
-        other_ids, other_mask, _ = tokenise(line(form), chat)
+        other_ids, other_mask, *_ = tokenise(line(form), chat)
         assert other_ids.tolist() == ids.tolist() and other_mask.tolist() == mask.tolist(), form
+
+
+def test_rows_that_lose_their_reasoning_are_counted(tmp_path, capsys):
+    """Llama's template does not show it."""
+    tiny.tokenizer().save_pretrained(tmp_path / "target")
+    rows = [chat_row(USER, {**REPLY, "reasoning_content": "they greet"})] * 2 + [chat_row(USER, REPLY)]
+    rows.append(chat_row(USER, {**REPLY, "reasoning_content": "an earlier one"}, *SECOND))
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = prepare(path, tmp_path / "out", tmp_path / "target", num_proc=1)
+    assert config["splits"]["train"]["reasoning_left_out"] == 2
+    assert "train: 2 rows without the reasoning of their last reply" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen", "gpt-oss"])
+def test_calls_and_tools_of_another_form_are_rejected(name):
+    for call in ({"function": "add"}, {"function": None}, {"function": {"arguments": {}}}, {"name": 3}):
+        row = chat_row(USER, {"role": "assistant", "content": None, "tool_calls": [call]})
+        assert cause(row, chat_for(name)) == "malformed message", call
+    for tools in ([None], [1], "[1]", {"name": "add"}):
+        assert cause(chat_row(USER, REPLY, tools=tools), chat_for(name)) == "malformed tools", tools
 
 
 def test_reasoning_fields_and_tools_as_text():
@@ -205,9 +225,9 @@ def test_only_the_last_turn():
 
 
 def test_truncation_is_at_the_right_and_needs_a_supervised_token():
-    ids, mask, cut = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3"))
+    ids, mask, cut, _ = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3"))
     first = int(np.flatnonzero(mask)[0])
-    short, short_mask, cut = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3", max_length=first + 2))
+    short, short_mask, cut, _ = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3", max_length=first + 2))
     assert short.tolist() == ids[: first + 2].tolist() and short_mask.sum() == 2 and cut == len(ids) - first - 2
     assert cause(chat_row(USER, REPLY), chat_for("llama3", max_length=first)) == "no supervised token"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections import Counter
 
 import pytest
@@ -48,7 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.answer({"data": [{"id": "other"}, {"id": "served", "root": self.server.target}]})
+        models = {"data": [{"id": "other"}, {"id": "served", "root": self.server.target}]}
+        self.answer(models if self.server.models is None else self.server.models)
 
     def do_POST(self):
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
@@ -85,6 +87,7 @@ def completion(content, finish_reason="stop", **fields):
 def server():
     server = Server(("127.0.0.1", 0), Handler)
     vars(server).update(target="none", requests=[], busy=0, most=0, delay=0, counting=threading.Lock())
+    server.models = None
     server.reply = lambda number, body: completion(said(body["messages"]))
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -111,7 +114,7 @@ def target(tmp_path_factory):
 def settings(server, **options):
     """The flags of REGENERATE_FLAGS."""
     values = {name: default for name, _, default, *_ in regenerate_data.REGENERATE_FLAGS}
-    values |= {"regenerate_endpoint": server.url, "regenerate_concurrency": 8}
+    values |= {"regenerate_endpoint": server.url, "regenerate_concurrency": 8, "template_options": {}}
     return type("Flags", (), values | {f"regenerate_{name}": value for name, value in options.items()})
 
 
@@ -208,7 +211,7 @@ def test_what_was_cut_has_no_end_to_learn(target):
         (REPLY, "hello there<|im_end|>⟧\n"),
     ):
         row = {"messages": [USER, {"role": "assistant", "cut": reply is not REPLY, **reply}]}
-        ids, mask, _ = prepare_data.tokenise(json.dumps(row).encode(), chat)
+        ids, mask, *_ = prepare_data.tokenise(json.dumps(row).encode(), chat)
         assert marked(ids, mask, chat.tokenizer).endswith(end)
 
 
@@ -217,6 +220,14 @@ def test_rows_that_cannot_be_answered_are_named(server, tmp_path):
         return (400, {"error": "too long"}) if body["messages"][0]["content"] == "long" else completion("fine")
 
     server.reply = reply
+    for call in ({"function": "add"}, {"function": None}, {"function": {"name": None}}, {}):
+        row = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        assert regenerate_data.answer_row(json.dumps({"messages": row}).encode(), None, "keep")[0] == {
+            "rejected_for": ["malformed message", "a call of tool_calls has no name"]
+        }
+    for tools in ([None], [1], "[null]", {"name": "add"}):
+        (found, _) = regenerate_data.answer_row(json.dumps({"messages": [USER, REPLY], "tools": tools}).encode(), 0, "")
+        assert found["rejected_for"][0] == "malformed tools", tools
     rows = [{"text": "rendered"}, [USER], [{"role": "user", "content": "long"}, REPLY], [USER, REPLY]]
     found = answer(server, tmp_path / "a.jsonl", rows)
     causes = [row["rejected_for"][0] for row in found[:3]]
@@ -241,10 +252,31 @@ def test_many_at_once_in_the_order_of_the_input(server, tmp_path):
 
 
 def test_faults_that_pass_are_waited_for(server, tmp_path, waits):
-    faults = [(503, {}), (429, {}), (None, None), (200, b"<html>"), (200, {"choices": []})]
+    faults = [(503, {}), (429, {}), (None, None), (200, b"<html>"), (200, {"choices": []}), (200, []),
+              (200, {"choices": [{"message": "text"}]}), completion(["a", "list"]), completion("", tool_calls=[None]),
+              completion(None, tool_calls=[{"function": "add"}])]  # fmt: skip
     server.reply = lambda number, body: faults[number] if number < len(faults) else completion("fine")
-    (row,) = answer(server, tmp_path / "a.jsonl", conversations(1))
-    assert contents(row)[1] == "fine" and waits == [1, 2, 4, 8, 16]
+    (row,) = answer(server, tmp_path / "a.jsonl", conversations(1), retries=10)
+    assert contents(row)[1] == "fine" and waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+
+
+def test_an_error_that_ends_in_the_middle_is_waited_for(server, tmp_path, waits, monkeypatch):
+    """The status has come, the connection breaks before its text."""
+
+    def broken(error, count):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(urllib.error.HTTPError, "read", broken, raising=False)
+    server.reply = lambda number, body: (502, {}) if number == 0 else completion("fine")
+    assert contents(answer(server, tmp_path / "a.jsonl", conversations(1))[0])[1] == "fine" and waits == [1]
+
+
+def test_an_answer_that_takes_too_long_is_asked_for_again(server, tmp_path, waits):
+    ended = threading.Event()
+    server.reply = lambda number, body: (number == 0 and ended.wait(20), completion("fine"))[1]
+    assert contents(answer(server, tmp_path / "a.jsonl", conversations(1), timeout=1)[0])[1] == "fine"
+    assert waits == [1] and len(server.requests) == 2
+    ended.set()
 
 
 def test_one_row_for_which_the_server_fails_is_set_aside(server, tmp_path, waits):
@@ -295,7 +327,7 @@ answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, Path(path), "m", Simp
 def test_killed_again_and_again_it_neither_loses_nor_repeats_a_row(server, tmp_path):
     """kill -9 at several moments; of each row one answer is kept, and what was on the disk is not asked for again."""
     server.delay, path, rows, code, kills = 0.005, tmp_path / "train.jsonl", conversations(150), -signal.SIGKILL, 0
-    flags = {name: value for name, value in vars(settings(server)).items() if name.startswith("regenerate")}
+    flags = {name: value for name, value in vars(settings(server)).items() if name[0] != "_"}
     while code == -signal.SIGKILL:
         before = path.stat().st_size if path.exists() else 0
         command = [sys.executable, "-c", ALONE]
@@ -381,6 +413,29 @@ def test_the_server_has_to_have_the_target_and_flags_need_an_endpoint(server, ta
     bare = [word for word in words if not word.startswith(("--regenerate", "http"))]
     error = stopped(capsys, prepare_data.main, prepare_data.parse_args([*bare, "--regenerate_reasoning", "drop"]))
     assert "regenerate_reasoning: without effect as long as no --regenerate_endpoint" in error
+
+
+def test_the_server_renders_as_the_data_are(server, target, tmp_path, capsys):
+    """A target that is to answer at once is asked to: its answers behind a thought are other ones."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    words = command(server, target, path, tmp_path / "out", regenerate_model="m")
+    prepare_data.main(prepare_data.parse_args(words))
+    assert not any("chat_template_kwargs" in request for request in server.requests)
+    at_once = [*words, "--chat_template", "qwen3-instruct"]
+    error = stopped(capsys, prepare_data.main, prepare_data.parse_args(at_once))
+    assert "template {}, now {'enable_thinking': False}: choose another --regenerate_path" in error
+    server.requests.clear()
+    prepare_data.main(prepare_data.parse_args([*at_once, "--regenerate_path", str(tmp_path / "at once")]))
+    assert [request["chat_template_kwargs"] for request in server.requests] == [{"enable_thinking": False}] * 2
+
+
+@pytest.mark.parametrize("models", [[], {}, {"data": None}, {"data": ["name"]}, {"data": [{"name": "x"}]}])
+def test_a_list_of_models_of_another_form_is_one_line(server, target, tmp_path, capsys, waits, models):
+    server.models = models
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    words = command(server, target, path, tmp_path / "out", regenerate_retries=1)
+    error = stopped(capsys, prepare_data.main, prepare_data.parse_args(words))
+    assert "fails for the list of its models, 2 times" in error and waits == [1]
 
 
 def test_refused_rows_count_as_rejected(server, target, tmp_path, capsys):
