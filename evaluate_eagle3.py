@@ -32,6 +32,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
@@ -218,7 +219,8 @@ def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
 def read_prompts(path, tokenizer, limit=None, options=None):
     """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program.
 
-    options: variables of the tokenizer's template.
+    options: variables of the tokenizer's template. Of a row with several turns the last reply is to be given again:
+    templates of targets that reason render earlier ones as history, without the thought that the target would begin.
     """
     if Path(path).is_dir():
         data, config = open_data(path)
@@ -226,7 +228,8 @@ def read_prompts(path, tokenizer, limit=None, options=None):
             fail(f"{path} was prepared with another tokenizer or chat template than the target's: prepare it again")
         rows = data["validation" if "validation" in data else "train"]
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        prompts = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows]
+        starts = [np.flatnonzero(np.diff(row["loss_mask"], prepend=0) == 1)[-1] for row in rows]
+        prompts = [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)]
     elif Path(path).is_file():
         lines = itertools.islice(read_lines(path), limit)
         prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]

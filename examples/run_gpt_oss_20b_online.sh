@@ -23,7 +23,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 
-TARGET=${TARGET:-openai/gpt-oss-20b}                 # folder or hub id
+TARGET=${TARGET:-openai/gpt-oss-20b}                # folder or hub id
 DATASET=${DATASET:-sharegpt}                        # preset, or a JSON Lines file of conversations
 DATASET_PATH=${DATASET_PATH:-}                      # local copy of the preset's hub repository; empty: download
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-gpt-oss}

@@ -6,8 +6,9 @@
 #   bash examples/run_qwen3_30b_a3b_online.sh
 #   TARGET=Qwen/Qwen3-30B-A3B-Instruct-2507 bash examples/run_qwen3_30b_a3b_online.sh
 #
-# Whether the target thinks is decided by the data: ShareGPT's answers hold no reasoning, so the draft learns to answer
-# at once. For a target that thinks give answers of its own, with their reasoning under reasoning_content, and a longer
+# Whether the target thinks is decided by CHAT_TEMPLATE. qwen3-instruct, the default, is for answers at once, as
+# ShareGPT's are: serve the target with thinking switched off (enable_thinking=false), or take the Instruct one. For a
+# target that thinks take qwen3-thinking, answers of its own with their reasoning under reasoning_content, and a longer
 # MAX_LENGTH.
 #
 # Hardware: meant for one node of 8 GPUs with 80 GB. By arithmetic the target has 61 GB of weights; two ranks that share
@@ -18,10 +19,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 
-TARGET=${TARGET:-Qwen/Qwen3-30B-A3B}                 # folder or hub id
+TARGET=${TARGET:-Qwen/Qwen3-30B-A3B}                # folder or hub id
 DATASET=${DATASET:-sharegpt}                        # preset, or a JSON Lines file of conversations
 DATASET_PATH=${DATASET_PATH:-}                      # local copy of the preset's hub repository; empty: download
-CHAT_TEMPLATE=${CHAT_TEMPLATE:-qwen}
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-qwen3-instruct}      # or qwen3-thinking
 OUTPUT=${OUTPUT:-output/qwen3-30b-a3b-online}
 NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
 TP_SIZE=${TP_SIZE:-2}                               # ranks that share a copy of the target

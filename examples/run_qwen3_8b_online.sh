@@ -5,10 +5,9 @@
 #   bash examples/run_qwen3_8b_online.sh
 #   TARGET=Qwen/Qwen3-14B DATASET=answers.jsonl MAX_LENGTH=8192 bash examples/run_qwen3_8b_online.sh
 #
-# Whether the target thinks is decided by the data. ShareGPT's answers hold no reasoning: the template puts an empty
-# thought before the last one, and the draft learns to answer at once, as the target does with thinking switched off.
-# For a target that thinks give answers of its own, with their reasoning under reasoning_content, and a longer
-# MAX_LENGTH.
+# Whether the target thinks is decided by CHAT_TEMPLATE. qwen3-instruct, the default, is for answers at once, as
+# ShareGPT's are: serve the target with thinking switched off (enable_thinking=false). For a target that thinks take
+# qwen3-thinking, answers of its own with their reasoning under reasoning_content, and a longer MAX_LENGTH.
 #
 # Hardware: meant for one node of 8 GPUs with 80 GB; each holds the whole target, 16 GB. Time and acceptance length:
 # not measured yet. Seen to run: on a CPU, with a small target. Written 2026-11-21. Every variable can be overridden
@@ -17,10 +16,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 
-TARGET=${TARGET:-Qwen/Qwen3-8B}                      # folder or hub id
+TARGET=${TARGET:-Qwen/Qwen3-8B}                     # folder or hub id
 DATASET=${DATASET:-sharegpt}                        # preset, or a JSON Lines file of conversations
 DATASET_PATH=${DATASET_PATH:-}                      # local copy of the preset's hub repository; empty: download
-CHAT_TEMPLATE=${CHAT_TEMPLATE:-qwen}
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-qwen3-instruct}      # or qwen3-thinking
 OUTPUT=${OUTPUT:-output/qwen3-8b-online}
 NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
 DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}

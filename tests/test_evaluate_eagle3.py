@@ -629,3 +629,12 @@ def test_chat_template_switches_the_thinking_of_the_prompts(paths, tmp_path, mon
     with pytest.raises(InterruptedError):
         run(paths, prompts=tmp_path / "prompts.jsonl", chat_template=name)
     assert len(seen) == 2 and all(tokenizer.decode(ids).endswith(end) for ids in seen)
+
+
+def test_prompts_of_prepared_data_are_before_the_last_reply(folder, tmp_path):
+    """As for JSON Lines: the earlier replies are part of the prompt."""
+    path = tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(3, turns=2))
+    prepare(path, tmp_path / "data", folder, num_proc=1)
+    tokenizer = tiny.tokenizer(VOCABULARY)
+    found = evaluate_eagle3.read_prompts(tmp_path / "data", tokenizer)
+    assert found == evaluate_eagle3.read_prompts(path, tokenizer) and len(found) == 3
