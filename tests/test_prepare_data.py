@@ -620,3 +620,12 @@ def test_command_line(tmp_path, target):
     command[3] = tmp_path / "absent.jsonl"
     result = subprocess.run(command, cwd=tiny.REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_that_has_only_tiktokens_file_is_refused(tmp_path, capsys):
+    """As in Kimi's repositories, of which transformers would make another tokenizer or none."""
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tiktoken.model").write_bytes(b"IQ== 0\n")
+    prepare_data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert "is a tiktoken.model: add a tokenizer.json" in fails(capsys, prepare_data.load_tokenizer, tmp_path)
