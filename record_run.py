@@ -280,7 +280,8 @@ class Record:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self):
+    def close(self, code=0):
+        """Draw the curves and end the trackers. code: with which the program will end, should one of them hang."""
         if self.first:
             self.bar.close()
             if problem := self.write():
@@ -296,17 +297,17 @@ class Record:
                 print(f"{path} is not drawn: {error}", file=sys.stderr)
             if late := ", ".join(join(self.trackers)):
                 print(f"{late}: not done {TRACKER_SECONDS} s after the training, which ends now", file=sys.stderr)
-                atexit.register(leave)
+                atexit.register(leave, code)
             sys.stdin = self.stdin
 
 
-def leave():
+def leave(code):
     """End the process at once: what a tracker that hangs would do at exit hangs as well."""
-    if Watch.running:
+    if Watch.running and not code:
         Watch.running.tell("")  # to the other ranks: this is no failure
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def tracked(row):

@@ -779,6 +779,7 @@ def train(args, engine, target, data, d2t, record, progress):
                 message = (
                     f"{progress.bad} steps in a row are not finite, the last good state is {folder or 'not saved'}"
                 )
+                record.close(2)
                 on_first_rank(functools.partial(fail, f"{message}: look at the rows named above"))
             if record.first:
                 record.bar.update()
@@ -981,7 +982,7 @@ def main(args):
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {output_dir / 'final'}")
     except ServerFailed as error:
         folder = save_step(engine, d2t, args, progress, record)
-        record.close()
+        record.close(2)
         on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}" if folder else error))
     record.close()
 

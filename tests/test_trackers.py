@@ -286,7 +286,8 @@ def record(work, tmp_path, monkeypatch):
         train_eagle3.dist.init_process_group("gloo", rank=0, world_size=1, store=train_eagle3.dist.HashStore())
     monkeypatch.setattr(record_run, "TRACKER_SECONDS", 0.5)
     left = []
-    monkeypatch.setattr(record_run.atexit, "register", left.append)
+    noted = lambda *call: left.append(call) if call[0] is record_run.leave else None  # noqa: E731 (tqdm registers too)
+    monkeypatch.setattr(record_run.atexit, "register", noted)
 
     def make(*openers, step=0, **more):
         names = [f"t{i}" for i in range(len(openers))]
@@ -351,8 +352,39 @@ def test_a_tracker_that_hangs_holds_nothing_up(record, capsys, where):
     never.set()
     assert time.monotonic() - start < 5 and [row[0] for row in rows[:-1]] == [*range(1, 101)]
     printed = capsys.readouterr().err
-    assert "t0: not done 0.5 s after the training" in printed and run.left == [record_run.leave]
+    assert "t0: not done 0.5 s after the training" in printed and run.left == [(record_run.leave, 0)]
     assert ("t0 is not open after 0.5 s" in printed) == (where == "open")
+
+
+FAILING = """
+import sys, time, record_run, train_eagle3
+record_run.TRACKER_SECONDS, how = 1, sys.argv.pop(1)
+def opened(args, settings):
+    return lambda values, step: print("told", step), lambda: (print("closed", flush=True), time.sleep(100))
+train_eagle3.TRACKERS["trackio"] = opened
+def away(*args):
+    raise train_eagle3.ServerFailed("the server is gone")
+objective = train_eagle3.run_objective
+def bad(*args):
+    return ((loss * float("nan"), *rest) for loss, *rest in objective(*args))
+if how == "server":
+    train_eagle3.evaluate = away
+else:
+    train_eagle3.run_objective = bad
+train_eagle3.run_together(train_eagle3.main, train_eagle3.parse_args())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "line"), [("server", "error: the server is gone"), ("nan", "error: 2 steps in a row are not finite")]
+)
+def test_a_run_that_fails_says_so_though_a_tracker_hangs(work, tmp_path, how, line):
+    argv = arguments(work, tmp_path / "out", "--report_to", "trackio", "--total_steps", 3, "--max_bad_steps", 2)
+    done = subprocess.run([sys.executable, "-c", FAILING, how, *argv], cwd=tiny.REPOSITORY, timeout=100,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2 and line in done.stderr.splitlines()[-1], done.stderr[-3000:]
+    assert "trackio: not done 1 s after the training" in done.stderr and "closed" in done.stdout
+    assert (tmp_path / "out" / "curves.png").exists()
 
 
 def test_a_resumed_run_offers_the_trackers_what_is_kept(record, tmp_path):
