@@ -113,7 +113,7 @@ def open_tensorboard(args, settings):
     from torch.utils.tensorboard import SummaryWriter
 
     step = settings["starts_behind_step"]
-    folder, held = str(Path(args.log_dir) / (args.run_name or "tensorboard")), set()
+    folder, held = str(Path(args.log_dir) / "-".join(filter(None, (args.run_name, settings["run_id"])))), set()
     if step and Path(folder).is_dir():
         events = EventAccumulator(folder, {"scalars": 0}).Reload()  # 0: all of them
         held = {(event.step, name) for name in events.Tags()["scalars"] for event in events.Scalars(name)}

@@ -108,7 +108,7 @@ def wandb_values(logs):
 def tensorboard_values(logs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events, found = EventAccumulator(str(logs / "tiny")).Reload(), defaultdict(list)
+    events, found = EventAccumulator(str(*logs.glob("tiny-*"))).Reload(), defaultdict(list)
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
             found[event.step, name].append(event.value)
@@ -220,6 +220,26 @@ def test_an_evaluation_made_up_for_is_in_the_tracker(record, tmp_path, monkeypat
             run.row("train", later, 0.1, {f"loss_{i}": float(later * i) for i in range(11)})
         run.close()
     check_values(name, tmp_path)
+
+
+def test_trainings_that_share_a_log_dir_hide_nothing_of_one_another(tmp_path):
+    """Neither with a name nor without one; the longer one came first."""
+    for name in (None, "tiny"):
+        for key, count in (("0123456789abcdef", 5), ("fedcba9876543210", 3)):
+            args = SimpleNamespace(run_name=name, log_dir=tmp_path)
+            log, close = record_run.open_tensorboard(args, settings_of() | {"run_id": key})
+            for step in range(1, count + 1):
+                log({"train/loss": float(count * step)}, step)
+            close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for folder in tmp_path.iterdir():
+        events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+        found[folder.name] = [(event.step, event.value) for event in events]
+    five, three = ([(step, float(count * step)) for step in range(1, count + 1)] for count in (5, 3))
+    assert found == {"0123456789abcdef": five, "fedcba9876543210": three, "tiny-0123456789abcdef": five,
+                     "tiny-fedcba9876543210": three}  # fmt: skip
 
 
 # --- accounts, as far as they can be known without one ---
