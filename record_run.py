@@ -36,13 +36,23 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetens
 TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
 
 
+def folder_behind(args):
+    """The folder with run.json and metrics.jsonl of the run that a checkpoint continues: output_dir once it has those
+    of the same run, else the checkpoint's own. None: there are no metrics."""
+    folders, names = (Path(args.output_dir), Path(args.resume_from_checkpoint).resolve().parent), {}
+    for folder in (folder for folder in folders if (folder / "metrics.jsonl").exists()):
+        path = folder / "run.json"
+        names[folder] = json.loads(path.read_text())["run_id"] if path.exists() else None
+    return next((folder for folder in names if names[folder] == [*names.values()][-1]), None)
+
+
 def run_settings(args, data_config, step):
     """run.json of a start that goes on behind `step`; what an earlier one said stays under "earlier_starts"."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    path, earlier = Path(args.output_dir) / "run.json", []
-    if step and path.exists():
-        before = json.loads(path.read_text())
+    earlier, behind = [], folder_behind(args) if step else None
+    if behind and (behind / "run.json").exists():
+        before = json.loads((behind / "run.json").read_text())
         earlier = [*before.pop("earlier_starts", []), before]
     return {
         "argv": sys.argv,
@@ -55,6 +65,7 @@ def run_settings(args, data_config, step):
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "run_id": earlier[0]["run_id"] if earlier else os.urandom(8).hex(),
         "starts_behind_step": step,
+        "continues": str(behind) if behind else None,
         "earlier_starts": earlier,
     }
 
@@ -229,7 +240,8 @@ class Record:
         self.first, step = dist.get_rank() == 0, settings["starts_behind_step"]
         if self.first:
             path = Path(args.output_dir) / "metrics.jsonl"
-            rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+            behind = settings.get("continues")
+            rows = [row for row in read_metrics(behind) if row["step"] <= step] if behind else []
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file, self.unwritten = path.open("ab", buffering=0), b""
             self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])

@@ -195,7 +195,8 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
     argv = arguments(work, output, "--report_to", ",".join(TRACKERS), "--total_steps", 7)
     with pytest.MonkeyPatch.context() as patch:
         offline(patch)
-        given = {"cwd": tiny.REPOSITORY, "timeout": 300, "capture_output": True, "text": True, "check": False}
+        given = {"cwd": tiny.REPOSITORY, "timeout": 300, "capture_output": True, "text": True, "check": False,
+                 "env": tiny.environment()}  # fmt: skip
         assert subprocess.run([sys.executable, "-c", program, *argv], **given).returncode == -9
         done = subprocess.run([sys.executable, "train_eagle3.py", *argv, "--resume"], **given)
         assert done.returncode == 0 and "fails" not in done.stderr, done.stderr[-3000:]
@@ -315,7 +316,7 @@ def record(work, tmp_path, monkeypatch):
             monkeypatch.setitem(record_run.TRACKERS, name, opener)
         given = {"output_dir": tmp_path, "log_dir": tmp_path, "report_to": names, "run_name": None, "total_steps": 9}
         args = SimpleNamespace(**given | more)
-        record = Record(args, settings_of(step))
+        record = Record(args, settings_of(step) | {"continues": str(tmp_path) if step else None})
         record.left = left
         return record
 
@@ -401,7 +402,7 @@ train_eagle3.run_together(train_eagle3.main, train_eagle3.parse_args())
 def test_a_run_that_fails_says_so_though_a_tracker_hangs(work, tmp_path, how, line):
     argv = arguments(work, tmp_path / "out", "--report_to", "trackio", "--total_steps", 3, "--max_bad_steps", 2)
     done = subprocess.run([sys.executable, "-c", FAILING, how, *argv], cwd=tiny.REPOSITORY, timeout=100,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+                          env=tiny.environment(), capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2 and line in done.stderr.splitlines()[-1], done.stderr[-3000:]
     assert "trackio: not done 1 s after the training" in done.stderr and "closed" in done.stdout
     assert (tmp_path / "out" / "curves.png").exists()
