@@ -100,6 +100,14 @@ def summary(args, config, layers, draft, target, data, data_config, share):
 def open_swanlab(args, settings):
     import swanlab
 
+    if os.environ.get("SWANLAB_MODE") == "local":  # without this very version it would write nothing, and not say so
+        board = next(line for line in importlib.metadata.requires("swanlab") if line.startswith("swanboard"))
+        try:
+            found = importlib.metadata.version("swanboard")
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if not board.startswith(f"swanboard=={found};"):
+            raise ImportError("SWANLAB_MODE=local needs pip install 'swanlab[dashboard]'")
     run = swanlab.init(
         project=os.environ.get("SWANLAB_PROJ_NAME", "eagle3"), name=args.run_name, log_dir=args.log_dir,
         config=settings, id=settings["run_id"], resume="allow",

@@ -1,5 +1,6 @@
 """The trackers with their real libraries, offline: values read back, resumed runs, trackers that fail or hang."""
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -80,6 +81,20 @@ def swanlab_values(logs):
         record.ParseFromString(data)
         if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):  # what it measures itself
             found[record.scalar.step, record.scalar.key].append(record.scalar.value.number)
+    return found
+
+
+def swanlab_local_values(logs):
+    """Of the newest start: a table says in which folder each name's values are, a line each."""
+    found = defaultdict(list)
+    with sqlite3.connect(logs / "runs.swanlab") as base:
+        starts = base.execute("SELECT run_id, experiment.id FROM experiment ORDER BY experiment.id").fetchall()
+        assert len(starts) == 2
+        folder, key = starts[-1]
+        names = dict(base.execute("SELECT folder, name FROM tag WHERE experiment_id = ?", [key]))
+    for path in (logs / folder / "logs").glob("*/*.log"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            found[row["index"], names[path.parent.name]].append(row["data"])
     return found
 
 
@@ -204,17 +219,21 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
         check_values(name, output)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", [*TRACKERS, "swanlab_local"])
 def test_an_evaluation_made_up_for_is_in_the_tracker(record, tmp_path, monkeypatch, name):
     """Its row is of the checkpoint's own step, and comes after the resumption."""
     offline(monkeypatch)
+    if name == "swanlab_local":
+        pytest.importorskip("swanboard", reason="swanboard, of swanlab's local mode, is not installed")
+        monkeypatch.setenv("SWANLAB_MODE", "local")
+        monkeypatch.setenv("SWANLAB_LOG_DIR", str(tmp_path))  # it sets that itself, which is undone so
     monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
     for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it keeps the folder that it was imported with
     for step in (0, 2):
         if step:
             time.sleep(1)  # folders are named by the second
-        run = record(record_run.TRACKERS[name], step=step, log_dir=tmp_path / "logs", run_name="tiny")
+        run = record(record_run.TRACKERS[name.partition("_")[0]], step=step, log_dir=tmp_path / "logs", run_name="tiny")
         if step:
             run.row("validation", step, 0.2, {"loss": 5.0, "passes": 4})
         for later in range(step + 1, step + 4):
@@ -346,6 +365,28 @@ def test_trackers_that_fail_are_named_once_and_the_others_go_on(record, capsys):
         "t4 fails, training goes on without it: division by zero",
     ]
     assert not run.left
+
+
+@pytest.mark.parametrize("version", [None, "0.1.6"])
+def test_swanlabs_local_mode_fails_with_a_line(record, monkeypatch, capsys, version):
+    """Without its board, or with another version of it, swanlab itself says nothing and writes nothing."""
+    offline(monkeypatch, SWANLAB_MODE="local")
+    known = importlib.metadata.distribution
+
+    def distribution(name):
+        if name != "swanboard":
+            return known(name)
+        if not version:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(version=version)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
+    run = record(record_run.open_swanlab)
+    run.row("train", 1, 0.1, {"loss": 1.0})
+    run.close()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "fails" in line]
+    assert line == "t0 fails, training goes on without it: SWANLAB_MODE=local needs pip install 'swanlab[dashboard]'"
 
 
 def test_training_with_a_tracker_that_fails_ends_well(work, tmp_path, monkeypatch, capsys):
