@@ -594,6 +594,8 @@ def parse_args(argv=None):
 def main(args):
     if not (args.text or args.output_path):
         fail("give a text to run the target on, or output_path to copy it to")
+    if args.target_layer_ids and not args.text:
+        fail("target_layer_ids is for a text: give one")
     if args.output_path:
         size = copy_target(args.target_model_path, args.output_path, args.trust_remote_code)
         print(f"copied {args.target_model_path}, {size / 1e9:.1f} GB, to {args.output_path}")

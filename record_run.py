@@ -351,7 +351,11 @@ def read_metrics(path):
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not {"split", "step"} <= row.keys():
+                raise ValueError(f"line {number} is not a row with split and step")
+        return rows
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be read: {error}")
 

@@ -240,6 +240,8 @@ def test_a_copy_is_refused_before_the_weights_move(llama_folder, tmp_path, capsy
     assert not (tmp_path / "copy").exists()
     args = parse_args(["--target_model_path", str(given)])
     assert "give a text to run the target on, or output_path" in refused(capsys, run_main, args)
+    args = parse_args(["--target_model_path", str(given), "--output_path", "x", "--target_layer_ids", "1", "2", "3"])
+    assert "target_layer_ids is for a text: give one" in refused(capsys, run_main, args)
 
 
 def test_what_cannot_be_copied_to_is_one_line_before_anything_is_read(llama_folder, tmp_path, capsys, monkeypatch):
