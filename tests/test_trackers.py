@@ -446,7 +446,7 @@ def test_a_run_that_fails_says_so_though_a_tracker_hangs(work, tmp_path, how, li
                           env=tiny.environment(), capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 2 and line in done.stderr.splitlines()[-1], done.stderr[-3000:]
     assert "trackio: not done 1 s after the training" in done.stderr and "closed" in done.stdout
-    assert (tmp_path / "out" / "curves.png").exists()
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_offers_the_trackers_what_is_kept(record, tmp_path):
