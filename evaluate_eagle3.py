@@ -13,7 +13,7 @@ Out: acceptance length, share accepted by position, tokens/s with and without th
     python evaluate_eagle3.py --compare output/a output/b --output compared
 
 The last one reads what trainings wrote of themselves (metrics.jsonl in their output folders) and loads no model: a
-table of them, and with --output a folder with comparison.png and comparison.json.
+table of them, and a folder (--output; none: comparison) with comparison.png and comparison.json.
 
 With temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
 exit code 1. One exception: a text of a half-precision target may part from it at the target's two most likely tokens,
@@ -397,10 +397,11 @@ def describe_run(rows):
 
 
 def compare(paths, output):
-    """Print a table of trainings, by their folders or metrics.jsonl; with output write comparison.json and .png."""
+    """Print a table of trainings, by their folders or metrics.jsonl, and write comparison.json and .png into output."""
     runs = {path: read_metrics(path) for path in paths}
     for path in (path for path, rows in runs.items() if not rows):
         fail(f"{path} has no rows in its metrics.jsonl")
+    output = open_output(output)
     table = {path: describe_run(rows) for path, rows in runs.items()}
     lines = [["run", *next(iter(table.values()))]]
     for path, values in table.items():
@@ -412,9 +413,9 @@ def compare(paths, output):
     for first, *others in lines:
         cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
         print(f"| {' | '.join(cells)} |")
-    if output:
-        write_atomic(output / "comparison.json", json.dumps(table, indent=2) + "\n")
-        write_atomic(output / "comparison.png", draw_curves(runs))
+    write_atomic(output / "comparison.json", json.dumps(table, indent=2) + "\n")
+    write_atomic(output / "comparison.png", draw_curves(runs))
+    print(f"written to {output / 'comparison.json'} and comparison.png")
 
 
 FLAGS = {
@@ -431,7 +432,7 @@ FLAGS = {
         ("max_new_tokens", int, 128, "tokens a reply", 1),
         ("temperature", float, 0.0, "0 = greedy", 0),
         ("seed", int, 0, "of sampling with a temperature"),
-        ("output", str, None, "folder for the figures, texts and plot; none: only printed"),
+        ("output", str, None, "folder for the figures, texts and plot; none: printed only, or of runs: comparison"),
     ],
     "trainings side by side": [
         ("compare", [str], None, "output folders of trainings, or their metrics.jsonl, instead of measuring a draft"),
@@ -444,6 +445,10 @@ def parse_args(argv=None):
     missing = [name for name in ("target_model_path", "draft_model_path", "prompts") if not getattr(args, name)]
     if missing and not args.compare:
         fail(f"{', '.join(missing)}: needed to measure a draft")
+    rows = (row for group in FLAGS.values() for row in group if row[0] not in ("compare", "output"))
+    given = [name for name, _, default, *_ in rows if getattr(args, name) != default]
+    if given and args.compare:
+        fail(f"{', '.join(given)}: not with compare, which reads metrics alone")
     return args
 
 
@@ -459,7 +464,7 @@ def open_output(path):
 
 def main(args):
     if args.compare:
-        return compare(args.compare, open_output(args.output))
+        return compare(args.compare, args.output or "comparison")
     model_dir = resolve_target(args.target_model_path)
     tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = TEMPLATES.get(args.chat_template)

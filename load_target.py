@@ -192,9 +192,34 @@ def _link_together(*folders):
 def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     """Copy what is read of a target into `folder`, as one Hugging Face folder whatever its layout was; returns bytes.
 
-    Ends with one line if it cannot train a draft, as far as this is seen without loading its weights.
+    Ends with one line if it cannot train a draft, as far as this is seen without loading its weights, or if the folder
+    cannot take it.
     """
-    model_dir, folder = resolve_target(path_or_hub_id), Path(folder)
+    folder, made = Path(folder), not Path(folder).exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before anything is downloaded
+    except OSError as error:
+        fail(f"output_path {folder} cannot be a folder: {error.strerror}")
+    try:
+        files = files_of(path_or_hub_id, trust_remote_code)
+        if folder.resolve() in {place for path in files for place in (path.parent.resolve(), path.resolve().parent)}:
+            fail(f"output_path {folder} holds the target itself: give another folder")
+    except SystemExit:
+        if made:
+            folder.rmdir()
+        raise
+    for path in files:
+        try:
+            shutil.copyfile(path, folder / path.name)  # not its attributes, which mounted storage may not keep
+        except OSError as error:
+            (folder / path.name).unlink(missing_ok=True)
+            fail(f"{folder / path.name} cannot be written: {error.strerror}")
+    return sum(path.stat().st_size for path in files)
+
+
+def files_of(path_or_hub_id, trust_remote_code=False):
+    """The files that are read of a target, the weights first; ends with one line if it cannot train a draft."""
+    model_dir = resolve_target(path_or_hub_id)
     read_target_config(model_dir, trust_remote_code)
     load_tokenizer(path_or_hub_id, trust_remote_code)
     weights = [*model_dir.glob("*.safetensors")] or [*model_dir.glob("*.bin")]
@@ -204,10 +229,7 @@ def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     for pattern in SMALL_FILES:  # the tokenizer may have a folder of its own
         found = {path.name: path for path in locate(path_or_hub_id, TOKENIZER_FILES).glob(pattern)}
         files |= {name: path for name, path in found.items() if name != "config.json"}
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in [*weights, *files.values()]:
-        shutil.copyfile(path, folder / path.name)  # not its attributes, which mounted storage may not keep
-    return sum(path.stat().st_size for path in [*weights, *files.values()])
+    return [*weights, *files.values()]
 
 
 def read_target_config(model_dir, trust_remote_code=False):
@@ -572,6 +594,8 @@ def parse_args(argv=None):
 def main(args):
     if not (args.text or args.output_path):
         fail("give a text to run the target on, or output_path to copy it to")
+    if args.target_layer_ids and not args.text:
+        fail("target_layer_ids is for a text: give one")
     if args.output_path:
         size = copy_target(args.target_model_path, args.output_path, args.trust_remote_code)
         print(f"copied {args.target_model_path}, {size / 1e9:.1f} GB, to {args.output_path}")

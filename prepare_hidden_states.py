@@ -38,7 +38,7 @@ from deal_batches import COLUMNS, STATES, deal_forwards, join_forwards, measure_
 from load_target import SHARING_FLAGS, check_heads, check_sharding, default_layer_ids, load_head, load_target
 from load_target import read_target_config, resolve_target
 from prepare_data import hash_tokenizer, load_tokenizer, open_data
-from read_conversations import boolean, fail, open_to_all, parse_flags, write_atomic
+from read_conversations import boolean, drop_foreign, fail, open_to_all, parse_flags, write_atomic
 from run_ranks import on_each_node, on_first_rank, run_together, start_distributed
 # isort: on
 
@@ -524,8 +524,22 @@ FLAGS = {
 }
 
 
+INSTEAD = (  # SpecForge's flags that this script lacks: see drop_foreign
+    ("enable_aux_hidden_states", "true", "they are always written"),
+    ("aux_hidden_states_layers", "", "write --target_layer_ids, which are higher by one"),
+    ("chat_template|max_length|num_samples|build_dataset_num_proc|is_preformatted|train_only_last_turn", "",
+     "prepare the conversations with prepare_data.py, which takes these, and give its folder as --data_path"),
+    ("cache_(dir|key)|model_download_dir", "", "downloads are kept in HF_HOME: drop it"),
+    ("target_model_backend", "hf", "transformers runs the target: drop it"),
+    ("sglang_.*", "", "transformers runs the target: drop it"),
+)  # fmt: skip
+
+
 def parse_args(argv=None):
-    return parse_flags(__doc__, FLAGS, argv)
+    args = parse_flags(__doc__, FLAGS, drop_foreign(argv, INSTEAD))
+    if args.data_path.endswith((".json", ".jsonl")):
+        fail(f"data_path {args.data_path} is a file: give the folder that prepare_data.py makes of it")
+    return args
 
 
 def main(args):

@@ -47,6 +47,33 @@ def normalise_argv(argv, aliases=None):
     return [re.sub(r"\A--([^=]+)", normalise, word) for word in argv]
 
 
+def drop_foreign(argv, table, aliases=None):
+    """argv, none: the program's own, without other trainers' flags that change nothing here; ends the program with one
+    line about the others.
+
+    table: rows (pattern of names without no_, pattern of values that change nothing, what to write instead). A pattern
+    "true" or "false" stands for every spelling of it, and for the flag alone, with or without no_.
+    """
+    groups, kept, wrong = [], [], {}
+    for word in normalise_argv(sys.argv[1:] if argv is None else argv, aliases):  # a flag and its values
+        groups = [*groups, [word]] if word.startswith("--") or not groups else [*groups[:-1], [*groups[-1], word]]
+    for group in groups:
+        name, _, value = group[0].removeprefix("--").partition("=")
+        value = " ".join(filter(None, [value, *group[1:]])).lower()
+        row = next((row for row in table if re.fullmatch(row[0], name.removeprefix("no_"))), None)
+        if not row:
+            kept += group
+            continue
+        if row[1] in ("true", "false"):
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                value = str(boolean(value or "true") != name.startswith("no_")).lower()
+        if not re.fullmatch(row[1], value) or not value:
+            wrong.setdefault(row[2], []).append(f"--{name}")
+    if wrong:
+        fail("; ".join(f"{', '.join(names)}: {text}" for text, names in wrong.items()))
+    return kept
+
+
 def boolean(text):
     """Type of flags that take a value or none, which means true."""
     if text.lower() not in ("true", "1", "yes", "false", "0", "no"):

@@ -36,13 +36,23 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetens
 TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
 
 
+def folder_behind(args):
+    """The folder with run.json and metrics.jsonl of the run that a checkpoint continues: output_dir once it has those
+    of the same run, else the checkpoint's own. None: there are no metrics."""
+    folders, names = (Path(args.output_dir), Path(args.resume_from_checkpoint).resolve().parent), {}
+    for folder in (folder for folder in folders if (folder / "metrics.jsonl").exists()):
+        path = folder / "run.json"
+        names[folder] = json.loads(path.read_text())["run_id"] if path.exists() else None
+    return next((folder for folder in names if names[folder] == [*names.values()][-1]), None)
+
+
 def run_settings(args, data_config, step):
     """run.json of a start that goes on behind `step`; what an earlier one said stays under "earlier_starts"."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    path, earlier = Path(args.output_dir) / "run.json", []
-    if step and path.exists():
-        before = json.loads(path.read_text())
+    earlier, behind = [], folder_behind(args) if step else None
+    if behind and (behind / "run.json").exists():
+        before = json.loads((behind / "run.json").read_text())
         earlier = [*before.pop("earlier_starts", []), before]
     return {
         "argv": sys.argv,
@@ -55,6 +65,7 @@ def run_settings(args, data_config, step):
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "run_id": earlier[0]["run_id"] if earlier else os.urandom(8).hex(),
         "starts_behind_step": step,
+        "continues": str(behind) if behind else None,
         "earlier_starts": earlier,
     }
 
@@ -89,6 +100,14 @@ def summary(args, config, layers, draft, target, data, data_config, share):
 def open_swanlab(args, settings):
     import swanlab
 
+    if os.environ.get("SWANLAB_MODE") == "local":  # without this very version it would write nothing, and not say so
+        board = next(line for line in importlib.metadata.requires("swanlab") if line.startswith("swanboard"))
+        try:
+            found = importlib.metadata.version("swanboard")
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if not board.startswith(f"swanboard=={found};"):
+            raise ImportError("SWANLAB_MODE=local needs pip install 'swanlab[dashboard]'")
     run = swanlab.init(
         project=os.environ.get("SWANLAB_PROJ_NAME", "eagle3"), name=args.run_name, log_dir=args.log_dir,
         config=settings, id=settings["run_id"], resume="allow",
@@ -113,7 +132,7 @@ def open_tensorboard(args, settings):
     from torch.utils.tensorboard import SummaryWriter
 
     step = settings["starts_behind_step"]
-    folder, held = str(Path(args.log_dir) / (args.run_name or "tensorboard")), set()
+    folder, held = str(Path(args.log_dir) / "-".join(filter(None, (args.run_name, settings["run_id"])))), set()
     if step and Path(folder).is_dir():
         events = EventAccumulator(folder, {"scalars": 0}).Reload()  # 0: all of them
         held = {(event.step, name) for name in events.Tags()["scalars"] for event in events.Scalars(name)}
@@ -229,7 +248,8 @@ class Record:
         self.first, step = dist.get_rank() == 0, settings["starts_behind_step"]
         if self.first:
             path = Path(args.output_dir) / "metrics.jsonl"
-            rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+            behind = settings.get("continues")
+            rows = [row for row in read_metrics(behind) if row["step"] <= step] if behind else []
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file, self.unwritten = path.open("ab", buffering=0), b""
             self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])
@@ -280,7 +300,8 @@ class Record:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self):
+    def close(self, code=0):
+        """Draw the curves and end the trackers. code: with which the program will end, should one of them hang."""
         if self.first:
             self.bar.close()
             if problem := self.write():
@@ -296,17 +317,17 @@ class Record:
                 print(f"{path} is not drawn: {error}", file=sys.stderr)
             if late := ", ".join(join(self.trackers)):
                 print(f"{late}: not done {TRACKER_SECONDS} s after the training, which ends now", file=sys.stderr)
-                atexit.register(leave)
+                atexit.register(leave, code)
             sys.stdin = self.stdin
 
 
-def leave():
+def leave(code):
     """End the process at once: what a tracker that hangs would do at exit hangs as well."""
-    if Watch.running:
+    if Watch.running and not code:
         Watch.running.tell("")  # to the other ranks: this is no failure
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def tracked(row):
@@ -330,7 +351,11 @@ def read_metrics(path):
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
         lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not {"split", "step"} <= row.keys():
+                raise ValueError(f"line {number} is not a row with split and step")
+        return rows
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be read: {error}")
 

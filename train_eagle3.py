@@ -44,7 +44,7 @@ from build_vocab_mapping import choose_mapping, target_ids
 from deal_batches import BLOCK, Plan, acceptance_walk, read_steps
 from export_eagle3 import check_embedding, configure, num_auxiliary, read_draft
 from prepare_data import TEMPLATES, hash_tokenizer, load_tokenizer, open_data, prepare, read_token_freq
-from read_conversations import boolean, fail, normalise_argv, parse_flags, write_atomic
+from read_conversations import boolean, drop_foreign, fail, parse_flags, write_atomic
 from prepare_hidden_states import SOURCE_FLAGS, ServerFailed, hash_target, open_target
 from load_target import SHARING_FLAGS, check_heads, check_sharding, read_target_config, resolve_target
 from record_run import TRACKERS, Record, metrics_line, run_settings, summary
@@ -70,26 +70,36 @@ ALIASES = {  # other trainers' names of the same thing
     "logger": "report_to", "wandb_name": "run_name", "swanlab_name": "run_name", "mlflow_run_name": "run_name",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
 }  # fmt: skip
-INSTEAD = (  # other trainers' flags that this one lacks: names, values that change nothing here, what to write instead
-    ("num_layers|draft_arch|draft_hidden_act|speculator_type", "1|llama|silu|eagle3", "the draft is one Llama layer"),
+INSTEAD = (  # other trainers' flags that this one lacks: see drop_foreign
+    ("num_layers", "1", "the draft is one Llama layer"),
+    ("draft_arch", "llama", "the draft is one Llama layer"),
+    ("speculator_type", "eagle3", "the draft is one Llama layer"),
+    ("draft_hidden_act", "silu", 'write "hidden_act" into the JSON of --draft_model_config'),
     ("sliding_window(_indices)?|mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
     ("norm_before_(residual|fc)|norm_output", "false", "write it into the JSON of --draft_model_config"),
     ("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
-    ("optimizer|muon_.*", "adamw", "the optimizer is AdamW, with --learning_rate and --weight_decay"),
+    ("optimizer", "adamw", "the optimizer is AdamW, with --learning_rate and --weight_decay"),
+    ("muon_.*", "", "the optimizer is AdamW, with --learning_rate and --weight_decay"),
     ("noise_std", r"0(\.0*)?", "no noise is added, drop it"),
     ("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
     ("deterministic(_cuda)?", "false", "--seed fixes initialisation and order; kernels are as they are, drop it"),
-    ("legacy_data|data_format_version", "false|1", "prepare the conversations with prepare_data.py"),
+    ("legacy_data", "false", "prepare the conversations with prepare_data.py"),
+    ("data_format_version", "1", "prepare the conversations with prepare_data.py"),
     ("cache_(dir|key)|model_download_dir", "", "data are kept in output_dir/data, downloads in HF_HOME: drop it"),
-    ("embedding_key|lm_head_key", r"(model\.embed_tokens|lm_head)\.weight", "the model's class knows it, drop it"),
-    ("is_vlm|(min|max)_pixels", "false", "drafts are trained on text alone, drop it"),
+    ("embedding_key", r"model\.embed_tokens\.weight", "the model's class knows it, drop it"),
+    ("lm_head_key", r"lm_head\.weight", "the model's class knows it, drop it"),
+    ("is_vlm", "false", "drafts are trained on text alone, drop it"),
+    ("(min|max)_pixels", "", "drafts are trained on text alone, drop it"),
     ("is_preformatted", "true", 'rows of {"text": ...} are taken as they are'),
     ("train_only_last_turn", "false", "give it to prepare_data.py, and its folder as --data_path"),
-    ("target_model_backend|sglang_.*", "hf", "transformers runs the target, or vLLM at --vllm_endpoint: drop it"),
+    ("target_model_backend", "hf", "transformers runs the target, or vLLM at --vllm_endpoint: drop it"),
+    ("sglang_.*", "", "transformers runs the target, or vLLM at --vllm_endpoint: drop it"),
     ("eval_hidden_states_path", "", "--hidden_states_path has those of the validation split too"),
     ("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see Long sequences in the README"),
-    ("profile.*|verbose", "false", "benchmarks/step.py measures: drop it"),
+    ("profile|profile_record_shapes|verbose", "false", "benchmarks/step.py measures: drop it"),
+    ("profile_(start_step|num_steps)", "", "benchmarks/step.py measures: drop it"),
     ("max_num_steps", "", "write --total_steps, and --scheduler_total_steps where the schedule is longer"),
+    ("wandb", "false", "write --report_to wandb"),
     ("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see Trackers in the README"),
 )  # fmt: skip
 
@@ -779,6 +789,7 @@ def train(args, engine, target, data, d2t, record, progress):
                 message = (
                     f"{progress.bad} steps in a row are not finite, the last good state is {folder or 'not saved'}"
                 )
+                record.close(2)
                 on_first_rank(functools.partial(fail, f"{message}: look at the rows named above"))
             if record.first:
                 record.bar.update()
@@ -914,27 +925,8 @@ FLAGS = {
 }
 
 
-def drop_foreign(argv):
-    """argv without the flags of INSTEAD that change nothing here; ends the program with one line about the others."""
-    groups, kept, wrong = [], [], {}
-    for word in normalise_argv(argv, ALIASES):  # a flag and its values
-        groups = [*groups, [word]] if word.startswith("--") or not groups else [*groups[:-1], [*groups[-1], word]]
-    for group in groups:
-        name, _, value = group[0].removeprefix("--").partition("=")
-        value = " ".join(filter(None, [value, *group[1:]])).lower() or "true"
-        value = "false" if name.startswith("no_") and value == "true" else value
-        row = next((row for row in INSTEAD if re.fullmatch(row[0], name.removeprefix("no_"))), None)
-        if not row:
-            kept += group
-        elif not re.fullmatch(row[1], value):
-            wrong.setdefault(row[2], []).append(f"--{name}")
-    if wrong:
-        fail("; ".join(f"{', '.join(names)}: {text}" for text, names in wrong.items()))
-    return kept
-
-
 def parse_args(argv=None):
-    args = parse_flags(__doc__, FLAGS, drop_foreign(sys.argv[1:] if argv is None else argv), ALIASES)
+    args = parse_flags(__doc__, FLAGS, drop_foreign(argv, INSTEAD, ALIASES))
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in TRACKERS]
     if unknown:
@@ -981,7 +973,7 @@ def main(args):
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {output_dir / 'final'}")
     except ServerFailed as error:
         folder = save_step(engine, d2t, args, progress, record)
-        record.close()
+        record.close(2)
         on_first_rank(functools.partial(fail, f"{error}; the draft is saved in {folder}" if folder else error))
     record.close()
 

@@ -370,11 +370,18 @@ def test_the_job_runs_from_an_mlflow_model_to_a_draft(inputs, tmp_path):
     for _ in range(2):  # the second time it goes on with what is there
         for name, component, values, outputs, ranks in resolve(pipeline, given, tmp_path):
             printed[name] = start(render(component, values, outputs), ranks, tmp_path / f"{name}.log")
-        given |= {"resume": "true"}
+        given |= {"resume": "true", "num_epochs": 3}
     out = tmp_path / "output_model_path"
     assert "copied" in printed["model_import"] and "resumed" in printed["draft_model_training"]
     assert "dp_size 1 is replaced by 2" in printed["draft_model_training"]
-    assert json.loads((out / "run.json").read_text())["world_size"] == 2
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["world_size"] == 2 and settings["starts_behind_step"] == 4
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    validated, trained = [("validation", step) for step in (2, 4, 6)], [("train", step) for step in (4, 6)]
+    assert [(row["split"], row["step"]) for row in rows] == [
+        validated[0], trained[0], validated[1], trained[1], validated[2]
+    ]  # fmt: skip
+    assert json.loads((out / "step_00000006" / "trainer_state.json").read_text())["step"] == 6
     assert check_draft(out / "final") == []
 
 

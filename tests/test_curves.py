@@ -147,10 +147,21 @@ def test_compared_runs_are_in_one_table_and_one_picture(drawn, tmp_path, capsys)
     assert len([line for title, _, _, line in drawn() if title == "loss" and line]) == 3
 
 
+def test_a_comparison_without_a_folder_is_drawn_into_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", rows_of([1, 2]))
+    compare("a")
+    assert (tmp_path / "comparison" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines()[-1] == "written to comparison/comparison.json and comparison.png"
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [(["--compare", "nowhere"], "nowhere cannot be read"), (["--compare", "empty"], "empty has no rows"),
      (["--compare", "broken"], "metrics.jsonl cannot be read"), (["--compare"], "expected at least one argument"),
+     (["--compare", "list"], "line 2 is not a row"), (["--compare", "stepless"], "line 1 is not a row"),
+     (["--compare", "fine", "--prompts", "x", "--temperature", "0.5"], "prompts, temperature: not with compare"),
+     (["--compare", "fine", "--target_model_path", "T"], "target_model_path: not with compare"),
      (["--prompts", "x"], "target_model_path, draft_model_path: needed to measure a draft"),
      (["--compare", "fine", "--output", "fine/metrics.jsonl"], "cannot be a folder")],
 )  # fmt: skip
@@ -158,8 +169,11 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys, argv
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "empty", [])
     write_run(tmp_path / "fine", rows_of([1]))
+    write_run(tmp_path / "list", [*rows_of([1]), [1]])
+    write_run(tmp_path / "stepless", [{"split": "train", "loss": 1.0}])
     write_run(tmp_path / "broken", []).joinpath("metrics.jsonl").write_text("{\n")
     with pytest.raises(SystemExit) as stopped:
         evaluate_eagle3.main(evaluate_eagle3.parse_args(argv))
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and line.startswith("error: ") and expected in line
+    assert not (tmp_path / "comparison").exists()

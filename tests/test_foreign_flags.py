@@ -9,6 +9,7 @@ import tiny
 
 import build_vocab_mapping
 import prepare_data
+import prepare_hidden_states
 import train_eagle3
 
 HERE = Path(__file__).parent
@@ -19,7 +20,7 @@ FLAGS = [
 ]
 COMMANDS = re.findall(r"# (runs|refused: .*)\n((?:[^#\n].*\n)+)", (HERE / "foreign_commands.txt").read_text())
 SCRIPTS = {"train": train_eagle3, "train_eagle3": train_eagle3, "build_vocab_mapping": build_vocab_mapping}
-SCRIPTS["prepare_data"] = prepare_data
+SCRIPTS |= {"prepare_data": prepare_data, "prepare_hidden_states": prepare_hidden_states}
 
 
 def parsed(capsys, script, argv):
@@ -58,13 +59,23 @@ def test_what_is_refused_is_one_line_about_all_of_it(capsys):
     assert error == f"error: {adamw}; --cache_dir: data are kept in output_dir/data, downloads in HF_HOME: drop it"
 
 
-def test_no_flag_of_ours_is_taken_for_another_trainers():
-    ours = [name for rows in train_eagle3.FLAGS.values() for name, *_ in rows]
-    for names, _, text in train_eagle3.INSTEAD:
+@pytest.mark.parametrize("script", [train_eagle3, prepare_hidden_states], ids=lambda script: script.__name__)
+def test_no_flag_of_ours_is_taken_for_another_trainers(script):
+    ours = [name for rows in script.FLAGS.values() for name, *_ in rows]
+    for names, _, text in script.INSTEAD:
         assert not [name for name in ours if re.fullmatch(names, name.removeprefix("no_"))], names
         for flag in re.findall(r"--(\w+)", text):
             assert flag in ours, text
     assert not set(train_eagle3.ALIASES) & set(ours)
+
+
+@pytest.mark.parametrize("data", ["./chats.jsonl", "chats.json"])
+def test_hidden_states_of_conversations_need_them_prepared(capsys, data):
+    flags = ["--target-model-path", "M", "--data-path", data, "--output-path", "H"]
+    _, error = parsed(capsys, prepare_hidden_states, flags)
+    assert error == f"error: data_path {data} is a file: give the folder that prepare_data.py makes of it"
+    values, _ = parsed(capsys, prepare_hidden_states, [*flags[:3], "folder", *flags[4:], "--enable-aux-hidden-states"])
+    assert values["data_path"] == "folder"
 
 
 def test_every_row_of_both_tables_is_documented():
@@ -72,6 +83,18 @@ def test_every_row_of_both_tables_is_documented():
     written = [re.match(r"--([\w-]+)", flag)[1].replace("-", "_") for _, flag, _ in FLAGS]
     for names, *_ in train_eagle3.INSTEAD:
         assert any(re.fullmatch(names, name.removeprefix("no_")) for name in written), names
+    assert set(train_eagle3.ALIASES) <= set(written)
+
+
+def test_flags_that_mean_something_else_are_named_in_the_readme():
+    """Those with a comment of their own in the table, and the flags to write instead."""
+    table = (HERE / "foreign_flags.txt").read_text()
+    differ = re.findall(r"^# differs: .*\n(?:#.*\n)*((?:[^#\n].*\n)+)", table, re.MULTILINE)
+    names = set(re.findall(r"SpecForge +\| --([\w-]+)", "".join(differ)))
+    assert names == {"batch-size", "draft-accumulation-steps", "total-steps", "eval-interval", "save-interval"}
+    section = (HERE.parent / "README.md").read_text().split("## Flags", 1)[1].split("\n## ", 1)[0]
+    instead = {"draft_global_batch_size", "scheduler_total_steps", "total_steps", "eval_steps", "save_steps"}
+    assert {f"`--{name}`" for name in names | instead} <= set(re.findall(r"`--[\w-]+`", section))
 
 
 @pytest.mark.parametrize(("happens", "command"), COMMANDS)

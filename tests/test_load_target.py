@@ -240,6 +240,32 @@ def test_a_copy_is_refused_before_the_weights_move(llama_folder, tmp_path, capsy
     assert not (tmp_path / "copy").exists()
     args = parse_args(["--target_model_path", str(given)])
     assert "give a text to run the target on, or output_path" in refused(capsys, run_main, args)
+    args = parse_args(["--target_model_path", str(given), "--output_path", "x", "--target_layer_ids", "1", "2", "3"])
+    assert "target_layer_ids is for a text: give one" in refused(capsys, run_main, args)
+
+
+def test_what_cannot_be_copied_to_is_one_line_before_anything_is_read(llama_folder, tmp_path, capsys, monkeypatch):
+    given = arrange("nested", llama_folder, tmp_path / "given")
+    before = {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
+    (tmp_path / "links").mkdir()  # as the hub's cache has them
+    for path in (given / "some/where").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    line = refused(capsys, copy_target, tmp_path / "links", tmp_path / "links")
+    assert "holds the target itself" in line and all(path.is_symlink() for path in (tmp_path / "links").iterdir())
+    for folder in (given / "some/where", tmp_path / "given/some/../some/where/"):
+        assert "holds the target itself: give another folder" in refused(capsys, copy_target, given, folder)
+    assert before == {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
+    monkeypatch.setattr("load_target.resolve_target", lambda *_: pytest.fail("the target is read"))
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in it"):
+        assert f"output_path {folder} cannot be a folder" in refused(capsys, copy_target, given, folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_copy_onto_a_full_disk_is_one_line(llama_folder, tmp_path, capsys):
+    with tiny.small_disk(tmp_path / "disk", 64) as (disk, _):
+        assert "No space left on device" in refused(capsys, copy_target, llama_folder, disk / "copy")
+        assert not list(disk.rglob("*.safetensors")), "no half of a file"
 
 
 @pytest.mark.parametrize("tied", [False, True])

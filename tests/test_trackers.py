@@ -1,5 +1,6 @@
 """The trackers with their real libraries, offline: values read back, resumed runs, trackers that fail or hang."""
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -83,6 +84,20 @@ def swanlab_values(logs):
     return found
 
 
+def swanlab_local_values(logs):
+    """Of the newest start: a table says in which folder each name's values are, a line each."""
+    found = defaultdict(list)
+    with sqlite3.connect(logs / "runs.swanlab") as base:
+        starts = base.execute("SELECT run_id, experiment.id FROM experiment ORDER BY experiment.id").fetchall()
+        assert len(starts) == 2
+        folder, key = starts[-1]
+        names = dict(base.execute("SELECT folder, name FROM tag WHERE experiment_id = ?", [key]))
+    for path in (logs / folder / "logs").glob("*/*.log"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            found[row["index"], names[path.parent.name]].append(row["data"])
+    return found
+
+
 def wandb_values(logs):
     """Of the newest start's folder: a log of LevelDB's form, which has blocks of 32 KiB and a head of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -108,7 +123,7 @@ def wandb_values(logs):
 def tensorboard_values(logs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events, found = EventAccumulator(str(logs / "tiny")).Reload(), defaultdict(list)
+    events, found = EventAccumulator(str(*logs.glob("tiny-*"))).Reload(), defaultdict(list)
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
             found[event.step, name].append(event.value)
@@ -195,7 +210,8 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
     argv = arguments(work, output, "--report_to", ",".join(TRACKERS), "--total_steps", 7)
     with pytest.MonkeyPatch.context() as patch:
         offline(patch)
-        given = {"cwd": tiny.REPOSITORY, "timeout": 300, "capture_output": True, "text": True, "check": False}
+        given = {"cwd": tiny.REPOSITORY, "timeout": 300, "capture_output": True, "text": True, "check": False,
+                 "env": tiny.environment()}  # fmt: skip
         assert subprocess.run([sys.executable, "-c", program, *argv], **given).returncode == -9
         done = subprocess.run([sys.executable, "train_eagle3.py", *argv, "--resume"], **given)
         assert done.returncode == 0 and "fails" not in done.stderr, done.stderr[-3000:]
@@ -203,23 +219,47 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
         check_values(name, output)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize("name", [*TRACKERS, "swanlab_local"])
 def test_an_evaluation_made_up_for_is_in_the_tracker(record, tmp_path, monkeypatch, name):
     """Its row is of the checkpoint's own step, and comes after the resumption."""
     offline(monkeypatch)
+    if name == "swanlab_local":
+        pytest.importorskip("swanboard", reason="swanboard, of swanlab's local mode, is not installed")
+        monkeypatch.setenv("SWANLAB_MODE", "local")
+        monkeypatch.setenv("SWANLAB_LOG_DIR", str(tmp_path))  # it sets that itself, which is undone so
     monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
     for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it keeps the folder that it was imported with
     for step in (0, 2):
         if step:
             time.sleep(1)  # folders are named by the second
-        run = record(record_run.TRACKERS[name], step=step, log_dir=tmp_path / "logs", run_name="tiny")
+        run = record(record_run.TRACKERS[name.partition("_")[0]], step=step, log_dir=tmp_path / "logs", run_name="tiny")
         if step:
             run.row("validation", step, 0.2, {"loss": 5.0, "passes": 4})
         for later in range(step + 1, step + 4):
             run.row("train", later, 0.1, {f"loss_{i}": float(later * i) for i in range(11)})
         run.close()
     check_values(name, tmp_path)
+
+
+def test_trainings_that_share_a_log_dir_hide_nothing_of_one_another(tmp_path):
+    """Neither with a name nor without one; the longer one came first."""
+    for name in (None, "tiny"):
+        for key, count in (("0123456789abcdef", 5), ("fedcba9876543210", 3)):
+            args = SimpleNamespace(run_name=name, log_dir=tmp_path)
+            log, close = record_run.open_tensorboard(args, settings_of() | {"run_id": key})
+            for step in range(1, count + 1):
+                log({"train/loss": float(count * step)}, step)
+            close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for folder in tmp_path.iterdir():
+        events = EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+        found[folder.name] = [(event.step, event.value) for event in events]
+    five, three = ([(step, float(count * step)) for step in range(1, count + 1)] for count in (5, 3))
+    assert found == {"0123456789abcdef": five, "fedcba9876543210": three, "tiny-0123456789abcdef": five,
+                     "tiny-fedcba9876543210": three}  # fmt: skip
 
 
 # --- accounts, as far as they can be known without one ---
@@ -286,7 +326,8 @@ def record(work, tmp_path, monkeypatch):
         train_eagle3.dist.init_process_group("gloo", rank=0, world_size=1, store=train_eagle3.dist.HashStore())
     monkeypatch.setattr(record_run, "TRACKER_SECONDS", 0.5)
     left = []
-    monkeypatch.setattr(record_run.atexit, "register", left.append)
+    noted = lambda *call: left.append(call) if call[0] is record_run.leave else None  # noqa: E731 (tqdm registers too)
+    monkeypatch.setattr(record_run.atexit, "register", noted)
 
     def make(*openers, step=0, **more):
         names = [f"t{i}" for i in range(len(openers))]
@@ -294,7 +335,7 @@ def record(work, tmp_path, monkeypatch):
             monkeypatch.setitem(record_run.TRACKERS, name, opener)
         given = {"output_dir": tmp_path, "log_dir": tmp_path, "report_to": names, "run_name": None, "total_steps": 9}
         args = SimpleNamespace(**given | more)
-        record = Record(args, settings_of(step))
+        record = Record(args, settings_of(step) | {"continues": str(tmp_path) if step else None})
         record.left = left
         return record
 
@@ -326,6 +367,28 @@ def test_trackers_that_fail_are_named_once_and_the_others_go_on(record, capsys):
     assert not run.left
 
 
+@pytest.mark.parametrize("version", [None, "0.1.6"])
+def test_swanlabs_local_mode_fails_with_a_line(record, monkeypatch, capsys, version):
+    """Without its board, or with another version of it, swanlab itself says nothing and writes nothing."""
+    offline(monkeypatch, SWANLAB_MODE="local")
+    known = importlib.metadata.distribution
+
+    def distribution(name):
+        if name != "swanboard":
+            return known(name)
+        if not version:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(version=version)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
+    run = record(record_run.open_swanlab)
+    run.row("train", 1, 0.1, {"loss": 1.0})
+    run.close()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "fails" in line]
+    assert line == "t0 fails, training goes on without it: SWANLAB_MODE=local needs pip install 'swanlab[dashboard]'"
+
+
 def test_training_with_a_tracker_that_fails_ends_well(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train_eagle3.TRACKERS, "tensorboard", refuse)
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
@@ -351,8 +414,39 @@ def test_a_tracker_that_hangs_holds_nothing_up(record, capsys, where):
     never.set()
     assert time.monotonic() - start < 5 and [row[0] for row in rows[:-1]] == [*range(1, 101)]
     printed = capsys.readouterr().err
-    assert "t0: not done 0.5 s after the training" in printed and run.left == [record_run.leave]
+    assert "t0: not done 0.5 s after the training" in printed and run.left == [(record_run.leave, 0)]
     assert ("t0 is not open after 0.5 s" in printed) == (where == "open")
+
+
+FAILING = """
+import sys, time, record_run, train_eagle3
+record_run.TRACKER_SECONDS, how = 1, sys.argv.pop(1)
+def opened(args, settings):
+    return lambda values, step: print("told", step), lambda: (print("closed", flush=True), time.sleep(100))
+train_eagle3.TRACKERS["trackio"] = opened
+def away(*args):
+    raise train_eagle3.ServerFailed("the server is gone")
+objective = train_eagle3.run_objective
+def bad(*args):
+    return ((loss * float("nan"), *rest) for loss, *rest in objective(*args))
+if how == "server":
+    train_eagle3.evaluate = away
+else:
+    train_eagle3.run_objective = bad
+train_eagle3.run_together(train_eagle3.main, train_eagle3.parse_args())
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "line"), [("server", "error: the server is gone"), ("nan", "error: 2 steps in a row are not finite")]
+)
+def test_a_run_that_fails_says_so_though_a_tracker_hangs(work, tmp_path, how, line):
+    argv = arguments(work, tmp_path / "out", "--report_to", "trackio", "--total_steps", 3, "--max_bad_steps", 2)
+    done = subprocess.run([sys.executable, "-c", FAILING, how, *argv], cwd=tiny.REPOSITORY, timeout=100,
+                          env=tiny.environment(), capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2 and line in done.stderr.splitlines()[-1], done.stderr[-3000:]
+    assert "trackio: not done 1 s after the training" in done.stderr and "closed" in done.stdout
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_offers_the_trackers_what_is_kept(record, tmp_path):

@@ -91,7 +91,7 @@ def test_run_leaves_checkpoints_metrics_and_settings(work, tmp_path, capsys):
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(out / "logs" / "tensorboard")).Reload()
+    events = EventAccumulator(str(out / "logs" / settings["run_id"])).Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert logged == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in train_rows]
 
