@@ -130,7 +130,8 @@ def read_vocab_size(target_model_path):
         from transformers import AutoConfig
 
         with contextlib.suppress(OSError, ValueError, KeyError):
-            size = getattr(AutoConfig.from_pretrained(path.parent).get_text_config(), "vocab_size", None)
+            config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+            size = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         fail(f"{path} has no vocab_size: give --target_vocab_size")
     return size

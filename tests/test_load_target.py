@@ -413,7 +413,7 @@ def test_command_line(llama_folder):
 
 def test_command_line_bad_input(llama_folder, capsys, no_weights):
     def main(**options):
-        given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None}
+        given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None, "output_path": None}
         run_main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
 
     assert "text" in refused(capsys, main, text="")
