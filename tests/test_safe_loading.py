@@ -30,7 +30,7 @@ UNSAFE = {  # whatever their arguments are; torch's, NumPy's and transformers' a
     "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.jit.load", "torch.package.PackageImporter",
     "pandas.read_pickle", "pd.read_pickle", "importlib.import_module", "runpy.run_path", "os.system",
 }  # fmt: skip
-TRUST = ("trust_remote_code", "args.trust_remote_code")  # a parameter or a flag: the user's decision
+TRUST = ("trust_remote_code", "args.trust_remote_code", "False")  # a parameter or a flag: the user's decision; or no
 SHARDS = "save_checkpoint.py"  # DeepSpeed unpickles its own shards: only there, and only from an output folder
 
 
