@@ -81,7 +81,7 @@ def boolean(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def parse_flags(description, groups, argv=None, aliases=None):
+def parse_flags(description, groups, argv=None):
     """The flags' values, for {title: [(name, type, default, help, least value if any)]}; ends with one line if wrong.
 
     type: a tuple lists choices, [int] takes several values; default ... means required.
@@ -102,7 +102,7 @@ def parse_flags(description, groups, argv=None, aliases=None):
             elif kind is boolean:
                 options |= {"nargs": "?", "const": True}
             group.add_argument(f"--{name}", **options)
-    args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv, aliases))
+    args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
     for name, *_, least in (row for rows in groups.values() for row in rows if len(row) == 5):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"{name} is {getattr(args, name)}; it must be at least {least}")
