@@ -401,7 +401,6 @@ def compare(paths, output):
     runs = {path: read_metrics(path) for path in paths}
     for path in (path for path, rows in runs.items() if not rows):
         fail(f"{path} has no rows in its metrics.jsonl")
-    output = open_output(output)
     table = {path: describe_run(rows) for path, rows in runs.items()}
     lines = [["run", *next(iter(table.values()))]]
     for path, values in table.items():
@@ -413,8 +412,12 @@ def compare(paths, output):
     for first, *others in lines:
         cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
         print(f"| {' | '.join(cells)} |")
+    output = open_output(output)
     write_atomic(output / "comparison.json", json.dumps(table, indent=2) + "\n")
-    write_atomic(output / "comparison.png", draw_curves(runs))
+    try:
+        write_atomic(output / "comparison.png", draw_curves(runs))
+    except ImportError as error:
+        fail(f"no picture without matplotlib: {error}")
     print(f"written to {output / 'comparison.json'} and comparison.png")
 
 

@@ -195,25 +195,23 @@ def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     Ends with one line if it cannot train a draft, as far as this is seen without loading its weights, or if the folder
     cannot take it.
     """
-    folder, made = Path(folder), not Path(folder).exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # before anything is downloaded
-    except OSError as error:
-        fail(f"output_path {folder} cannot be a folder: {error.strerror}")
-    try:
-        files = files_of(path_or_hub_id, trust_remote_code)
-        if folder.resolve() in {place for path in files for place in (path.parent.resolve(), path.resolve().parent)}:
-            fail(f"output_path {folder} holds the target itself: give another folder")
-    except SystemExit:
-        if made:
-            folder.rmdir()
-        raise
+    folder = Path(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # before anything is downloaded
+        fail(f"output_path {folder} cannot be a folder: {there} is none, or not one to write in")
+    files = files_of(path_or_hub_id, trust_remote_code)
+    places = {place for path in files for place in (path.parent, path.resolve().parent)}
+    if folder.exists() and any(folder.samefile(place) for place in places):
+        fail(f"output_path {folder} holds the target itself: give another folder")
     for path in files:
+        building = folder / f".{path.name}.building"  # a file of an earlier copy stays until the new one is whole
         try:
-            shutil.copyfile(path, folder / path.name)  # not its attributes, which mounted storage may not keep
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, building)  # not its attributes, which mounted storage may not keep
+            building.rename(folder / path.name)
         except OSError as error:
-            (folder / path.name).unlink(missing_ok=True)
-            fail(f"{folder / path.name} cannot be written: {error.strerror}")
+            building.unlink(missing_ok=True)
+            fail(f"{path} cannot be copied into {folder}: {error.strerror}")
     return sum(path.stat().st_size for path in files)
 
 

@@ -527,8 +527,10 @@ FLAGS = {
 INSTEAD = (  # SpecForge's flags that this script lacks: see drop_foreign
     ("enable_aux_hidden_states", "true", "they are always written"),
     ("aux_hidden_states_layers", "", "write --target_layer_ids, which are higher by one"),
-    ("chat_template|max_length|num_samples|build_dataset_num_proc|is_preformatted|train_only_last_turn", "",
+    ("chat_template|max_length|num_samples|train_only_last_turn", "",
      "prepare the conversations with prepare_data.py, which takes these, and give its folder as --data_path"),
+    ("build_dataset_num_proc", "", "prepare the conversations with prepare_data.py, where it is num_proc"),
+    ("is_preformatted", "", 'prepare_data.py takes rows of {"text": ...} as they are'),
     ("cache_(dir|key)|model_download_dir", "", "downloads are kept in HF_HOME: drop it"),
     ("target_model_backend", "hf", "transformers runs the target: drop it"),
     ("sglang_.*", "", "transformers runs the target: drop it"),

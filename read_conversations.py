@@ -60,7 +60,8 @@ def drop_foreign(argv, table, aliases=None):
     for group in groups:
         name, _, value = group[0].removeprefix("--").partition("=")
         value = " ".join(filter(None, [value, *group[1:]])).lower()
-        row = next((row for row in table if re.fullmatch(row[0], name.removeprefix("no_"))), None)
+        known = table if group[0].startswith("--") else ()
+        row = next((row for row in known if re.fullmatch(row[0], name.removeprefix("no_"))), None)
         if not row:
             kept += group
             continue
@@ -334,13 +335,16 @@ def find_files(name, dataset_path, split):
     preset = PRESETS[name]
     if split not in preset.files:
         fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
-    patterns, folders = list(preset.files[split]), [Path(dataset_path or "").expanduser()]
+    patterns, folders = list(preset.files[split]), [Path(dataset_path or "").expanduser()] if preset.hub else []
     if not dataset_path:
         folders = [download(repo, patterns, "dataset", preset.revision) for repo in preset.hub]
-    found = ([path for folder in folders for path in sorted(folder.glob(pattern))] for pattern in patterns)
-    if len(files := next(filter(None, found), [])) < len(preset.hub):  # one of each repository at least
-        where, wanted = ", ".join(map(str, folders)), " or ".join(patterns)
-        fail(f"preset {name}: {len(files) or 'no'} {wanted} in {where}, as in {', '.join(preset.hub)} on the hub")
+    files, least = [], 1 if not dataset_path else len(preset.hub)  # a copy has the files of all repositories
+    for folder in folders:
+        found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+        if len(found) < least:
+            wanted = f"{len(found) or 'no'} {' or '.join(patterns)} in {folder}"
+            fail(f"preset {name}: {wanted}, as in {', '.join(preset.hub)} on the hub")
+        files += found
     return files
 
 

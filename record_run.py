@@ -42,18 +42,24 @@ def folder_behind(args):
     folders, names = (Path(args.output_dir), Path(args.resume_from_checkpoint).resolve().parent), {}
     for folder in (folder for folder in folders if (folder / "metrics.jsonl").exists()):
         path = folder / "run.json"
-        names[folder] = json.loads(path.read_text())["run_id"] if path.exists() else None
+        names[folder] = json.loads(path.read_text()).get("run_id") if path.exists() else None
     return next((folder for folder in names if names[folder] == [*names.values()][-1]), None)
 
 
 def run_settings(args, data_config, step):
-    """run.json of a start that goes on behind `step`; what an earlier one said stays under "earlier_starts"."""
+    """run.json of a start that goes on behind `step`; what an earlier one said stays under "earlier_starts".
+
+    It is the same run, by its id, unless it goes on elsewhere from a checkpoint behind which the run itself went on.
+    """
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    earlier, behind = [], folder_behind(args) if step else None
+    earlier, behind, key = [], folder_behind(args) if step else None, os.urandom(8).hex()
     if behind and (behind / "run.json").exists():
         before = json.loads((behind / "run.json").read_text())
-        earlier = [*before.pop("earlier_starts", []), before]
+        earlier, own = [*before.pop("earlier_starts", []), before], Path(args.resume_from_checkpoint).resolve()
+        later = any(path.name > own.name for path in own.parent.glob("step_*"))
+        if behind.resolve() == Path(args.output_dir).resolve() or not later:
+            key = before.get("run_id", key)
     return {
         "argv": sys.argv,
         "flags": vars(args),
@@ -63,7 +69,7 @@ def run_settings(args, data_config, step):
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "data_fingerprint": data_config["fingerprint"],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "run_id": earlier[0]["run_id"] if earlier else os.urandom(8).hex(),
+        "run_id": key,
         "starts_behind_step": step,
         "continues": str(behind) if behind else None,
         "earlier_starts": earlier,

@@ -75,3 +75,5 @@ echo "  vllm serve $TARGET --tensor-parallel-size $TP_SIZE --speculative-config 
 echo "  python -m sglang.launch_server --model-path $TARGET --tp-size $TP_SIZE --speculative-algorithm EAGLE3" \
     "--speculative-draft-model-path $OUTPUT/draft/final --speculative-num-steps 3 --speculative-eagle-topk 1" \
     "--speculative-num-draft-tokens 4"
+[ "$CHAT_TEMPLATE" != qwen3-instruct ] || echo "with \"chat_template_kwargs\": {\"enable_thinking\": false} in" \
+    "each request: this draft has learned answers without a thought."

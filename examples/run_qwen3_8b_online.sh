@@ -3,7 +3,7 @@
 # training. The other dense Qwen3 models, and Qwen2.5's, are another TARGET.
 #
 #   bash examples/run_qwen3_8b_online.sh
-#   TARGET=Qwen/Qwen3-14B DATASET=answers.jsonl MAX_LENGTH=8192 bash examples/run_qwen3_8b_online.sh
+#   CHAT_TEMPLATE=qwen3-thinking DATASET=answers.jsonl MAX_LENGTH=8192 bash examples/run_qwen3_8b_online.sh
 #
 # Whether the target thinks is decided by CHAT_TEMPLATE. qwen3-instruct, the default, is for answers at once, as
 # ShareGPT's are: serve the target with thinking switched off (enable_thinking=false). For a target that thinks take
@@ -70,3 +70,5 @@ echo "  vllm serve $TARGET --speculative-config '{\"method\": \"eagle3\", \"mode
 echo "  python -m sglang.launch_server --model-path $TARGET --speculative-algorithm EAGLE3" \
     "--speculative-draft-model-path $OUTPUT/draft/final --speculative-num-steps 3 --speculative-eagle-topk 1" \
     "--speculative-num-draft-tokens 4"
+[ "$CHAT_TEMPLATE" != qwen3-instruct ] || echo "with \"chat_template_kwargs\": {\"enable_thinking\": false} in" \
+    "each request: this draft has learned answers without a thought."

@@ -325,7 +325,8 @@ def test_the_newest_whole_checkpoint_is_found_whatever_lies_around(work, tmp_pat
 
 def test_resume_elsewhere_and_resume_without_anything(work, tmp_path, capsys):
     """resume_from_checkpoint is where to go on if output_dir has nothing; with neither, the training starts anew."""
-    train(work, tmp_path / "b", "--resume", "--resume_from_checkpoint", work / "whole" / "step_00000010")
+    shutil.copytree(work / "whole", tmp_path / "a", ignore=shutil.ignore_patterns("step_00000012", "final", "latest"))
+    train(work, tmp_path / "b", "--resume", "--resume_from_checkpoint", tmp_path / "a" / "step_00000010")
     assert rows(tmp_path / "b") == rows(work / "whole"), "those up to the checkpoint come along"
     before, now = (json.loads((folder / "run.json").read_text()) for folder in (work / "whole", tmp_path / "b"))
     assert now["run_id"] == before["run_id"] and before.pop("earlier_starts") == []
@@ -342,16 +343,19 @@ def test_resume_elsewhere_and_resume_without_anything(work, tmp_path, capsys):
 
 
 def test_a_run_in_a_new_folder_goes_on_there(work, tmp_path):
-    """Its own record counts from then on; that of another run, which left no checkpoint, does not."""
+    """Its own record counts from then on; that of another run, which left no checkpoint, does not. It has a name of its
+    own, as the run went on where it was.
+    """
     x, at = tmp_path / "x", ("--resume", "--resume_from_checkpoint", work / "whole" / "step_00000005")
     x.mkdir()
     (x / "run.json").write_text('{"run_id": "of another"}')
     (x / "metrics.jsonl").write_text('{"split": "train", "step": 1, "loss": 99.0}\n')
     for total in (7, 12):
         train(work, x, *at, "--total_steps", total, "--scheduler_total_steps", 12)
-    names = [json.loads((folder / "run.json").read_text())["run_id"] for folder in (work / "whole", x)]
-    assert names[0] == names[1] and rows(x)[-1]["step"] == 12
     settings = json.loads((x / "run.json").read_text())
+    names = [start["run_id"] for start in (*settings["earlier_starts"], settings)]
+    assert names[0] == json.loads((work / "whole" / "run.json").read_text())["run_id"]
+    assert names[1] == names[2] and names[1] not in (names[0], "of another") and rows(x)[-1]["step"] == 12
     assert [start["starts_behind_step"] for start in settings["earlier_starts"]] == [0, 5]
     last = [row for row in rows(work / "whole") if row["step"] <= 5]
     assert rows(x)[: len(last)] == last and [row["step"] for row in rows(x)] == sorted(row["step"] for row in rows(x))

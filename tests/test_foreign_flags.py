@@ -64,6 +64,8 @@ def test_no_flag_of_ours_is_taken_for_another_trainers(script):
     ours = [name for rows in script.FLAGS.values() for name, *_ in rows]
     for names, _, text in script.INSTEAD:
         assert not [name for name in ours if re.fullmatch(names, name.removeprefix("no_"))], names
+        if "prepare_data.py, which takes these" in text:
+            assert set(names.split("|")) <= {name for rows in prepare_data.FLAGS.values() for name, *_ in rows}
         for flag in re.findall(r"--(\w+)", text):
             assert flag in ours, text
     assert not set(train_eagle3.ALIASES) & set(ours)

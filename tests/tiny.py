@@ -40,8 +40,10 @@ def small_disk(folder, size):
     done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
     if not done or done.returncode:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
-    yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(folder)], check=True)
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def tokenizer(vocab_size=400, **options):
