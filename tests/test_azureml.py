@@ -318,6 +318,7 @@ def refuse_below(folder, monkeypatch):
         monkeypatch.setattr(os, name, call)
 
 
+@pytest.mark.slow
 def test_the_command_of_the_defaults_trains_onto_mounted_storage(inputs, tmp_path, monkeypatch):
     component, out = read(TRAINER), tmp_path / "out put"
     values = {"target_model_path": inputs / "target", "dataset_train_split": inputs / "train.jsonl",

@@ -235,6 +235,7 @@ def test_other_numbers_of_ranks_go_on_as_if_nothing_were(work, starts, tmp_path,
     assert all(torch.allclose(other[name], whole[name], rtol=1e-4, atol=1e-6) for name in whole)
 
 
+@pytest.mark.slow
 def test_accumulated_metrics_survive_another_number_of_ranks(work, starts, tmp_path):
     """Stopped between two lines of the log by two ranks, continued by one: the line covers all its steps."""
     flags = "--save_steps", 4, "--total_steps", 6, "--log_steps", 6, "--eval_steps", 0

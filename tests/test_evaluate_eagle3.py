@@ -378,7 +378,7 @@ def test_sampling_keeps_a_draft_that_equals_the_target_and_drops_what_it_never_s
         assert accepted == 0 and own != 3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 def test_sampling_with_models_is_lossless(temperature, tmp_path):
     """The second and third token of real runs, twelve tokens to choose from."""
     options = {"vocab_size": 12, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}

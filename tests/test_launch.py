@@ -241,6 +241,7 @@ def pids(started, count=2):
     raise AssertionError(started.printed())
 
 
+@pytest.mark.slow
 def test_rank_killed_in_training_ends_the_run_with_its_name(work, started):
     started.add(DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), *train(work, started, 10**6))
     started.until("step 3/")
@@ -373,6 +374,7 @@ run_together(main, float(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_timeout_reaches_every_process_group(started):
     started.service("-c", GROUPS, tiny.REPOSITORY, 7, started.marker)
     assert started.wait(120) == ([0, 0], [[], []]), started.printed()

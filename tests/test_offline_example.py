@@ -49,6 +49,7 @@ def benchmark(*argv, timeout=300):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_counts_the_bytes_of_a_token():
     """By hand: 5 bytes of token and mask; 4 layers, the last only of supervised tokens; fp8 has 4 bytes of scale."""
     lines = benchmark("size", "--hidden_size", 512, "--tokens", 1000, "--shares", 50).splitlines()

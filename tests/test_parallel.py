@@ -124,7 +124,8 @@ def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(wor
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        (1, RUNS[1]), (4, RUNS[4][1:2]), pytest.param(2, RUNS[2], marks=pytest.mark.slow),
+        pytest.param(1, RUNS[1], marks=pytest.mark.slow), (4, RUNS[4][1:2]),
+        pytest.param(2, RUNS[2], marks=pytest.mark.slow),
         pytest.param(4, RUNS[4][:1] + RUNS[4][2:], marks=pytest.mark.slow),
     ],
     ids=["1", "two groups of 2", "2", "4"],

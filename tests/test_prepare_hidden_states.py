@@ -547,6 +547,7 @@ def launch(ranks, runs, folder, shard_bytes=200_000, timeout=400):
     return json.loads(re.search(r"^exit (.*)", result.stdout, re.MULTILINE)[1]), result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_write_and_read_the_same(work, tmp_path):
     """However two ranks share rows and target, every row is written once; they train from it as they do online."""
     states, whole = ("--hidden_states_dtype", "float32"), work / "float32"

@@ -130,6 +130,7 @@ def test_a_token_budget_gives_the_gradients_of_one_sequence_at_a_time(work, tmp_
         assert furthest(weights(tmp_path / name / "final"), weights(tmp_path / "one" / "final")) < 1e-4
 
 
+@pytest.mark.slow
 def test_with_a_token_budget_a_step_of_three_sequences_goes_to_two_ranks(work, ranks, tmp_path):
     expected = run(work, tmp_path / "one", *EVERY, "--draft_global_batch_size", 3)
     assert losses(metrics(ranks / "odd")) == pytest.approx(losses(expected), rel=1e-5)
@@ -183,6 +184,7 @@ def test_gradient_checkpointing_recomputes_the_layer_and_changes_nothing(work, t
         assert_all_moved(work, recomputed)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_under_zero_3_on_two_ranks_changes_nothing(work, ranks):
     assert losses(metrics(ranks / "recomputed")) == pytest.approx(losses(metrics(ranks / "plain")), rel=1e-6)
     assert furthest(weights(ranks / "recomputed" / "final"), weights(ranks / "plain" / "final")) < 1e-5
@@ -200,6 +202,7 @@ def assert_all_moved(work, tensors):
 # --- ranks and steps without anything to learn from ---
 
 
+@pytest.mark.slow
 def test_ranks_and_steps_without_a_supervised_slot(work, ranks, tmp_path):
     train_eagle3.main(train_eagle3.parse_args(bare(work, tmp_path / "one")))
     expected = losses(metrics(tmp_path / "one"))
@@ -286,6 +289,7 @@ def peaks():
         return {name: alone.submit(peak, *case).result() for name, case in cases.items()}
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_as_the_length_does(peaks):
     """At four times the length; the dense form's grows faster, which shows that it is the peak that is measured."""
     assert peaks["short"] > 40 and peaks["long"] < 4.6 * peaks["short"], peaks
@@ -293,6 +297,7 @@ def test_peak_memory_grows_as_the_length_does(peaks):
     assert peaks["half"] < peaks["dense long"] / 4, peaks
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_lowers_the_peak(peaks):
     assert peaks["recomputed"] < 0.85 * peaks["long"], peaks
 

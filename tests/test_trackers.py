@@ -445,8 +445,10 @@ train_eagle3.run_together(train_eagle3.main, train_eagle3.parse_args())
 
 
 @pytest.mark.parametrize(
-    ("how", "line"), [("server", "error: the server is gone"), ("nan", "error: 2 steps in a row are not finite")]
-)
+    ("how", "line"),
+    [("server", "error: the server is gone"),
+     pytest.param("nan", "error: 2 steps in a row are not finite", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_run_that_fails_says_so_though_a_tracker_hangs(work, tmp_path, how, line):
     argv = arguments(work, tmp_path / "out", "--report_to", "trackio", "--total_steps", 3, "--max_bad_steps", 2)
     done = subprocess.run([sys.executable, "-c", FAILING, how, *argv], cwd=tiny.REPOSITORY, timeout=100,

@@ -159,6 +159,7 @@ def test_same_seed_same_run_other_seed_another(work, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_each_of_these_flags_changes_the_draft(work, tmp_path):
     base = run(work, tmp_path / "base", "--total_steps", 4)
     for i, flags in enumerate((
@@ -269,6 +270,7 @@ def test_gradient_is_the_same_for_one_micro_batch_of_four_and_four_of_one(work, 
         assert (packed[name] - gradient).norm() / gradient.norm() < 1e-5, name
 
 
+@pytest.mark.slow
 def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     """One start of two ranks runs the files of ds_configs/, a batch that does not divide, and a rank without data."""
     flags = [

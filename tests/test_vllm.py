@@ -220,7 +220,7 @@ def test_requests_of_the_next_step_are_sent_before_this_one_is_given():
     assert given == items
 
 
-@pytest.mark.parametrize("batch", [2, 9])
+@pytest.mark.parametrize("batch", [2, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_row_may_be_under_way_twice(work, server, tmp_path, batch):
     """Nine rows in steps of at most nine: the last of an epoch may come first in the next one."""
     flags = ("--num_epochs", 5, "--eval_interval", 5, "--draft_global_batch_size", batch)
