@@ -142,7 +142,10 @@ FAMILIES = {
     "llama4 that sees": row("Llama4Config", {"intermediate_size_mlp": 80, "num_local_experts": 2}, LLAMA4, "llama4",
                             draft=(80, 4, 2, 24), rope=(5e5, None), sight=LLAMA4_SIGHT),
 }  # fmt: skip
-ALIKE = ("smollm3", "cohere2", "gemma2", "glm4 experts", "mixtral", "minimax", "qwen3 next")  # slow: much as others are
+ALIKE = (  # slow: much as others are
+    "qwen2", "smollm3", "olmo2", "cohere", "cohere2", "gemma2", "gemma3", "glm4 experts", "mixtral", "minimax",
+    "qwen3 next", "mistral3 that sees", "qwen3 that sees",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- a target of a family

@@ -319,7 +319,7 @@ def test_what_the_configuration_of_a_foreign_draft_says_is_computed(work, drafts
 # --- a dry run is the first step of the run ---
 
 
-@pytest.mark.parametrize("engine", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", [None, speculators], ids=["fresh", "foreign"])
 def test_continuing_from_a_dry_run_equals_starting_without_one(engine, start, work, drafts, tmp_path):
     """Metrics and weights bit by bit, though the dry run's draft is saved in bfloat16 and training holds float32."""

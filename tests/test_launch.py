@@ -258,7 +258,7 @@ def test_rank_killed_in_training_ends_the_run_with_its_name(work, started):
     assert not started.left(15), "workers notice within seconds that their rank is gone"
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_without_a_launcher(started, lost):
     ranks = started.service(*rounds(started, 20, "none"))
     pids(started)

@@ -110,6 +110,7 @@ def outcome(folder):
     return lines, weights(folder / "final")
 
 
+@pytest.mark.slow
 def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(work):
     split = open_data(work / "prepared" / "data")[0]["train"]
     for world in (2, 4):
@@ -121,12 +122,11 @@ def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(wor
     assert lengths.max() > 15 * lengths.min()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        pytest.param(1, RUNS[1], marks=pytest.mark.slow), (4, RUNS[4][1:2]),
-        pytest.param(2, RUNS[2], marks=pytest.mark.slow),
-        pytest.param(4, RUNS[4][:1] + RUNS[4][2:], marks=pytest.mark.slow),
+        (1, RUNS[1]), (4, RUNS[4][1:2]), (2, RUNS[2]), (4, RUNS[4][:1] + RUNS[4][2:]),
     ],
     ids=["1", "two groups of 2", "2", "4"],
 )  # fmt: skip

@@ -126,6 +126,7 @@ def speculative(work, draft, output):
     return json.loads((output / "evaluation.json").read_text()), output / "generations.jsonl"
 
 
+@pytest.mark.slow
 def test_training_code_and_speculative_decoding_measure_the_same(work, tmp_path):
     """evaluate() on the target's own texts gives the acceptance length and the passes that were measured on them."""
     _, texts = speculative(work, work / "first" / "final", tmp_path / "before")
