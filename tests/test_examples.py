@@ -167,16 +167,11 @@ def test_single_gpu_recipe_with_a_small_target(tmp_path):
 # opens the thought)
 RECIPES = [
     ("run_qwen3_8b_online.sh", "qwen3", {"CHAT_TEMPLATE": "qwen3-thinking"}, "world 2 = dp 2", "<think>\nBecause "),
-    ("run_qwen3_8b_online.sh", "qwen2", {}, "world 2 = dp 2 x tp 1", "<|im_end|>"),
     ("run_qwen3_30b_a3b_online.sh", "qwen3 experts", {"TP_SIZE": 2}, "tensor parallel over 2", "<|im_end|>"),
     ("run_gpt_oss_20b_online.sh", "gpt-oss", {}, "target forward 1", "<|channel|>analysis<|message|>Because "),
     ("run_deepseek_r1_distill_online.sh", "r1 llama", {}, "world 2 = dp 2 x tp 1", ".\n</think>\n\n"),
-    ("run_deepseek_r1_distill_online.sh", "r1 qwen", {}, "world 2 = dp 2 x tp 1", ".\n</think>\n\n"),
 ]
-R1 = {
-    f"r1 {name}": FAMILIES[family]._replace(tokens=FAMILIES["deepseek"].tokens, template="deepseek-r1-distill")
-    for name, family in (("llama", "llama"), ("qwen", "qwen2"))
-}
+R1 = {"r1 llama": FAMILIES["llama"]._replace(tokens=FAMILIES["deepseek"].tokens, template="deepseek-r1-distill")}
 
 
 @pytest.mark.parametrize(
