@@ -435,14 +435,15 @@ def test_no_room_for_the_index(work, tmp_path, monkeypatch, capsys):
 
 
 @SLOW
-def test_full_disk_while_training_caches(work, tmp_path, small_disk, monkeypatch, capsys):
+def test_full_disk_while_training_caches(work, tmp_path, monkeypatch, capsys):
     """The training goes on as if nothing were kept."""
-    disk, _ = small_disk
     monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 60_000)
     flags = "--num_epochs", 2, "--hidden_states_dtype", "float32"
-    lines = train(work, tmp_path / "a", *flags, "--hidden_states_path", disk / "out", "--on_generate", "cache")
-    assert capsys.readouterr().err.count("hidden states are not kept from here on") == 1
-    assert hidden(disk / "out") == [] and 0 < len(read_folder(disk / "out")) < 26
+    with tiny.small_disk(tmp_path / "disk", 200) as (disk, _):
+        lines = train(work, tmp_path / "a", *flags, "--hidden_states_path", disk / "out", "--on_generate", "cache")
+        assert capsys.readouterr().err.count("hidden states are not kept from here on") == 1
+        assert hidden(disk / "out") == [] and 0 < len(read_folder(disk / "out")) < 26
+        prepare_hidden_states.open_shard.cache_clear()  # they are mapped
     assert identical(lines, train(work, tmp_path / "b", "--num_epochs", 2))
 
 
