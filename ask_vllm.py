@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from deal_batches import COLUMNS, STATES, tokens_read
 from read_conversations import fail
-from regenerate_data import ServerFailed, keep_asking, request_answer
+from regenerate_data import ServerFailed, find_served, keep_asking, request_answer
 
 REQUESTS = 16  # to a server that are under way at once, of each rank
 
@@ -92,21 +92,15 @@ def ask_for(args, what, work):
 
 def served_model(args, model_dir, longest):
     """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
-    try:
-        work = lambda: {model["id"]: model for model in request(args, "models")["data"]}  # noqa: E731
-        models = ask_for(args, "the list of its models", work)
-    except ServerFailed as error:
-        fail(error)
-    names, there = (args.target_model_path, str(model_dir)), Path(model_dir).resolve()
-    for name, model in models.items():
-        own = [model[key] for key in ("id", "root") if model.get(key)]
-        if any(name in names or Path(name).resolve() == there for name in own):
-            if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
-                fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
-                     f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
-            return name
-    fail(f"vllm_endpoint {args.vllm_endpoint} serves {', '.join(models)}, not the target "
-         f"{names[0]}: start it with that one, or if it is, with --served-model-name {names[0]}")  # fmt: skip
+    named = args.target_model_path
+    model = find_served(
+        "vllm_endpoint", args.vllm_endpoint, [named, model_dir], args.max_retries, args.request_timeout,
+        f"start it with that one, or if it is, with --served-model-name {named}",
+    )  # fmt: skip
+    if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
+        fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
+             f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
+    return model["id"]
 
 
 class Server:

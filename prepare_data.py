@@ -448,14 +448,17 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache, agai
     """
     from datasets import Dataset, Features, List, Value
 
-    rows = lambda: ({"line": line, "raw": raw} for line, raw in read_rows(source, files, cache / "hub"))  # noqa: E731
+    def table(read, *given):
+        yield from ({"line": line, "raw": raw} for line, raw in read(*given))
+
+    rows = functools.partial(table, read_rows, source, files, cache / "hub")
     data = Dataset.from_generator(rows, cache_dir=str(cache / "raw"), fingerprint="raw")
     if num_samples and num_samples < len(data):
         data = data.select(np.sort(np.random.RandomState(options["seed"]).permutation(len(data))[:num_samples]))
     if again:
         lines, path = data["line"][:], again[0]
         answer_rows(lines, lambda index: data[index]["raw"], *again)
-        rows = lambda: ({"line": line, "raw": raw} for line, raw in answered_rows(lines, path))  # noqa: E731
+        rows = functools.partial(table, answered_rows, lines, path)
         data = Dataset.from_generator(rows, cache_dir=str(cache / "answers"), fingerprint="answers")
     columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
     columns |= {"length": Value("int32"), "cut": Value("int64"), "silent": Value("bool"), "cause": Value("string")}
@@ -574,7 +577,11 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
     caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]  # `output` may be mounted
-    clear = lambda: [shutil.rmtree(path, ignore_errors=True) for path in (scratch, caches)]  # noqa: E731
+
+    def clear():
+        for path in (scratch, caches):
+            shutil.rmtree(path, ignore_errors=True)
+
     clear()
     try:
         build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", caches, again)

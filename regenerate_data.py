@@ -85,6 +85,25 @@ def keep_asking(server, what, retries, work):
     raise ServerFailed(f"{server} fails for {what}, {attempt + 1} times, at last with {said}")
 
 
+def find_served(flag, endpoint, targets, retries, timeout, remedy):
+    """What the server's list of models says of the target, by its names and folders `targets`; ends the program if it
+    has others only. flag: which gave the endpoint; remedy: what the line then proposes.
+    """
+    server, places = f"{flag} {endpoint}", {Path(target).resolve() for target in targets}
+
+    def listed():
+        return {model["id"]: model for model in request_answer(endpoint, "models", timeout=timeout)["data"]}
+
+    try:
+        models = keep_asking(server, "the list of its models", retries, listed)
+    except ServerFailed as error:
+        fail(error)
+    for model in models.values():
+        if any(model.get(key) and Path(model[key]).resolve() in places for key in ("id", "root")):
+            return model
+    fail(f"{server} serves {', '.join(models)}, not the target {targets[0]}: {remedy}")
+
+
 # ---------------------------------------------------------------------------- one conversation
 def to_wire(messages):
     """Messages as the protocol has them: arguments as text, an id for every call and output, no reasoning."""
@@ -222,28 +241,6 @@ def sort_answers(path, file, found):
 
 
 # ---------------------------------------------------------------------------- all of them
-def served_model(args, target):
-    """What the server calls the target; ends the program if it has others only."""
-    if args.regenerate_model:
-        return args.regenerate_model
-    server = f"regenerate_endpoint {args.regenerate_endpoint}"
-
-    def listed():
-        answer = request_answer(args.regenerate_endpoint, "models", timeout=args.regenerate_timeout)
-        return {model["id"]: model for model in answer["data"]}
-
-    try:
-        models = keep_asking(server, "the list of its models", args.regenerate_retries, listed)
-    except ServerFailed as error:
-        fail(error)
-    for name, model in models.items():
-        own = [model[key] for key in ("id", "root") if model.get(key)]
-        if any(known == str(target) or Path(known).resolve() == Path(target).resolve() for known in own):
-            return name
-    fail(f"{server} serves {', '.join(models)}, not the target {target}: if one of them is it, name it with "
-         "--regenerate_model")  # fmt: skip
-
-
 def settings_of(args, target):
     """What the answers depend on, beside the input; where the server is does not matter.
 
@@ -268,7 +265,10 @@ def open_answers(args, target, output, inputs):
                 f"{key} {there.get(key)}, now {value}" for key, value in about.items() if there.get(key) != value
             ]:
                 fail(f"{stored}: its answers are of {'; '.join(wrong)}: choose another --regenerate_path, or delete it")
-    model = served_model(args, target)
+    model = args.regenerate_model or find_served(
+        "regenerate_endpoint", args.regenerate_endpoint, [target], args.regenerate_retries, args.regenerate_timeout,
+        "if one of them is it, name it with --regenerate_model",
+    )["id"]  # fmt: skip
     for split, content in inputs.items():
         folder.mkdir(parents=True, exist_ok=True)
         about = settings_of(args, target) | {"input": content}
