@@ -7,9 +7,9 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
     python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
-    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
+    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
-    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \\
+    python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
         --output_path data/own --regenerate_endpoint http://localhost:8000/v1   # the target's own replies
 """
 
@@ -30,37 +30,23 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from read_conversations import (
-    PRESETS,
-    REASONING_FIELDS,
-    Rejected,
-    boolean,
-    download,
-    fail,
-    find_files,
-    hash_file,
-    hash_of,
-    parse_flags,
-    pydoc_lines,
-    read_conversation,
-    read_rows,
-    write_atomic,
-)
-from regenerate_data import REGENERATE_FLAGS, answer_rows, answered_rows, open_answers, settings_of
+from core import common, conversations, dataloader, regeneration, target_files
 
 MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
+
 BLANKS = re.compile(r"\s*")
-FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken"]
+
 # Assistant turns lie behind one of headers, up to and including one of ends, the first of which closes a final reply.
 # joins: a header directly behind an end is the assistant's too, one turn in several channels.
 # shared_ends: the next turn begins with them, so that the text has none behind the last reply: the first one is added,
 # behind a call the second one. options: variables of the tokenizer's template.
 Template = namedtuple("Template", ("headers", "ends", "joins", "shared_ends", "options"), defaults=(False, False, {}))
+
 CHATML = Template(("<|im_start|>assistant\n",), ("<|im_end|>",))
+
 # Behind a tool's output the reply follows without the assistant's own marker.
 DEEPSEEK = Template(("<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>"), ("<｜end▁of▁sentence｜>",))
+
 TEMPLATES = {
     "llama3": Template(("<|start_header_id|>assistant<|end_header_id|>\n\n",), ("<|eot_id|>", "<|eom_id|>")),
     "llama4": Template(("<|header_start|>assistant<|header_end|>\n\n",), ("<|eot|>", "<|eom|>")),
@@ -77,80 +63,6 @@ TEMPLATES = {
     "kimi-k2": Template(("<|im_assistant|>assistant<|im_middle|>",), ("<|im_end|>",)),
 }
 
-
-# ---------------------------------------------------------------------------- the target's files
-def locate(path_or_hub_id, names, patterns=SMALL_FILES):
-    """The folder with one of the named files: the one given, the nearest at most three levels below it, or a hub id's.
-
-    So it finds a model somewhere inside and both of MLflow's layouts. A config.json counts if it is a model's.
-    patterns: what is downloaded of a hub id. Ends with one line if no folder or several equally near ones have a file.
-    """
-    target, folder = str(path_or_hub_id), Path(path_or_hub_id).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", target):
-            fail(f"target model {target}: neither a folder nor a hub id such as org/name")
-        folder = download(target, patterns)
-    folder, found = folder.resolve(), []
-    if (folder / "refs" / "main").is_file():  # an entry of the hub's cache
-        folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-    for depth in range(4):
-        files = [file for name in names for file in folder.glob("*/" * depth + name) if file.is_file()]
-        files = [file for file in files if file.name != "config.json" or b'"model_type"' in file.read_bytes()]
-        found = found or sorted({file.parent for file in files})
-    if {path.name for path in found} <= {"model", "config", "tokenizer"}:  # MLflow may keep such a file twice
-        found = [path for path in found if path.name == "model"] or found
-    if len(found) != 1:
-        where = ", ".join(str(path.relative_to(folder)) for path in found)
-        fail(f"target model {target}: {len(found)} folders with {' or '.join(names)} in it instead of one: {where}")
-    return found[0]
-
-
-def load_tokenizer(target_model_path, trust_remote_code=False):
-    """The target's fast tokenizer; a slow one has no character offsets, so the loss mask could not be exact."""
-    from transformers import AutoTokenizer
-
-    folder = locate(target_model_path, TOKENIZER_FILES)
-    if (folder / "tiktoken.model").exists() and not (folder / "tokenizer.json").exists():
-        fail(f"the tokenizer in {folder} is a tiktoken.model: add a tokenizer.json that was made of it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        fail(f"cannot load the tokenizer in {folder}: {error}")
-    if not tokenizer.is_fast:
-        fail(f"the tokenizer in {folder} is not a fast one: add its tokenizer.json")
-    return tokenizer
-
-
-def hash_tokenizer(tokenizer):
-    """Hash of all that decides which tokens a conversation becomes, but for a date that a template may print."""
-    return hash_of([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map])
-
-
-# ---------------------------------------------------------------------------- reading what this script wrote
-def open_data(folder):
-    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
-    from datasets import DatasetDict
-
-    for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
-        if not Path(folder, name).exists():
-            fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")
-    config = json.loads(Path(folder, "data_config.json").read_text())
-    if (version := config.get("format_version")) != FORMAT_VERSION:
-        fail(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again")
-    return DatasetDict.load_from_disk(str(folder)), config
-
-
-def read_token_freq(path):
-    """{token id: count} of a token_freq.pt; ends the program if the file is of another kind."""
-    try:
-        counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
-    except Exception as error:  # a file of another kind fails anywhere in the unpickler
-        fail(f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})")
-    if not counts or min(counts) < 0 or min(counts.values()) < 0:
-        fail(f"token counts {path}: none in it, or a negative token id or count")
-    return counts
-
-
 # ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
 # All that turns a row into tokens. encoder: without post-processing, which would trim blanks off the offsets. template:
 # None for auto if the tokenizer has none. opening: what the prompt, so not the assistant, has behind the header.
@@ -159,13 +71,17 @@ def read_token_freq(path):
 # thoughts: reasoning is "dropped" as the target answers at once, goes into a "field" that the template reads, or stays
 # in the "text" of the reply.
 CHAT_FIELDS = ("tokenizer", "encoder", "template", "opening", "call_form", "thoughts", "max_length", "only_last")
+
 Chat = namedtuple("Chat", CHAT_FIELDS)
+
 READS_THOUGHTS = re.compile(r"""reasoning_content|(?:\.|\[['"])(?:reasoning|thinking)\b""")
 
 
 def render(tokenizer, messages, tools=None, **options):
     """Text of the conversation by the tokenizer's own template; reasoning under every name that templates look for."""
-    messages = [message | dict.fromkeys(REASONING_FIELDS, message.get("reasoning")) for message in messages]
+    messages = [
+        message | dict.fromkeys(conversations.REASONING_FIELDS, message.get("reasoning")) for message in messages
+    ]
     return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
 
@@ -199,7 +115,9 @@ def arrange(messages, chat):
             if chat.thoughts == "dropped":
                 message["reasoning"] = None
                 if not message["content"] and not message.get("tool_calls"):
-                    raise Rejected("empty", "an assistant turn of reasoning alone, and the target does not reason")
+                    raise conversations.Rejected(
+                        "empty", "an assistant turn of reasoning alone, and the target does not reason"
+                    )
         if message.get("tool_calls"):
             content, as_text = chat.call_form
             message["content"] = message["content"] or content
@@ -255,34 +173,36 @@ def render_reply(messages, tools, chat):
 
 def chat_spans(row, chat):
     """(text, spans) of a row with messages, and whether the reasoning of the last one is left out."""
-    messages, tools = read_conversation(row)
+    messages, tools = conversations.read_conversation(row)
     content = json.dumps([messages, tools], ensure_ascii=False)
     for marker in chat.template.headers + chat.template.ends:
         # No text may contain one: a prompt could declare itself supervised, a reply end too early.
         if json.dumps(marker.strip(), ensure_ascii=False)[1:-1] in content:
-            raise Rejected("marker inside content", repr(marker))
+            raise conversations.Rejected("marker inside content", repr(marker))
     last, messages = messages[-1], arrange(messages, chat)
     others = [message | {"content": "x"} if message["role"] == "tool" else message for message in messages]
     try:
         text, spans = render_reply(messages, tools, chat)
         other, other_spans = render_reply(others, tools, chat) if others != messages else (text, spans)
     except Exception as error:  # whatever the template's own code raises on this row concerns this row only
-        raise Rejected("template error", f"{type(error).__name__}: {error}") from None
+        raise conversations.Rejected("template error", f"{type(error).__name__}: {error}") from None
     # An unknown template may close a call by a marker of its own, so that the span would run on.
     if [text[start:end] for start, end in spans] != [other[start:end] for start, end in other_spans]:
-        raise Rejected("turns not marked", "a tool's output would be supervised")
+        raise conversations.Rejected("turns not marked", "a tool's output would be supervised")
     replies = [message for message in messages if message["role"] == "assistant"]
     if len(spans) != len(replies):
-        raise Rejected("turns not marked", f"{len(spans)} marked replies for {len(replies)} assistant turns")
+        raise conversations.Rejected(
+            "turns not marked", f"{len(spans)} marked replies for {len(replies)} assistant turns"
+        )
     for message, (start, end) in zip(replies, spans, strict=True):
         names = [call.get("function", call).get("name") for call in message.get("tool_calls", ())]
         if any(str(name) not in text[start:end] for name in names):
-            raise Rejected("calls left out", f"the chat template shows no call of {names}")
+            raise conversations.Rejected("calls left out", f"the chat template shows no call of {names}")
     if messages[-1].get("cut"):  # an answer that was cut has no end to learn
         content = messages[-1]["content"].strip()
         start = text.rfind(content, *spans[-1])
         if start < 0:
-            raise Rejected("turns not marked", "an answer that was cut is not shown as it is")
+            raise conversations.Rejected("turns not marked", "an answer that was cut is not shown as it is")
         spans[-1] = (spans[-1][0], start + len(content))
     return text, spans, not shows(text[slice(*spans[-1])], last)
 
@@ -311,37 +231,41 @@ def tokenise(raw, chat):
         row = json.loads(raw.decode() or "{}")
         json.dumps(row, ensure_ascii=False).encode() if b"\\u" in raw else None  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise Rejected("not JSON", error) from None
+        raise conversations.Rejected("not JSON", error) from None
     if not isinstance(row, dict):
-        raise Rejected("not an object", type(row).__name__)
+        raise conversations.Rejected("not an object", type(row).__name__)
     if "rejected_for" in row:  # it could not be regenerated
-        raise Rejected(*row["rejected_for"])
+        raise conversations.Rejected(*row["rejected_for"])
     if row.get("input_ids") is not None:
         ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
         lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
         if not lists or not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
-            raise Rejected("bad tokens", "input_ids (integers) and loss_mask (0 or 1) must be lists of one length")
+            raise conversations.Rejected(
+                "bad tokens", "input_ids (integers) and loss_mask (0 or 1) must be lists of one length"
+            )
         if ids and not 0 <= min(ids) <= max(ids) < size:
-            raise Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
+            raise conversations.Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
         ids, mask = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
         if chat.only_last and mask.any():  # the last run of ones is the last turn
             mask[: np.flatnonzero(np.diff(mask, prepend=0) == 1)[-1]] = 0
     else:
         text, spans, is_chat = row.get("text"), [], "conversations" in row or "messages" in row
         if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
-            raise Rejected("no chat template in the tokenizer", "needed to render messages, or for the markers of auto")
+            raise conversations.Rejected(
+                "no chat template in the tokenizer", "needed to render messages, or for the markers of auto"
+            )
         if is_chat:
             text, spans, silent = chat_spans(row, chat)
         elif isinstance(text, str):
             spans = find_spans(text, chat.template, chat.opening)
         elif row:
-            raise Rejected("unknown form", f"fields {', '.join(row)}")
+            raise conversations.Rejected("unknown form", f"fields {', '.join(row)}")
         ids, mask = encode(text or "", spans[-1:] if chat.only_last else spans, chat.encoder)
     if not len(ids):
-        raise Rejected("empty", "no text")
+        raise conversations.Rejected("empty", "no text")
     ids, mask, cut = ids[: chat.max_length], mask[: chat.max_length], max(0, len(ids) - chat.max_length)
     if not mask.any():
-        raise Rejected("no supervised token", f"within {chat.max_length} tokens" if cut else "")
+        raise conversations.Rejected("no supervised token", f"within {chat.max_length} tokens" if cut else "")
     return ids, mask, cut, silent
 
 
@@ -350,7 +274,7 @@ def tokenise_row(row, chat):
     ids, mask, cut, silent, cause, detail = np.zeros(0, np.int32), np.zeros(0, np.uint8), 0, False, "", ""
     try:
         ids, mask, cut, silent = tokenise(row["raw"], chat)
-    except Rejected as rejected:
+    except conversations.Rejected as rejected:
         cause, detail = rejected.args[0], str(rejected.args[1])[:200]
     values = {"input_ids": ids, "loss_mask": mask, "length": len(ids), "cut": cut, "silent": silent}
     return values | {"cause": cause, "detail": detail}
@@ -359,7 +283,9 @@ def tokenise_row(row, chat):
 # ---------------------------------------------------------------------------- does the template fit the tokenizer?
 PROBE = [{"role": "user", "content": "Qone"}, {"role": "assistant", "content": "Aone"},
          {"role": "user", "content": "Qtwo"}, {"role": "assistant", "content": "Atwo"}]  # fmt: skip
+
 CALL = {"id": "call_0", "type": "function", "function": {"name": "probe_call", "arguments": {"key": "value"}}}
+
 CALL_PROBE = [PROBE[0], {"role": "assistant", "content": None, "reasoning": None, "tool_calls": [CALL]},
               {"role": "tool", "content": "out", "tool_call_id": "call_0"}, PROBE[1] | {"reasoning": None}]  # fmt: skip
 
@@ -421,7 +347,9 @@ def make_chat(tokenizer, name, max_length, only_last):
             known: render(tokenizer, PROBE, **template.options) for known, template in templates.items() if template
         }
     except Exception as error:  # the template is foreign code
-        fail(f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}")
+        common.fail(
+            f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}"
+        )
     fitting = [known for known, text in texts.items() if fits(text, templates[known])]
     if name == "auto" and fitting:  # a known family comes first: it also brings markers that the probe does not show
         name = fitting[0]
@@ -430,7 +358,7 @@ def make_chat(tokenizer, name, max_length, only_last):
         wanted = f"{' or '.join(map(repr, template.headers))} ... {template.ends[0]!r}" if template else "markers"
         others = dict.fromkeys([*fitting, "auto"])
         remedy = f"use --chat_template {' or '.join(others)}" if fitting else "give rows with input_ids and loss_mask"
-        fail(f"chat_template {name}: no {wanted} in what the tokenizer renders: {text[:200]!r}; {remedy}")
+        common.fail(f"chat_template {name}: no {wanted} in what the tokenizer renders: {text[:200]!r}; {remedy}")
     prompt = render(tokenizer, PROBE[:1], add_generation_prompt=True, **template.options)
     behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
     opening = min(behind, key=len, default="")
@@ -451,36 +379,41 @@ def build_split(source, files, chat, options, num_samples, num_proc, cache, agai
     def table(read, *given):
         yield from ({"line": line, "raw": raw} for line, raw in read(*given))
 
-    rows = functools.partial(table, read_rows, source, files, cache / "hub")
+    rows = functools.partial(table, conversations.read_rows, source, files, cache / "hub")
     data = Dataset.from_generator(rows, cache_dir=str(cache / "raw"), fingerprint="raw")
     if num_samples and num_samples < len(data):
         data = data.select(np.sort(np.random.RandomState(options["seed"]).permutation(len(data))[:num_samples]))
     if again:
         lines, path = data["line"][:], again[0]
-        answer_rows(lines, lambda index: data[index]["raw"], *again)
-        rows = functools.partial(table, answered_rows, lines, path)
+        regeneration.answer_rows(lines, lambda index: data[index]["raw"], *again)
+        rows = functools.partial(table, regeneration.answered_rows, lines, path)
         data = Dataset.from_generator(rows, cache_dir=str(cache / "answers"), fingerprint="answers")
     columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
     columns |= {"length": Value("int32"), "cut": Value("int64"), "silent": Value("bool"), "cause": Value("string")}
     columns |= {"detail": Value("string")}
     workers = min(num_proc, len(data) // MIN_ROWS_PER_PROCESS)
     data = data.map(
-        functools.partial(tokenise_row, chat=chat), remove_columns=["raw"], features=Features(columns),
-        num_proc=workers if workers > 1 else None, cache_file_name=str(cache / "tokens.arrow"),
-        load_from_cache_file=False, desc=source, new_fingerprint="tokens",  # else datasets would hash the tokenizer
-    )  # fmt: skip
+        functools.partial(tokenise_row, chat=chat),
+        remove_columns=["raw"],
+        features=Features(columns),
+        num_proc=workers if workers > 1 else None,
+        cache_file_name=str(cache / "tokens.arrow"),
+        load_from_cache_file=False,
+        desc=source,
+        new_fingerprint="tokens",  # else datasets would hash the tokenizer
+    )
     total, lengths = len(data), np.array(data["length"][:])
     rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
     data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut", "silent"])
     limit = options["max_rejected_ratio"]
     if limit is None:
-        limit = PRESETS[source].rejected if source in PRESETS else 0.01
+        limit = conversations.PRESETS[source].rejected if source in conversations.PRESETS else 0.01
     if not len(data) or len(rejected) > limit * total:
         first = {row["cause"]: row["line"] for row in reversed(rejected)}
         counts = Counter(row["cause"] for row in rejected).most_common()
         causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
         share = f"{len(rejected)} of {total} rows rejected ({len(rejected) / total:.1%}, max_rejected_ratio {limit:g})"
-        fail(f"{source}: {share if len(data) else f'none of {total} rows can be used'}: {causes}")
+        common.fail(f"{source}: {share if len(data) else f'none of {total} rows can be used'}: {causes}")
     return data, [{"file": source, **row} for row in rejected]
 
 
@@ -502,7 +435,7 @@ def build(sources, chat, options, num_proc, config, folder, caches, again=None):
     if options["validation_ratio"]:
         data, rows = splits["train"], len(splits["train"])
         if (size := max(1, round(rows * options["validation_ratio"]))) >= rows:
-            fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
+            common.fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
         order = np.random.RandomState(options["seed"]).permutation(rows)
         splits = {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
     DatasetDict(splits).remove_columns(["cut", "silent"]).save_to_disk(str(folder))
@@ -520,14 +453,18 @@ def build(sources, chat, options, num_proc, config, folder, caches, again=None):
             "rejected": Counter(row["cause"] for row in rejected.get(split, ())),
         }  # fmt: skip
         if part["reasoning_left_out"]:
-            print(f"{split}: {part['reasoning_left_out']:,} rows without the reasoning of their last reply: the target "
-                  "is asked to answer at once, or its chat template does not show it")  # fmt: skip
-        print(f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
-              f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
-              f"rejected: {dict(part['rejected']) or 'none'}")  # fmt: skip
+            print(
+                f"{split}: {part['reasoning_left_out']:,} rows without the reasoning of their last reply: the target "
+                "is asked to answer at once, or its chat template does not show it"
+            )
+        print(
+            f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
+            f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
+            f"rejected: {dict(part['rejected']) or 'none'}"
+        )
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in rejected.values() for row in rows]
-    write_atomic(folder / "rejected.jsonl", "".join(lines))
-    write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    common.write_atomic(folder / "rejected.jsonl", "".join(lines))
+    common.write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def prepare(dataset, output_path, target_model_path, *, validation_dataset=None, dataset_path=None,
@@ -546,37 +483,49 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
         (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
         (not 0 <= (max_rejected_ratio or 0) <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
         (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
-        (dataset_path and not any(name in PRESETS and PRESETS[name].hub for name in names.values()),
+        (dataset_path and not any(conversations.PRESETS[x].hub for x in names.values() if x in conversations.PRESETS),
          f"dataset_path is a copy of a preset's hub repository, but dataset is {dataset}"),
         (foreign, f"output_path {output} holds something that is not a prepared data set: choose another folder"),
     ):  # fmt: skip
         if wrong:
-            fail(message)
-    sources = {split: (name, find_files(name, dataset_path, split)) for split, name in names.items()}
-    tokenizer = load_tokenizer(target_model_path, trust_remote_code)
+            common.fail(message)
+    sources = {split: (name, conversations.find_files(name, dataset_path, split)) for split, name in names.items()}
+    tokenizer = target_files.load_tokenizer(target_model_path, trust_remote_code)
     chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn))
     options = {"max_length": max_length, "num_samples": num_samples, "train_only_last_turn": bool(train_only_last_turn)}
     options |= {"validation_ratio": validation_ratio, "max_rejected_ratio": max_rejected_ratio, "seed": seed % 2**32}
-    inputs = [list(map(hash_file, files)) or hash_of(pydoc_lines()) for _, files in sources.values()]
+    inputs = [
+        list(map(common.hash_file, files)) or common.hash_of(conversations.pydoc_lines())
+        for _, files in sources.values()
+    ]
     ingredients = options | {
-        "format_version": FORMAT_VERSION,
-        "presets": [name for name in names.values() if name in PRESETS],
-        "inputs": inputs, "tokenizer": hash_tokenizer(tokenizer),
+        "format_version": dataloader.FORMAT_VERSION,
+        "presets": [name for name in names.values() if name in conversations.PRESETS],
+        "inputs": inputs, "tokenizer": target_files.hash_tokenizer(tokenizer),
         "chat_template": [chat_template, *(chat.template or ())],
     }  # fmt: skip
     if regenerate:
         regenerate.template_options = chat.template.options if chat.template else {}  # the server has to render so too
-        ingredients["regenerate"] = settings_of(regenerate, target_model_path)
-    fingerprint = hash_of(ingredients)
+        ingredients["regenerate"] = regeneration.settings_of(regenerate, target_model_path)
+    fingerprint = common.hash_of(ingredients)
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
-        return open_data(output)[1]
-    again = regenerate and open_answers(regenerate, target_model_path, output, dict(zip(names, inputs, strict=True)))
-    config = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "ingredients": ingredients, "splits": {}}
+        return dataloader.open_data(output)[1]
+    again = regenerate and regeneration.open_answers(
+        regenerate, target_model_path, output, dict(zip(names, inputs, strict=True))
+    )
+    config = {
+        "format_version": dataloader.FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "ingredients": ingredients,
+        "splits": {},
+    }
     config |= {"dataset": names, "target_model_path": str(target_model_path)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
-    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / hash_of(str(output))[:16]  # `output` may be mounted
+    caches = (
+        Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
+    )  # `output` may be mounted
 
     def clear():
         for path in (scratch, caches):
@@ -590,7 +539,7 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
         (scratch / "new").rename(output)
     finally:
         clear()
-    data, config = open_data(output)
+    data, config = dataloader.open_data(output)
     ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
     borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
     parts = [("⟦{}⟧" if mask[a] else "{}").format(tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(borders)]
@@ -601,38 +550,38 @@ def prepare(dataset, output_path, target_model_path, *, validation_dataset=None,
 # ---------------------------------------------------------------------------- command line
 FLAGS = {
     "input": [
-        ("dataset", str, ..., f"preset ({', '.join(PRESETS)}) or path of a JSON Lines file"),
+        ("dataset", str, ..., f"preset ({', '.join(conversations.PRESETS)}) or path of a JSON Lines file"),
         ("dataset_path", str, None, "local copy of the preset's hub repository, instead of a download"),
         ("validation_dataset", str, None, "JSON Lines file, or a preset that has such a split"),
         ("target_model_path", str, ..., "folder or hub id; only the tokenizer is loaded"),
-        ("trust_remote_code", boolean, False, "let the tokenizer run code of its own"),
+        ("trust_remote_code", common.boolean, False, "let the tokenizer run code of its own"),
     ],
     "what becomes of it": [
         ("output_path", str, ..., "folder to write"),
         ("chat_template", str, "llama3", f"{', '.join(TEMPLATES)} or auto, which finds it out"),
         ("max_length", int, 2048, "tokens; longer rows are truncated at the right", 2),
         ("num_samples", int, None, "rows of the training input, taken at random; none: all", 1),
-        ("train_only_last_turn", boolean, False, "supervise only the last assistant turn of each row"),
+        ("train_only_last_turn", common.boolean, False, "supervise only the last assistant turn of each row"),
         ("validation_ratio", float, 0.0, "share of the rows kept back for validation"),
         ("max_rejected_ratio", float, None, "share of unusable rows; none: 0.01; sharegpt, eaglechat 0.1"),
         ("seed", int, 0, "of num_samples and validation_ratio"),
         ("num_proc", int, None, "processes, at most one a core; none: one a core", 1),
     ],
-    "replies of the target itself": REGENERATE_FLAGS,
+    "replies of the target itself": regeneration.REGENERATE_FLAGS,
 }
 
 
 def parse_args(argv=None):
-    return parse_flags(__doc__, FLAGS, argv)
+    return common.parse_flags(__doc__, FLAGS, argv)
 
 
 def main(args):
     options = {**vars(args)}
-    regenerate = argparse.Namespace(**{name: options.pop(name) for name, *_ in REGENERATE_FLAGS})
+    regenerate = argparse.Namespace(**{name: options.pop(name) for name, *_ in regeneration.REGENERATE_FLAGS})
     if not args.regenerate_endpoint:
-        given = [name for name, _, default, *_ in REGENERATE_FLAGS if getattr(args, name) != default]
+        given = [name for name, _, default, *_ in regeneration.REGENERATE_FLAGS if getattr(args, name) != default]
         if given:
-            fail(f"{', '.join(given)}: without effect as long as no --regenerate_endpoint is given")
+            common.fail(f"{', '.join(given)}: without effect as long as no --regenerate_endpoint is given")
         regenerate = None
     return prepare(**options, regenerate=regenerate)
 

@@ -26,8 +26,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_eagle3
-from prepare_hidden_states import DTYPES, to_stored, write_shard
-from read_conversations import fail
+from core import common, dataloader, hidden_states, ranks
 
 BLOCK = 2**24  # bytes read at a time
 
@@ -38,7 +37,9 @@ def file_size(tokens, share, hidden_size, dtype):
     states = torch.randn(tokens, 3 * hidden_size), torch.randn(tokens, hidden_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.safetensors"
-        write_shard(path, {"train/0": to_stored(ids, mask, *states, DTYPES[dtype])})
+        hidden_states.write_shard(
+            path, {"train/0": hidden_states.to_stored(ids, mask, *states, hidden_states.DTYPES[dtype])}
+        )
         return path.stat().st_size
 
 
@@ -54,9 +55,9 @@ def run_size(args):
 
 def run_wait(args, argv):
     """Train with a clock around what hands out the batches."""
-    spans, read_steps, flags = [], train_eagle3.read_steps, train_eagle3.parse_args(argv)
+    spans, read_steps, flags = [], dataloader.read_steps, train_eagle3.parse_args(argv)
     if not flags.hidden_states_path:
-        fail("wait is about a training from the disk: give --hidden_states_path")
+        common.fail("wait is about a training from the disk: give --hidden_states_path")
     size, started = 0, time.perf_counter()
     for path in Path(flags.hidden_states_path).glob("*.safetensors"):
         with path.open("rb") as file:
@@ -76,8 +77,8 @@ def run_wait(args, argv):
             if name == "train":  # until the next one is asked for; logging and saving lie between as well
                 spans.append((waited, time.perf_counter() - begin))
 
-    train_eagle3.read_steps = timed
-    train_eagle3.run_together(measure, (flags, spans, args.skip))
+    dataloader.read_steps = timed
+    ranks.run_watched(measure, (flags, spans, args.skip))
 
 
 def measure(given):
@@ -85,13 +86,15 @@ def measure(given):
     train_eagle3.main(flags)
     kept = spans[skip:]
     if not kept:
-        fail(f"{len(spans)} steps, of which {skip} are left out: train for longer or lower --skip")
+        common.fail(f"{len(spans)} steps, of which {skip} are left out: train for longer or lower --skip")
     if dist.get_rank() == 0:
         waits, steps = zip(*kept, strict=True)
         typical = statistics.median(steps)  # some have an evaluation behind them
-        print(f"data waiting: {statistics.mean(waits) / typical:.2%} of a step; {len(steps)} steps of "
-              f"{1e3 * typical:.0f} ms, waiting {1e3 * statistics.mean(waits):.1f} ms on average and "
-              f"{1e3 * max(waits):.1f} at most")  # fmt: skip
+        print(
+            f"data waiting: {statistics.mean(waits) / typical:.2%} of a step; {len(steps)} steps of "
+            f"{1e3 * typical:.0f} ms, waiting {1e3 * statistics.mean(waits):.1f} ms on average and "
+            f"{1e3 * max(waits):.1f} at most"
+        )
 
 
 def parse_args(argv=None):
@@ -104,13 +107,19 @@ def parse_args(argv=None):
     add("--hidden_size", type=int, default=4096, help="of the target (default: 4096)")
     add("--tokens", type=int, default=2048, help="of a conversation (default: 2048)")
     add("--shares", type=float, nargs="+", default=[100, 50, 15], help="supervised per cent (default: 100 50 15)")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the store (default: all)")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=hidden_states.DTYPES,
+        default=list(hidden_states.DTYPES),
+        help="of the store (default: all)",
+    )
     add = parser.add_argument_group("wait, with any flag of train_eagle3.py").add_argument
     add("--skip", type=int, default=10, help="first steps that are left out (default: 10)")
-    parser.error = fail
+    parser.error = common.fail
     args, rest = parser.parse_known_args(argv)
     if rest and args.mode == "size":
-        fail(f"unknown: {' '.join(rest)}")
+        common.fail(f"unknown: {' '.join(rest)}")
     return args, rest
 
 

@@ -43,18 +43,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import dense  # noqa: E402  (neither the root nor tests/ is on the path of a script that lies here)
 
-from deal_batches import plan_slots, positions_of, supervised_slots  # noqa: E402
-from export_eagle3 import configure  # noqa: E402
-from load_target import (  # noqa: E402
-    Head,
-    Target,
-    default_layer_ids,
-    load_target,
-    resolve_target,
-)  # fmt: skip
-from read_conversations import fail  # noqa: E402
-from run_ranks import keep_freed_memory  # noqa: E402
-from train_eagle3 import DraftModel  # noqa: E402
+import train_eagle3  # noqa: E402
+from core import common, draft_files, ranks, slots, target_files, target_model  # noqa: E402
 
 DECAY = 0.8
 TABLE = {"shares": [100.0, 50.0, 15.0], "lengths": [1024], "ttt_lengths": [7], "draft_vocab_sizes": [16000]}
@@ -62,9 +52,22 @@ PRODUCT_ROWS = 2048  # rows of a timed matrix product at most: enough for the fu
 SCORES = 1 << 25  # attention scores of a timed product at most
 PASSES = ("forward", "weight gradient", "input gradient")
 COLUMNS = (
-    "share %", "tokens", "K", "draft vocab", "dense s", "product s", "dense/product", "floor s", "product/floor",
-    "dense MiB", "product MiB", "product/dense memory", "TFLOP", "naive TFLOP", "naive floor s",
-)  # fmt: skip
+    "share %",
+    "tokens",
+    "K",
+    "draft vocab",
+    "dense s",
+    "product s",
+    "dense/product",
+    "floor s",
+    "product/floor",
+    "dense MiB",
+    "product MiB",
+    "product/dense memory",
+    "TFLOP",
+    "naive TFLOP",
+    "naive floor s",
+)
 MODEL_SIZES = {  # of the draft, by flag
     "hidden_size": 1024, "target_hidden_size": None, "intermediate_size": 2816, "num_attention_heads": 16,
     "num_key_value_heads": 4, "head_dim": 64,
@@ -96,17 +99,17 @@ def count_products(config, supervised, lengths, naive=False):
     size, inner, target_size = config["hidden_size"], config["intermediate_size"], config.get("target_hidden_size")
     heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     target_size, wide = target_size or size, 2 * size if naive else size
-    positions, counts = positions_of(lengths), supervised.sum(dim=1).tolist()
+    positions, counts = slots.positions_of(lengths), supervised.sum(dim=1).tolist()
     live, rows = sum(counts), max(min(int(statistics.median(counts)), PRODUCT_ROWS), 1)
     # Slots whose step-0 keys a live slot sees; tokens that live slots put in; tokens whose key and value are needed.
     seen = torch.cat([part.flip(0).cumsum(0).flip(0) > 0 for part in supervised[0].split(lengths)])
     put_in = torch.zeros_like(seen)
-    for i, slots in enumerate(supervised):
-        put_in[1 + i :] |= slots[: len(slots) - 1 - i]
+    for i, live_slots in enumerate(supervised):
+        put_in[1 + i :] |= live_slots[: len(live_slots) - 1 - i]
     keyed = put_in.clone()
     keyed[1:] |= seen[:-1]
     keys, read = int(seen.sum()) + live - counts[0], int(put_in.sum())
-    pairs = sum(int((positions[slots] + 1 + i).sum()) for i, slots in enumerate(supervised))
+    pairs = sum(int((positions[live_slots] + 1 + i).sum()) for i, live_slots in enumerate(supervised))
     products = []
 
     def add(name, count, fan_in, fan_out, backward=2, shape=None):
@@ -238,7 +241,7 @@ def documents_of(lengths):
 
 def supervised_of(masks, steps):
     """bool [K, T] of loss masks behind one another, on the CPU."""
-    return supervised_slots(torch.tensor(sum(masks, [])), documents_of([len(mask) for mask in masks]), steps)
+    return slots.supervised_slots(torch.tensor(sum(masks, [])), documents_of([len(mask) for mask in masks]), steps)
 
 
 def place(plan, device):
@@ -256,14 +259,15 @@ def make_case(args, config, masks, steps):
     weight[draft_ids] *= 4  # a real draft vocabulary holds almost every token that the target puts first
     document_ids, supervised = documents_of(lengths), supervised_of(masks, steps)
     embedding = torch.randn(vocabulary, config["hidden_size"]).to(device, dtype)
-    draft = DraftModel(config, embedding).to(device, dtype)
+    draft = train_eagle3.DraftModel(config, embedding).to(device, dtype)
     draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     return {
-        "draft": draft, "plan": place(plan_slots(supervised, lengths), device),
+        "draft": draft, "plan": place(slots.plan_slots(supervised, lengths), device),
         "input_ids": torch.randint(vocabulary, (sum(lengths),)).to(device), "supervised": supervised.to(device),
-        "position_ids": positions_of(lengths).to(device), "document_ids": document_ids.to(device),
+        "position_ids": slots.positions_of(lengths).to(device), "document_ids": document_ids.to(device),
         "auxiliary": torch.randn(sum(lengths), 3 * features).to(device, dtype),
-        "last": torch.randn(sum(lengths), features).to(device, dtype), "head": Head(weight.to(device, dtype)),
+        "last": torch.randn(sum(lengths), features).to(device, dtype),
+        "head": target_model.Head(weight.to(device, dtype)),
         "d2t": (draft_ids - torch.arange(columns)).to(device),
     }  # fmt: skip
 
@@ -400,25 +404,36 @@ def run_prompt(args):
 
 PHASES = ("data", "target", "draft", "optimizer")
 END_COLUMNS = (
-    "share %", "tokens a step", "K", "step s", "tokens/s", *(f"{phase} %" for phase in PHASES), "useful TFLOP a step",
-    "TFLOP/s", "matrix TFLOP/s", "utilisation", "peak MiB",
-)  # fmt: skip
+    "share %",
+    "tokens a step",
+    "K",
+    "step s",
+    "tokens/s",
+    *(f"{phase} %" for phase in PHASES),
+    "useful TFLOP a step",
+    "TFLOP/s",
+    "matrix TFLOP/s",
+    "utilisation",
+    "peak MiB",
+)
 
 
 def make_training(args):
     """Target, draft, d2t, and update(): the optimizer's step from the draft's gradients, on fp32 master weights."""
     if args.target_model_path:
-        target = load_target(resolve_target(args.target_model_path), args.device, args.dtype)
+        target = target_model.load(target_files.resolve_target(args.target_model_path), args.device, args.dtype)
     else:
         config = LlamaConfig(**TARGETS[args.device.type], tie_word_embeddings=False)
         with args.device:  # random weights are made where they are used
             model = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval().requires_grad_(False)
         head, embedding = model.get_output_embeddings().weight.detach(), model.get_input_embeddings().weight.detach()
-        target = Target(model, config, Head(head), embedding, default_layer_ids(config.num_hidden_layers))
+        target = target_model.Target(
+            model, config, target_model.Head(head), embedding, target_files.default_layer_ids(config.num_hidden_layers)
+        )
     vocabulary = len(target.embedding)
     columns = min(args.draft_vocab_sizes[-1], vocabulary)
-    config, _ = configure(target.config, target.config, draft_vocab_size=columns)
-    draft = DraftModel(config, target.embedding).to(args.device, args.dtype)
+    config, _ = draft_files.configure(target.config, target.config, draft_vocab_size=columns)
+    draft = train_eagle3.DraftModel(config, target.embedding).to(args.device, args.dtype)
     draft.attention_backend, draft.midlayer.gradient_checkpointing = args.attention_backend, args.gradient_checkpointing
     d2t = (torch.randperm(vocabulary)[:columns].sort().values - torch.arange(columns)).to(args.device)
     weights = list(draft.parameters())
@@ -467,13 +482,13 @@ def time_steps(args, training, batches):
         mark()
         for rows, masks in batches:
             lengths, supervised = [len(row) for row in rows], supervised_of(masks, args.ttt_lengths[-1])
-            slots, plan = max(int(supervised[0].sum()), 1), place(plan_slots(supervised, lengths), device)
-            input_ids, positions = torch.tensor(sum(rows, []), device=device), positions_of(lengths).to(device)
+            count, plan = max(int(supervised[0].sum()), 1), place(slots.plan_slots(supervised, lengths), device)
+            input_ids, positions = torch.tensor(sum(rows, []), device=device), slots.positions_of(lengths).to(device)
             mark()
             auxiliary, last = target.hidden_states(input_ids, lengths)
             mark()
             loss = draft(input_ids, positions, auxiliary, last, target.head, plan, d2t, DECAY)[0]
-            (loss / slots).backward()
+            (loss / count).backward()
             mark()
             update()
             mark()
@@ -532,9 +547,13 @@ def run_end_to_end(args):
     training, cuda = make_training(args), args.device.type == "cuda"
     target = training[0]
     name = args.target_model_path or f"random, {target.config.num_hidden_layers} layers of {target.config.hidden_size}"
-    put_header(args, END_COLUMNS, f"Target: {name}, {len(target.embedding)} tokens; draft vocabulary "
-               f"{training[1].config['draft_vocab_size']}; packed sequences of varied lengths, their tails supervised. "
-               "Data: forming and moving a batch, no prefetching.")  # fmt: skip
+    put_header(
+        args,
+        END_COLUMNS,
+        f"Target: {name}, {len(target.embedding)} tokens; draft vocabulary "
+        f"{training[1].config['draft_vocab_size']}; packed sequences of varied lengths, their tails supervised. "
+        "Data: forming and moving a batch, no prefetching.",
+    )
     sizes = [(args.total_seq_len, share) for share in args.shares]
     for tokens, share in sizes + [(tokens, args.shares[0]) for tokens in (2048, 8192, 32768) if cuda]:
         put(args, cells(map(measure_steps(args, training, tokens, share).get, END_COLUMNS)))
@@ -561,15 +580,24 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    add("--attention_backend", default="auto", choices=("auto", "sdpa", "flex_attention"),
-        help="of the product (default: sdpa, on a GPU flex_attention)")  # fmt: skip
+    add(
+        "--attention_backend",
+        default="auto",
+        choices=("auto", "sdpa", "flex_attention"),
+        help="of the product (default: sdpa, on a GPU flex_attention)",
+    )
     add("--gradient_checkpointing", action="store_true", help="the product recomputes the layer in its backward pass")
     add = parser.add_argument_group("sizes, a list giving a grid").add_argument
     add("--shares", type=float, nargs="+", default=TABLE["shares"], help="supervised per cent (default: 100 50 15)")
     add("--lengths", type=int, nargs="+", default=[512, 2048, 8192], help="tokens (objective; default: 512 2048 8192)")
     add("--ttt_lengths", type=int, nargs="+", default=[3, 7], help="steps K; other modes take the last (default: 3 7)")
-    add("--draft_vocab_sizes", type=int, nargs="+", default=[16000, 32000],
-        help="draft vocabularies; other modes take the last (default: 16000 32000)")  # fmt: skip
+    add(
+        "--draft_vocab_sizes",
+        type=int,
+        nargs="+",
+        default=[16000, 32000],
+        help="draft vocabularies; other modes take the last (default: 16000 32000)",
+    )
     add("--vocab_size", type=int, help="full vocabulary (default: twice the draft vocabulary)")
     add("--table", action="store_true", help="instead: 1,024 tokens, K 7, draft vocabulary 16000, all shares")
     add("--skip_dense", action="store_true", help="time the product alone, for sizes that dense takes too long for")
@@ -584,7 +612,7 @@ def parse_args(argv=None):
     add("--target_model_path", help="folder or hub id (default: random, on a GPU of Llama-3.1-8B's shape)")
     add("--total_seq_len", type=int, help="tokens a step at most (default: 2048, on a GPU 16384)")
     add("--steps", type=int, default=5, help="optimizer steps a round (default: 5)")
-    parser.error = fail
+    parser.error = common.fail
     args = parser.parse_args(argv)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     args.device = torch.device(default if args.device == "auto" else args.device)
@@ -599,7 +627,7 @@ def parse_args(argv=None):
 
 def main(args):
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as in training
+    ranks.keep_freed_memory()  # as in training
     if args.output:
         Path(args.output).write_text("")
     MODES[args.mode](args)

@@ -50,9 +50,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from load_target import load_target, resolve_target  # noqa: E402
-from read_conversations import fail  # noqa: E402  (the root is not on the path of a script that lies here)
-from run_ranks import keep_freed_memory, start_distributed  # noqa: E402
+from core import common, ranks, target_files, target_model  # noqa: E402
 
 MIB = 2**20
 SIZES = {
@@ -70,9 +68,18 @@ WAYS = {  # to share: what load_target is given; "tp" stands for each size that 
     "zero3_cpu": {"sharding": "zero3", "offload": "cpu"}, "zero3_nvme": {"sharding": "zero3", "offload": "nvme"},
 }  # fmt: skip
 COLUMNS = (
-    "ranks", "shared", "computed", "held", "in a forward, computed", "peak", "loading, own", "files", "moved",
-    "s a forward", "ratio",
-)  # fmt: skip
+    "ranks",
+    "shared",
+    "computed",
+    "held",
+    "in a forward, computed",
+    "peak",
+    "loading, own",
+    "files",
+    "moved",
+    "s a forward",
+    "ratio",
+)
 
 # ==================== One rank =======================================================================================
 
@@ -171,7 +178,7 @@ def computed_bytes(model_dir, ranks, tokens, sharding="none", tp_size=1, offload
 
 def measure(job):
     """What this rank measures of a job {model_dir, tiny, way, tokens, rounds, result}; rank 0 writes all ranks'."""
-    device, way = start_distributed(10), job["way"]
+    device, way = ranks.start_distributed(10), job["way"]
     texts = [job["tokens"]] * way.get("tp_size", 1)
     if device.type == "cpu":
         give_back_freed_memory()
@@ -180,19 +187,19 @@ def measure(job):
         ids = torch.arange(sum(texts), device=device) % len(target.embedding)
         target.hidden_states(ids, texts)
 
-    tiny = load_target(job["tiny"], device, **way)
+    tiny = target_model.load(job["tiny"], device, **way)
     forward(tiny)
     del tiny
     (live, _), before = live_bytes(), used(device)
     with peaks(device, before) as loading:
-        target = load_target(job["model_dir"], device, **way)
+        target = target_model.load(job["model_dir"], device, **way)
     with peaks(device, before) as forwards:
         for _ in range(3):
             forward(target)
     own, mapped = live_bytes()
     found = {"loading": loading, "held": own + mapped - live, "peak": forwards["own"] + mapped, "seconds": []}
     if device.type == "cpu":
-        keep_freed_memory()
+        ranks.keep_freed_memory()
     for _ in range(job["rounds"] + 1):
         dist.barrier()
         started = time.perf_counter()
@@ -200,10 +207,10 @@ def measure(job):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found["seconds"].append(time.perf_counter() - started)
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, found)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
     if dist.get_rank() == 0:
-        Path(job["result"]).write_text(json.dumps(ranks))
+        Path(job["result"]).write_text(json.dumps(gathered))
     dist.destroy_process_group()
 
 
@@ -226,17 +233,21 @@ def ways_of(args, ranks, folder):
             yield name.replace("_", ", "), WAYS[name]
 
 
-def row_of(args, model_dir, ranks, label, way, folder):
+def row_of(args, model_dir, world, label, way, folder):
     """One row {column: value}, from a start of so many ranks."""
     job = {"model_dir": str(model_dir), "tiny": str(folder / "tiny"), "way": way, "tokens": args.tokens}
     job |= {"rounds": args.rounds, "result": str(folder / "result.json")}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
-        [*launch, __file__, "--rank_of", json.dumps(job)], capture_output=True, text=True, check=False, timeout=1800,
+        [*launch, __file__, "--rank_of", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
         env={"OMP_NUM_THREADS": str(max(os.cpu_count() // ranks, 1)), **os.environ},
-    )  # fmt: skip
+    )
     if result.returncode:
-        fail(f"{ranks} ranks, {label}: {result.stderr[-2000:]}")
+        common.fail(f"{ranks} ranks, {label}: {result.stderr[-2000:]}")
     found = json.loads(Path(job["result"]).read_text())
     rest, forward, moved = computed_bytes(model_dir, ranks, args.tokens * way.get("tp_size", 1), **way)
     sizes = {
@@ -265,13 +276,19 @@ def run(args, name, model_dir, folder):
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     versions = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, deepspeed, transformers))
-    put(args, "", f"{name}: {machine}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}, "
-        f"{datetime.date.today()}, {args.tokens} tokens a rank, medians of {args.rounds} rounds", "",
-        f"| {' | '.join(COLUMNS)} |", f"|{' ---: |' * len(COLUMNS)}")  # fmt: skip
-    for ranks in args.ranks:
+    put(
+        args,
+        "",
+        f"{name}: {machine}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, {versions}, "
+        f"{datetime.date.today()}, {args.tokens} tokens a rank, medians of {args.rounds} rounds",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' ---: |' * len(COLUMNS)}",
+    )
+    for world in args.ranks:
         whole = None
-        for label, way in ways_of(args, ranks, folder):
-            row = row_of(args, model_dir, ranks, label, way, folder)
+        for label, way in ways_of(args, world, folder):
+            row = row_of(args, model_dir, world, label, way, folder)
             whole = row["s a forward"] if way == {} else whole
             row["ratio"] = f"{row['s a forward'] / whole:.2f}" if whole else "-"
             row["s a forward"] = f"{row['s a forward']:.3g}"
@@ -296,7 +313,7 @@ def parse_args(argv=None):
     add("--folder", help="where targets and NVMe files are made and removed (default: a temporary folder)")
     add("--output", help="file to write the tables to as well (default: stdout alone)")
     add("--rank_of", type=json.loads, help="what the ranks that this starts are given")
-    parser.error = fail
+    parser.error = common.fail
     return parser.parse_args(argv)
 
 
@@ -311,7 +328,11 @@ def main(args):
         for name, config in configs.items():
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        given = {args.target_model_path: resolve_target(args.target_model_path)} if args.target_model_path else {}
+        given = (
+            {args.target_model_path: target_files.resolve_target(args.target_model_path)}
+            if args.target_model_path
+            else {}
+        )
         for name, model_dir in (given or {name: folder / name for name in args.targets}).items():
             run(args, name, model_dir, folder)
 

@@ -22,8 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prepare_data import open_data
-from read_conversations import pydoc_lines
+from core import conversations, dataloader
 
 # The markers and whitespace of Llama 3's instruct models, without their tool machinery.
 LLAMA3_CHAT_TEMPLATE = (
@@ -74,7 +73,7 @@ def train_tokenizer(
 
 def make_tokenizer(args):
     """Tokenizer and config.json of the target, in args.output."""
-    rows = [json.loads(line) for line in pydoc_lines()]
+    rows = [json.loads(line) for line in conversations.pydoc_lines()]
     tokenizer = train_tokenizer((m["content"] for row in rows for m in row["conversations"]), args.vocab_size)
     tokenizer.save_pretrained(args.output)
     config = LlamaConfig(
@@ -102,7 +101,7 @@ def train_weights(args):
     """Train the target on every token of the prepared training rows, put behind one another and cut into blocks."""
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(args.output))
-    rows = open_data(args.data_path)[0]["train"]["input_ids"]
+    rows = dataloader.open_data(args.data_path)[0]["train"]["input_ids"]
     tokens = torch.tensor([token for row in rows for token in row])
     blocks = tokens[: len(tokens) // args.block * args.block].view(-1, args.block)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)

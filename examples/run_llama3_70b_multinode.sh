@@ -102,8 +102,8 @@ deepspeed "${nodes[@]}" train_eagle3.py \
 [ "$first" = 1 ] || exit 0
 
 echo "=== 4. check"
-python export_eagle3.py --check "$OUTPUT/draft/final"
-# evaluate_eagle3.py would load the whole target on one GPU. The last "evaluation" line above, what training measured on
+python export_draft.py --check "$OUTPUT/draft/final"
+# evaluate_draft.py would load the whole target on one GPU. The last "evaluation" line above, what training measured on
 # the validation rows, is exact where these hold greedy answers of the target itself.
 
 echo "Serve it, and measure acceptance as it is served:"

@@ -67,8 +67,8 @@ python train_eagle3.py \
     --output_dir "$OUTPUT/draft"
 
 echo "=== 4. check"
-python export_eagle3.py --check "$OUTPUT/draft/final"
-# evaluate_eagle3.py would load the whole target on one GPU. The last "evaluation" line above, what training measured on
+python export_draft.py --check "$OUTPUT/draft/final"
+# evaluate_draft.py would load the whole target on one GPU. The last "evaluation" line above, what training measured on
 # the validation rows, is exact where these hold greedy answers of the target itself.
 
 echo "Serve it, and measure acceptance as it is served (on as many GPUs as the target needs, here 2 of 80 GB):"

@@ -64,8 +64,8 @@ deepspeed --num_gpus "$NUM_GPUS" train_eagle3.py \
     --output_dir "$OUTPUT/draft"
 
 echo "=== 4. check and evaluation"
-python export_eagle3.py --check "$OUTPUT/draft/final"
-python evaluate_eagle3.py --target_model_path "$TARGET" --draft_model_path "$OUTPUT/draft/final" \
+python export_draft.py --check "$OUTPUT/draft/final"
+python evaluate_draft.py --target_model_path "$TARGET" --draft_model_path "$OUTPUT/draft/final" \
     --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
     --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
 

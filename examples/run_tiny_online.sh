@@ -53,7 +53,7 @@ train() {
 }
 
 evaluate() {
-    OMP_NUM_THREADS=2 python evaluate_eagle3.py --target_model_path "$OUTPUT/target" --prompts "$OUTPUT/data" \
+    OMP_NUM_THREADS=2 python evaluate_draft.py --target_model_path "$OUTPUT/target" --prompts "$OUTPUT/data" \
         --num_prompts "$NUM_PROMPTS" --max_new_tokens 64 --num_draft_tokens 7 --draft_model_path "$1" --output "$2"
 }
 
@@ -65,7 +65,7 @@ stage "6. training"
 train --output_dir "$OUTPUT/draft" --report_to tensorboard
 
 stage "7. acceptance after training"
-python export_eagle3.py --check "$OUTPUT/draft/final"
+python export_draft.py --check "$OUTPUT/draft/final"
 evaluate "$OUTPUT/draft/final" "$OUTPUT/evaluation_after"
 
 stage "done: the curves are in $OUTPUT/draft/curves.png"

@@ -5,14 +5,14 @@ import os
 import pytest
 import tiny
 
-import record_run
+from core import run_record
 
 
 @pytest.fixture(autouse=True)
 def pictures(request, monkeypatch):
     """A run draws its curves only in tests that ask for this by a mark: drawing takes as long as a tiny training."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(record_run, "draw_curves", lambda runs: b"")
+        monkeypatch.setattr(run_record, "draw_curves", lambda runs: b"")
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ def objective(draft, input_ids, position_ids, document_ids, auxiliary, last, hea
 
     draft: its parameters by their checkpoint names, `config`, `embedding` [V, H] and rotary() are read. input_ids,
     position_ids, document_ids [T] int64; auxiliary [T, n·Ht]; last [T, Ht]: the target's last hidden states; head: its
-    output head (load_target.Head); supervised bool [K, T]; d2t [Vd] int64 offsets; step i weighs decay^i.
+    output head (core/target_model.py); supervised bool [K, T]; d2t [Vd] int64 offsets; step i weighs decay^i.
     Returns the loss summed over slots and steps (differentiable), float64 [K, 4] (cross-entropy, argmax correct,
     acceptance, count) and bool [K, T].
     """

@@ -58,7 +58,7 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print
     import train_eagle3
-    from run_ranks import Watch, run_together
+    from core import ranks
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -75,15 +75,18 @@ def serve():
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["world"]), MASTER_ADDR="127.0.0.1",
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(request["world"]),
+                    MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=str(request["port"]),
-                )  # fmt: skip
+                )
                 code = 1
                 try:
-                    run_together(train_eagle3.main, train_eagle3.parse_args(request["argv"]))
+                    ranks.run_watched(train_eagle3.main, train_eagle3.parse_args(request["argv"]))
                     code = 0
-                    if Watch.running:
-                        Watch.running.tell("")  # as at the exit of a process that was not forked
+                    if ranks.Watch.running:
+                        ranks.Watch.running.tell("")  # as at the exit of a process that was not forked
                 except SystemExit as stop:
                     code = stop.code
                 finally:

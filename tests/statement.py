@@ -77,10 +77,12 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
     sums, loss, accepted = [[0.0] * 4 for _ in range(steps)], 0.0, []
 
     def project(token, feature, position):
-        x = torch.cat([
-            rms(embedding[token], layer["input_layernorm.weight"], eps),
-            rms(feature, layer["hidden_norm.weight"], eps),
-        ])  # fmt: skip
+        x = torch.cat(
+            [
+                rms(embedding[token], layer["input_layernorm.weight"], eps),
+                rms(feature, layer["hidden_norm.weight"], eps),
+            ]
+        )
         q, k, v = ((layer[f"self_attn.{n}_proj.weight"] @ x).view(-1, dim) for n in "qkv")
         return rotate(q, position, freqs, scale), rotate(k, position, freqs, scale), v
 

@@ -19,10 +19,10 @@ import tiny
 import yaml
 from test_docs import flags_of
 
-import load_target
+import import_target
+import prepare_data
 import train_eagle3
-from export_eagle3 import check_draft
-from prepare_data import TEMPLATES, boolean
+from core import common, draft_files
 
 FOLDER = tiny.REPOSITORY / "azureml"
 TRAINER, IMPORT = "component_draft_model_trainer", "component_model_import"
@@ -196,9 +196,15 @@ def test_values_and_limits_are_the_trainers(name):
         flag = rows.get(OTHER_NAMES.get(key, key))
         if not flag:
             continue
-        choices = [*TEMPLATES, "auto"] if key == "chat_template" else flag[1] if isinstance(flag[1], tuple) else None
+        choices = (
+            [*prepare_data.TEMPLATES, "auto"]
+            if key == "chat_template"
+            else flag[1]
+            if isinstance(flag[1], tuple)
+            else None
+        )
         if key in TEXT_FOR_BOOLEAN and row["type"] == "string":
-            assert flag[1] is boolean and [boolean(text) for text in row["enum"]] == [True, False]
+            assert flag[1] is common.boolean and [common.boolean(text) for text in row["enum"]] == [True, False]
         else:
             assert (sorted(row["enum"]) if "enum" in row else None) == (sorted(choices) if choices else None), key
         assert row.get("min") == (flag[4] if len(flag) == 5 and row["type"] in NUMBERS else None), key
@@ -282,12 +288,12 @@ def test_the_job_gives_what_the_pipeline_has():
 def test_import_takes_the_first_of_its_sources_that_is_given():
     component, order = read(IMPORT), ["pytorch_model_path", "mlflow_model_path", "huggingface_id"]
     assert set(component["inputs"]) == set(order)
-    known = flags_of(load_target)
+    known = flags_of(import_target)
     for first, name in enumerate(order):
         command = render(component, {name: f"the {name}" for name in order[first:]}, {"output_dir": "out put"})
         options = options_of(command)
         assert {option for option, _ in options} <= set(known)
-        args = load_target.parse_args([word for option in options for word in option])
+        args = import_target.parse_args([word for option in options for word in option])
         assert (args.target_model_path, args.output_path) == (f"the {name}", "out put")
 
 
@@ -332,7 +338,7 @@ def test_the_command_of_the_defaults_trains_onto_mounted_storage(inputs, tmp_pat
     train_eagle3.main(args)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(row["split"], row["step"]) for row in rows] == [("validation", 2), ("train", 4), ("validation", 4)]
-    assert check_draft(out / "final") == [] and (out / "latest").read_text() == "step_00000004"
+    assert draft_files.check_draft(out / "final") == [] and (out / "latest").read_text() == "step_00000004"
     settings = json.loads((out / "run.json").read_text())["flags"]
     assert (settings["dp_size"], settings["draft_accumulation_steps"], settings["max_length"]) == (1, 8, 2048)
 
@@ -383,7 +389,7 @@ def test_the_job_runs_from_an_mlflow_model_to_a_draft(inputs, tmp_path):
         validated[0], trained[0], validated[1], trained[1], validated[2]
     ]  # fmt: skip
     assert json.loads((out / "step_00000006" / "trainer_state.json").read_text())["step"] == 6
-    assert check_draft(out / "final") == []
+    assert draft_files.check_draft(out / "final") == []
 
 
 # --- the service's own SDK ---
@@ -465,8 +471,9 @@ def test_what_the_sdk_uploads_is_what_the_commands_need(sdk):
         return {name for _, name in files}
 
     names = uploaded(tiny.REPOSITORY)
-    tracked = subprocess.run(["git", "ls-files", "*.py", "ds_configs"], cwd=tiny.REPOSITORY, capture_output=True,
-                             text=True, check=True).stdout.split()  # fmt: skip
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "ds_configs"], cwd=tiny.REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split()
     needed = {name for name in tracked if "/" not in name or name.startswith("ds_configs/")}
     assert needed <= names
     assert not [name for name in names if name.split("/")[0] in ("tests", "output", "data", "examples", "benchmarks")]

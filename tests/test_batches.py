@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from deal_batches import Steps, collate, deal, deal_forwards, epoch_order, measure_read, measure_rows
+from core import dataloader, slots
 
 FEATURES = datasets.Features(
     {
@@ -86,21 +86,21 @@ def test_rows_are_measured_as_by_counting(tmp_path):
             [("ab", [1, 1]), ("", []), ("c", [0]), ("", [])],
         ),
     ):
-        (lengths, supervised), (counts, teachers) = measure_rows(split), measure_read(split)
+        (lengths, supervised), (counts, teachers) = dataloader.measure_rows(split), slots.measure_read(split)
         assert lengths.dtype == supervised.dtype == counts.dtype == teachers.dtype == np.int64
         assert lengths.tolist() == [len(ids) for ids, _ in expected]
         assert supervised.tolist() == [sum(mask) for _, mask in expected]
         # A slot of step 0 has two supervised tokens behind it; all up to the last one are read, and one teacher each.
-        slots = [[j for j in range(len(mask) - 2) if mask[j + 1] and mask[j + 2]] for _, mask in expected]
-        assert counts.tolist() == [max(several, default=-1) + 1 for several in slots]
-        assert teachers.tolist() == list(map(len, slots))
+        live = [[j for j in range(len(mask) - 2) if mask[j + 1] and mask[j + 2]] for _, mask in expected]
+        assert counts.tolist() == [max(several, default=-1) + 1 for several in live]
+        assert teachers.tolist() == list(map(len, live))
 
 
 # ---------------------------------------------------------------------------- dealing rows out
 def test_every_row_is_dealt_once_and_all_ranks_stay_in_step():
     for rows, lengths, work, world, micro, random in cases(150):
         for budget in (0, int(lengths.max() * random.uniform(1, 3))):
-            ranks = deal(rows, lengths, work, world, micro, budget)
+            ranks = dataloader.assign(rows, lengths, work, world, micro, budget)
             assert len(ranks) == world and len({len(batches) for batches in ranks}) == 1
             dealt = [row for batches in ranks for batch in batches for row in batch]
             assert sorted(dealt) == sorted(rows.tolist()) and all(type(row) is int for row in dealt)
@@ -110,15 +110,15 @@ def test_every_row_is_dealt_once_and_all_ranks_stay_in_step():
                 filled = [bool(batch) for batch in batches]
                 assert filled == sorted(filled, reverse=True)  # the empty ones come last
             assert any(batches[-1] for batches in ranks)  # and not on all ranks
-            assert ranks == deal(rows.copy(), lengths, work, world, micro, budget)
+            assert ranks == dataloader.assign(rows.copy(), lengths, work, world, micro, budget)
 
 
 def test_a_micro_batch_has_its_number_of_rows_and_a_step_no_more_micro_batches_than_it_takes():
     for rows, lengths, work, world, micro, _ in cases(150):
-        ranks = deal(rows, lengths, work, world, micro)
+        ranks = dataloader.assign(rows, lengths, work, world, micro)
         assert len(ranks[0]) == math.ceil(len(rows) / (micro * world))
         assert max(len(batch) for batches in ranks for batch in batches) <= micro
-    full = deal(np.arange(48), *log_normal(48, np.random.default_rng(0)), 4, 3)
+    full = dataloader.assign(np.arange(48), *log_normal(48, np.random.default_rng(0)), 4, 3)
     assert {len(batch) for batches in full for batch in batches} == {3}
 
 
@@ -126,7 +126,7 @@ def test_a_micro_batch_stays_within_the_token_budget_and_as_few_are_made_as_by_f
     tight = 0
     for rows, lengths, work, world, micro, random in cases(150):
         budget = int(lengths.max() * random.uniform(1, 3))
-        ranks = deal(rows, lengths, work, world, micro, budget)
+        ranks = dataloader.assign(rows, lengths, work, world, micro, budget)
         assert max(lengths[batch].sum() for batches in ranks for batch in batches if batch) <= budget
         shares = [[row for batch in batches for row in batch] for batches in ranks]
         assert len(ranks[0]) == max(first_fit_decreasing(lengths[share], budget) for share in shares if share)
@@ -137,14 +137,17 @@ def test_a_micro_batch_stays_within_the_token_budget_and_as_few_are_made_as_by_f
 def test_a_budget_that_only_the_tightest_packing_meets():
     lengths = np.array([6, 4, 5, 5, 7, 3])
     work = np.array([9, 9, 1, 1, 5, 5])  # by work alone 6 + 5 or 7 + 4 would come together
-    ranks = deal(np.arange(6), lengths, work, 1, 1, 10)
+    ranks = dataloader.assign(np.arange(6), lengths, work, 1, 1, 10)
     assert sorted(lengths[batch].sum() for batch in ranks[0]) == [10, 10, 10]
 
 
 def test_a_row_beyond_the_budget_is_refused_with_the_numbers():
     with pytest.raises(AssertionError, match="total_seq_len 9, but a row has 10 tokens"):
-        deal(np.arange(3), np.array([3, 10, 4]), np.ones(3), 2, 1, 9)
-    assert deal(np.array([0, 2]), np.array([3, 10, 4]), np.ones(3), 2, 1, 9) == [[[0]], [[2]]]  # row 1 is not in it
+        dataloader.assign(np.arange(3), np.array([3, 10, 4]), np.ones(3), 2, 1, 9)
+    assert dataloader.assign(np.array([0, 2]), np.array([3, 10, 4]), np.ones(3), 2, 1, 9) == [
+        [[0]],
+        [[2]],
+    ]  # row 1 is not in it
 
 
 @pytest.mark.parametrize("budget", [0, 4096])
@@ -155,7 +158,7 @@ def test_ranks_get_the_same_work(world, micro, budget):
         count = 16 * world
         lengths, work = log_normal(5 * count, random)
         rows = random.permutation(5 * count)[:count]
-        ranks = deal(rows, lengths, work, world, micro, budget)
+        ranks = dataloader.assign(rows, lengths, work, world, micro, budget)
         mean = work[rows].sum() / world
         ours.append(max(work[sum(batches, [])].sum() for batches in ranks) / mean)
         in_turn.append(max(work[rows[rank::world]].sum() for rank in range(world)) / mean)
@@ -178,7 +181,7 @@ def plain(micro_batches):
 def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
     rows, world, size = random_rows(53), 3, 12
     split = as_dataset(rows)
-    ranks = [Steps(split, 5, size, rank, world, 2, budget) for rank in range(world)]
+    ranks = [dataloader.Steps(split, 5, size, rank, world, 2, budget) for rank in range(world)]
     assert {len(steps) for steps in ranks} == {5}
     orders = []
     for epoch in range(3):
@@ -192,7 +195,9 @@ def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
             items = [item for part in parts for batch in plain(part) for item in batch]
             assert len(items) == (size if step % 5 < 4 else 53 - 4 * size)
             assert all(rows[ids[0]] == (ids, mask) for ids, mask in items)
-            assert {ids[0] for ids, _ in items} == set(epoch_order(53, 5, epoch)[len(read) : len(read) + size].tolist())
+            assert {ids[0] for ids, _ in items} == set(
+                dataloader.epoch_order(53, 5, epoch)[len(read) : len(read) + size].tolist()
+            )
             read += [ids[0] for ids, _ in items]
         assert sorted(read) == list(range(53))
         orders.append(read)
@@ -202,14 +207,18 @@ def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_what_a_step_reads_does_not_depend_on_who_reads_it_and_when():
     split = as_dataset(random_rows(31))
-    fresh = lambda: Steps(split, 0, 8, 1, 2, 2, 100)  # noqa: E731
+    fresh = lambda: dataloader.Steps(split, 0, 8, 1, 2, 2, 100)  # noqa: E731
     expected = [plain(fresh()[step]) for step in range(9)]  # beyond two epochs of four steps
     for workers in (0, 1, 3):
         for first in (0, 6):
             loader = torch.utils.data.DataLoader(
-                fresh(), sampler=range(first, 9), batch_size=None, num_workers=workers,
-                prefetch_factor=2 if workers else None, collate_fn=plain,
-            )  # fmt: skip
+                fresh(),
+                sampler=range(first, 9),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=2 if workers else None,
+                collate_fn=plain,
+            )
             assert list(loader) == expected[first:], (workers, first)
     copy = pickle.loads(pickle.dumps(fresh()))
     assert [plain(copy[step]) for step in reversed(range(9))] == expected[::-1]
@@ -220,7 +229,7 @@ def test_steps_balance_target_and_draft():
     rows = [([number] * 10, [number % 2] * 10) for number in range(4)]
     for seed in range(10):
         for rank in (0, 1):
-            part = Steps(as_dataset(rows), seed, 4, rank, 2, 2)[0]
+            part = dataloader.Steps(as_dataset(rows), seed, 4, rank, 2, 2)[0]
             assert sum(int(mask.sum()) for batch, *_ in part for _, mask in batch) == 10
 
 
@@ -235,7 +244,7 @@ def test_forwards_of_the_target_keep_ranks_in_step_and_give_each_its_rows_in_tim
     random = Random(together * 10 + in_step)
     for batch_size in (1, 2, 3, 7):
         dealt = dealings(random, 8)
-        every = [deal_forwards(dealt, rank, batch_size, together, in_step) for rank in range(8)]
+        every = [dataloader.assign_forwards(dealt, rank, batch_size, together, in_step) for rank in range(8)]
         for rank, forwards in enumerate(every):
             got, wanted = [], []
             for part, lists in zip(dealt[rank], forwards, strict=True):
@@ -262,20 +271,20 @@ def test_forwards_of_the_target_keep_ranks_in_step_and_give_each_its_rows_in_tim
 
 def test_a_rank_without_rows_takes_part_in_the_forwards_and_has_a_batch_without_gradient():
     split = as_dataset(random_rows(5))
-    steps = [Steps(split, 0, 5, rank, 2, 4, 0, 1, 1, 2) for rank in range(2)]
+    steps = [dataloader.Steps(split, 0, 5, rank, 2, 4, 0, 1, 1, 2) for rank in range(2)]
     idle, busy = sorted((each[0] for each in steps), key=lambda part: sum(len(sequences) for sequences, *_ in part))
     assert [len(forwards) for _, forwards, _ in busy] == [len(forwards) for _, forwards, _ in idle]
     alone = [forward for _, forwards, _ in idle for forward in forwards if forward[1] == forward[2]]
     assert alone and all(ids.tolist() == [0] * 4 for several, *_ in alone for ids in several)
-    tensors, batches = collate(idle, 3)
+    tensors, batches = dataloader.collate(idle, 3)
     assert list(tensors) == [torch.int64] and all(batch["counts"][0] >= 0 for batch in batches)
 
 
 def test_an_epoch_is_one_order_for_all_and_another_one_for_each_seed_and_epoch():
-    order = epoch_order(21, 5, 0)
+    order = dataloader.epoch_order(21, 5, 0)
     assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(21))
     assert order.tolist() == [1, 13, 14, 8, 17, 6, 11, 18, 10, 5, 7, 4, 0, 3, 9, 12, 15, 19, 20, 2, 16]
-    others = [epoch_order(21, 5, 1), epoch_order(21, 6, 0), epoch_order(21, 6, 1)]
+    others = [dataloader.epoch_order(21, 5, 1), dataloader.epoch_order(21, 6, 0), dataloader.epoch_order(21, 6, 1)]
     assert len({tuple(each.tolist()) for each in (order, *others)}) == 4
     with pytest.raises(ValueError, match="read-only"):
         order[0] = 1  # every later step of the epoch would read other rows

@@ -14,9 +14,8 @@ sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
 import step
 
-from export_eagle3 import with_auxiliary_layers
-from load_target import Head
-from train_eagle3 import DraftModel
+import train_eagle3
+from core import draft_files, target_model
 
 LENGTHS, VOCABULARY, DRAFT_VOCABULARY, STEPS, DECAY, TARGET_HIDDEN = (9, 31, 1, 24), 8, 6, 4, 0.8, 16
 OPTIONS = {
@@ -25,7 +24,7 @@ OPTIONS = {
     "fc_norm": {"fc_norm": True},
     "norm_output": {"norm_output": True},
     "norm_before_residual": {"norm_before_residual": True},
-    "four layers with norms": with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
+    "four layers with norms": draft_files.with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
 }
 TINY = [
@@ -44,11 +43,13 @@ def case(dtype=torch.float64, softcap=None, **options):
         "max_position_embeddings": 64, "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY,
         "hidden_act": "silu", **options,
     }  # fmt: skip
-    draft = DraftModel(config, torch.randn(VOCABULARY, 16, dtype=dtype))
+    draft = train_eagle3.DraftModel(config, torch.randn(VOCABULARY, 16, dtype=dtype))
     for parameter in draft.parameters():
         scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
         parameter.data = torch.randn_like(parameter, dtype=dtype) * scale
-    head = Head(torch.randn(VOCABULARY, TARGET_HIDDEN, dtype=dtype), torch.randn(VOCABULARY, dtype=dtype), 0.7, softcap)
+    head = target_model.Head(
+        torch.randn(VOCABULARY, TARGET_HIDDEN, dtype=dtype), torch.randn(VOCABULARY, dtype=dtype), 0.7, softcap
+    )
     draft_ids = torch.randperm(VOCABULARY)[:DRAFT_VOCABULARY].sort().values
     masks = [[0] * (n // 3) + [1] * (n // 4) + [0] * 2 + [1] * n for n in LENGTHS]
     masks = [mask[:n] for mask, n in zip(masks, LENGTHS, strict=True)]
@@ -102,7 +103,7 @@ def test_dense_reference_works_in_bf16():
     draft, _, arguments = case()
     exact = dense.objective(draft, **arguments)[0].item()
     arguments |= {name: arguments[name].bfloat16() for name in ("auxiliary", "last")}
-    arguments["head"] = Head(arguments["head"].weight.bfloat16(), arguments["head"].bias.bfloat16(), 0.7)
+    arguments["head"] = target_model.Head(arguments["head"].weight.bfloat16(), arguments["head"].bias.bfloat16(), 0.7)
     draft.bfloat16().embedding = draft.embedding.bfloat16()
     loss, sums, _ = dense.objective(draft, **arguments)
     loss.backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import build_vocab_mapping
-from build_vocab_mapping import build_mapping, coverage, load_mapping, mapping_problems, save_mapping
+from core import vocabulary
 
 
 def target_ids(d2t):
@@ -38,20 +38,20 @@ def fails(capsys, function, *arguments):
 
 
 def test_the_most_frequent_tokens_are_chosen_and_ties_go_to_the_lower_id():
-    d2t, t2d = build_mapping({7: 5, 2: 9, 9: 5, 4: 1, 5: 5}, 3, 12)
+    d2t, t2d = vocabulary.build_mapping({7: 5, 2: 9, 9: 5, 4: 1, 5: 5}, 3, 12)
     assert target_ids(d2t) == [2, 5, 7]
     assert d2t.dtype == np.int64 and d2t.tolist() == [2, 4, 5]
     assert t2d.dtype == np.bool_ and np.flatnonzero(t2d).tolist() == [2, 5, 7]
 
 
 def test_fewer_tokens_than_rows_are_filled_with_the_lowest_unused_ids():
-    d2t, t2d = build_mapping({3: 2, 8: 1, 1: 0}, 5, 10)
+    d2t, t2d = vocabulary.build_mapping({3: 2, 8: 1, 1: 0}, 5, 10)
     assert target_ids(d2t) == [0, 1, 2, 3, 8] and t2d.sum() == 5
-    assert target_ids(build_mapping({}, 3, 10)[0]) == [0, 1, 2]
+    assert target_ids(vocabulary.build_mapping({}, 3, 10)[0]) == [0, 1, 2]
 
 
 def test_the_full_vocabulary_is_the_identity():
-    d2t, t2d = build_mapping({3: 2}, 6, 6)
+    d2t, t2d = vocabulary.build_mapping({3: 2}, 6, 6)
     assert not d2t.any() and t2d.all()
 
 
@@ -61,9 +61,9 @@ def test_equals_the_rule_said_plainly(seed):
     size = int(random.integers(2, 60))
     token_freq = {int(t): int(random.integers(0, 5)) for t in random.permutation(size)[: random.integers(0, size + 1)]}
     draft = int(random.integers(1, size + 1))
-    d2t, t2d = build_mapping(token_freq, draft, size)
+    d2t, t2d = vocabulary.build_mapping(token_freq, draft, size)
     assert target_ids(d2t) == plainly(token_freq, draft, size)
-    assert mapping_problems(d2t, t2d) == []
+    assert vocabulary.mapping_problems(d2t, t2d) == []
 
 
 def test_a_vocabulary_of_152064_tokens():
@@ -71,33 +71,33 @@ def test_a_vocabulary_of_152064_tokens():
     random = np.random.default_rng(0)
     tokens = random.permutation(152_064)[:120_000].tolist()
     token_freq = dict(zip(tokens, (1 + random.permutation(120_000)).tolist(), strict=True))
-    d2t, t2d = build_mapping(token_freq, 32_000, 152_064)
+    d2t, t2d = vocabulary.build_mapping(token_freq, 32_000, 152_064)
     assert target_ids(d2t) == sorted(sorted(token_freq, key=token_freq.get)[-32_000:])
     assert t2d.shape == (152_064,) and t2d.sum() == 32_000
     inside = sum(sorted(token_freq.values())[-32_000:])
-    assert coverage(token_freq, t2d) == inside / sum(token_freq.values())
+    assert vocabulary.coverage(token_freq, t2d) == inside / sum(token_freq.values())
 
 
 def test_sizes_and_ids_that_do_not_fit(capsys):
-    assert "draft_vocab_size 11" in fails(capsys, build_mapping, {1: 1}, 11, 10)
-    assert "draft_vocab_size 0" in fails(capsys, build_mapping, {1: 1}, 0, 10)
-    assert "draft_vocab_size -3" in fails(capsys, build_mapping, {1: 1}, -3, 10)
-    error = fails(capsys, build_mapping, {1: 1, 10: 1, 12: 4}, 2, 10)
+    assert "draft_vocab_size 11" in fails(capsys, vocabulary.build_mapping, {1: 1}, 11, 10)
+    assert "draft_vocab_size 0" in fails(capsys, vocabulary.build_mapping, {1: 1}, 0, 10)
+    assert "draft_vocab_size -3" in fails(capsys, vocabulary.build_mapping, {1: 1}, -3, 10)
+    error = fails(capsys, vocabulary.build_mapping, {1: 1, 10: 1, 12: 4}, 2, 10)
     assert "2 token ids" in error and "vocabulary of 10" in error
-    assert "such as -1" in fails(capsys, build_mapping, {-1: 1}, 2, 10)
+    assert "such as -1" in fails(capsys, vocabulary.build_mapping, {-1: 1}, 2, 10)
 
 
 def test_save_and_load(tmp_path):
-    d2t, t2d = build_mapping({7: 5, 2: 9}, 4, 12)
-    save_mapping(tmp_path / "new" / "folder", d2t, t2d)
+    d2t, t2d = vocabulary.build_mapping({7: 5, 2: 9}, 4, 12)
+    vocabulary.save_mapping(tmp_path / "new" / "folder", d2t, t2d)
     folder = tmp_path / "new" / "folder"
     assert sorted(path.name for path in folder.iterdir()) == ["d2t.npy", "t2d.npy"]  # no temporary file stays
-    read = load_mapping(folder / "d2t.npy", folder / "t2d.npy", 12)
+    read = vocabulary.load_mapping(folder / "d2t.npy", folder / "t2d.npy", 12)
     assert np.array_equal(read[0], d2t) and np.array_equal(read[1], t2d)
     assert read[0].dtype == np.int64 and read[1].dtype == np.bool_
 
 
-D2T, T2D = build_mapping({7: 5, 2: 9, 9: 5}, 3, 12)
+D2T, T2D = vocabulary.build_mapping({7: 5, 2: 9, 9: 5}, 3, 12)
 BROKEN = {
     "d2t dtype": (D2T.astype(np.int32), T2D, "d2t is int32"),
     "t2d dtype": (D2T, T2D.astype(np.int64), "t2d is int64"),
@@ -116,20 +116,20 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_mapping_is_named(case, tmp_path, capsys):
     d2t, t2d, message = BROKEN[case]
-    save_mapping(tmp_path, d2t, t2d)
-    assert message in fails(capsys, load_mapping, tmp_path / "d2t.npy", tmp_path / "t2d.npy", 12)
+    vocabulary.save_mapping(tmp_path, d2t, t2d)
+    assert message in fails(capsys, vocabulary.load_mapping, tmp_path / "d2t.npy", tmp_path / "t2d.npy", 12)
 
 
 def test_files_that_are_no_mapping(tmp_path, capsys):
-    save_mapping(tmp_path, D2T, T2D)
+    vocabulary.save_mapping(tmp_path, D2T, T2D)
     good, bad = tmp_path / "t2d.npy", tmp_path / "d2t.npy"
     bad.write_bytes(bad.read_bytes()[:-5])
-    assert "d2t.npy cannot be read" in fails(capsys, load_mapping, bad, good)
+    assert "d2t.npy cannot be read" in fails(capsys, vocabulary.load_mapping, bad, good)
     bad.write_bytes(b"")
-    assert "d2t.npy cannot be read" in fails(capsys, load_mapping, bad, good)
+    assert "d2t.npy cannot be read" in fails(capsys, vocabulary.load_mapping, bad, good)
     np.save(bad, np.array([print], dtype=object), allow_pickle=True)  # would run code when loaded
-    assert "d2t.npy cannot be read" in fails(capsys, load_mapping, bad, good)
-    assert "none.npy cannot be read" in fails(capsys, load_mapping, tmp_path / "none.npy", good)
+    assert "d2t.npy cannot be read" in fails(capsys, vocabulary.load_mapping, bad, good)
+    assert "none.npy cannot be read" in fails(capsys, vocabulary.load_mapping, tmp_path / "none.npy", good)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_command_line(counts, tmp_path, capsys):
     run("--token-freq-path", counts, "--draft_vocab_size=2", "--target_vocab_size", 12, "--output_path", tmp_path / "v")
     out = capsys.readouterr().out
     assert "2 of 12 tokens" in out and "90.000%" in out and "100 supervised tokens" in out and "never occur" not in out
-    assert target_ids(load_mapping(tmp_path / "v" / "d2t.npy", tmp_path / "v" / "t2d.npy", 12)[0]) == [2, 7]
+    assert target_ids(vocabulary.load_mapping(tmp_path / "v" / "d2t.npy", tmp_path / "v" / "t2d.npy", 12)[0]) == [2, 7]
     run(
         "--token_freq_path", counts, "--draft_vocab_size", 7, "--target_vocab_size", 12, "--output_path", tmp_path / "v"
     )

@@ -6,8 +6,8 @@ import json
 import pytest
 from chat_templates import CONVERSATIONS, FAMILIES, FOLDER, ROWS, expected, family_tokenizer, marked, names_of
 
-from prepare_data import TEMPLATES, make_chat, tokenise
-from read_conversations import Rejected
+import prepare_data
+from core import conversations
 
 # Names with the same markers, so that each fits where the other does.
 ALIKE = [{"qwen", "qwen3-thinking", "qwen3-instruct"}, {"deepseek-r1-distill", "deepseek-v3"}]
@@ -22,8 +22,8 @@ def tokenizer_of(family):
 def shown(row, chat):
     """As in templates/FAMILY.txt."""
     try:
-        ids, mask, *_ = tokenise(json.dumps(row).encode(), chat)
-    except Rejected as rejected:
+        ids, mask, *_ = prepare_data.tokenise(json.dumps(row).encode(), chat)
+    except conversations.Rejected as rejected:
         return f"rejected: {rejected.args[0]}"
     text = marked(ids, mask, chat.tokenizer)
     assert ids.tolist() == chat.tokenizer(text.translate({ord("⟦"): None, ord("⟧"): None}))["input_ids"]
@@ -32,17 +32,19 @@ def shown(row, chat):
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_supervised_tokens_by_hand(family, name):
-    chat = make_chat(tokenizer_of(family), name, 4096, False)
+    chat = prepare_data.make_chat(tokenizer_of(family), name, 4096, False)
     assert {conversation: shown(row, chat) for conversation, row in CONVERSATIONS.items()} == expected(family)
 
 
 def test_every_name_has_a_family_with_several_turns_thoughts_and_calls():
-    assert {name for _, name in CASES} == {*TEMPLATES, "auto"}
+    assert {name for _, name in CASES} == {*prepare_data.TEMPLATES, "auto"}
     for family in FAMILIES:
         texts = expected(family)
         assert set(texts) == set(CONVERSATIONS)
         assert texts["turns"].count("⟦") == 2 and "rejected" not in texts["thinking"] + texts["thinking in a field"]
-    for name in TEMPLATES:  # Phi 3 and Phi 4 know no tools, and R1's template none that transformers hands over
+    for (
+        name
+    ) in prepare_data.TEMPLATES:  # Phi 3 and Phi 4 know no tools, and R1's template none that transformers hands over
         texts = [expected(family)["a call"] for family in FAMILIES if name in names_of(family)]
         assert any(text.count("⟦") == 2 for text in texts) or name in ("phi3", "phi4", "deepseek-r1-distill")
 
@@ -51,12 +53,12 @@ def test_every_name_has_a_family_with_several_turns_thoughts_and_calls():
 def test_other_names_are_refused_and_the_right_ones_named(family, capsys):
     fitting = set(names_of(family)) - {"auto"}
     fitting = fitting.union(*(names for names in ALIKE if names & fitting))
-    for name in TEMPLATES:
+    for name in prepare_data.TEMPLATES:
         if name in fitting:
-            make_chat(tokenizer_of(family), name, 4096, False)
+            prepare_data.make_chat(tokenizer_of(family), name, 4096, False)
             continue
         with pytest.raises(SystemExit):
-            make_chat(tokenizer_of(family), name, 4096, False)
+            prepare_data.make_chat(tokenizer_of(family), name, 4096, False)
         named = capsys.readouterr().err.rpartition("use --chat_template ")[2].split(" or ")
         assert {word.strip() for word in named} == fitting | {"auto"}
 
@@ -69,7 +71,9 @@ def test_the_name_turns_thinking_on_and_off():
     tokenizer.chat_template = tokenizer.chat_template.replace(asks, "not enable_thinking")
     row = CONVERSATIONS["thinking in a field"]
     for name, family in (("qwen", "qwen3-instruct"), ("qwen3-thinking", "qwen3-thinking")):
-        assert shown(row, make_chat(tokenizer, name, 4096, False)) == expected(family)["thinking in a field"]
+        assert (
+            shown(row, prepare_data.make_chat(tokenizer, name, 4096, False)) == expected(family)["thinking in a field"]
+        )
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -81,10 +85,10 @@ def test_a_thought_that_the_answer_says_again_stays(family, tagged):
         fields = {"content": "the answer is four"} | ({} if tagged else {"reasoning_content": thought})
         fields["content"] = (f"<think>\n{thought}\n</think>\n\n" if tagged else "") + fields["content"]
         messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", **fields}]
-        ids, mask, _, silent = tokenise(json.dumps({"messages": messages}).encode(), chat)
+        ids, mask, _, silent = prepare_data.tokenise(json.dumps({"messages": messages}).encode(), chat)
         return marked(ids, mask, chat.tokenizer), silent
 
-    chat = make_chat(tokenizer_of(family), names_of(family)[0], 4096, False)
+    chat = prepare_data.make_chat(tokenizer_of(family), names_of(family)[0], 4096, False)
     (alone, silent), again = text("zzyzx"), text("four")
     assert silent == ("zzyzx" not in alone) and again == (alone.replace("zzyzx", "four"), silent)
 
@@ -93,8 +97,10 @@ def test_reasoning_alone_is_no_reply_of_a_target_that_answers_at_once():
     row = {
         "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>two and</think>"}]
     }
-    assert shown(row, make_chat(tokenizer_of("qwen"), "qwen3-instruct", 4096, False)) == "rejected: empty"
-    assert "⟦<think>\ntwo and\n</think>" in shown(row, make_chat(tokenizer_of("qwen"), "qwen", 4096, False))
+    assert shown(row, prepare_data.make_chat(tokenizer_of("qwen"), "qwen3-instruct", 4096, False)) == "rejected: empty"
+    assert "⟦<think>\ntwo and\n</think>" in shown(
+        row, prepare_data.make_chat(tokenizer_of("qwen"), "qwen", 4096, False)
+    )
 
 
 def test_no_file_of_the_folder_is_without_a_row():

@@ -16,13 +16,9 @@ import torch
 from safetensors.torch import load_file
 from starts import Starts
 
-import run_ranks
-import save_checkpoint
+import prepare_data
 import train_eagle3
-from export_eagle3 import check_draft
-from prepare_data import prepare
-from record_run import Record
-from save_checkpoint import damage, read_state
+from core import checkpoints, draft_files, optimization, ranks, run_record, server
 
 TIMES = ("seconds", "tokens_per_second")  # of the clock
 FLAGS = "--ttt_length", 3, "--draft_global_batch_size", 4, "--total_steps", 12, "--log_steps", 3, "--eval_steps", 4
@@ -36,8 +32,15 @@ def work(tmp_path_factory):
     tiny.write_target(folder / "target")
     tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(5, 2))
-    prepare(folder / "train.jsonl", folder / "data", folder / "target", validation_dataset=folder / "validation.jsonl",
-            chat_template="llama3", max_length=512, num_proc=1)  # fmt: skip
+    prepare_data.prepare(
+        folder / "train.jsonl",
+        folder / "data",
+        folder / "target",
+        validation_dataset=folder / "validation.jsonl",
+        chat_template="llama3",
+        max_length=512,
+        num_proc=1,
+    )
     train(folder, folder / "whole")
     return folder
 
@@ -95,7 +98,7 @@ def different(a, b):
 
 def at_step(monkeypatch, step, act):
     """Call act() when the training logs or counts step `step`."""
-    original = train_eagle3.optimizer_step
+    original = optimization.optimizer_step
     count = []
 
     def counted(*args, **options):
@@ -105,7 +108,7 @@ def at_step(monkeypatch, step, act):
             act()
         return result
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", counted)
+    monkeypatch.setattr(optimization, "optimizer_step", counted)
 
 
 def test_stopped_by_a_signal_and_resumed_is_the_undisturbed_run(work, tmp_path, monkeypatch, capsys):
@@ -137,8 +140,8 @@ def same_run(a, b, names=("step_00000005", "step_00000010", "step_00000012", "fi
 def readable(output):
     """Every folder that is called a checkpoint can be loaded."""
     for folder in Path(output).glob("step_*"):
-        state = read_state(folder)
-        assert state and not damage(folder, state) and check_draft(folder) == [], folder
+        state = checkpoints.read_state(folder)
+        assert state and not checkpoints.find_damage(folder, state) and draft_files.check_draft(folder) == [], folder
     for name in ("latest", "best"):
         if (output / name).is_symlink():
             assert (output / name / "config.json").exists(), name
@@ -222,9 +225,9 @@ def test_other_numbers_of_ranks_go_on_as_if_nothing_were(work, starts, tmp_path,
     flags = "--save_steps", 99, "--log_steps", 1, "--total_steps", 22
     starts.run(arguments(work, tmp_path / "whole", *flags, *stage(stages[0])), 2, tmp_path / "log")
     out = tmp_path / "out"
-    for ranks, zero, until in zip((2, 1, 4), stages, (6, 12, 22), strict=True):
+    for world, zero, until in zip((2, 1, 4), stages, (6, 12, 22), strict=True):
         steps = "--scheduler_total_steps", 22, "--scheduler_warmup_steps", 1, "--total_steps", until
-        starts.run(arguments(work, out, *flags, *stage(zero), *steps, "--resume"), ranks, tmp_path / "log")
+        starts.run(arguments(work, out, *flags, *stage(zero), *steps, "--resume"), world, tmp_path / "log")
         assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
     expected, found = ([row for row in rows(run) if row["split"] == "train"] for run in (tmp_path / "whole", out))
     assert [row["step"] for row in found] == list(range(1, 23))
@@ -291,7 +294,9 @@ def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatc
     assert "states on nvme, of which DeepSpeed restores only a part" in refused(capsys, work, out, "--resume")
     path.write_text(before)
     tiny.write_jsonl(tmp_path / "other.jsonl", tiny.conversations(9, 1))
-    prepare(tmp_path / "other.jsonl", tmp_path / "other", work / "target", chat_template="llama3", num_proc=1)
+    prepare_data.prepare(
+        tmp_path / "other.jsonl", tmp_path / "other", work / "target", chat_template="llama3", num_proc=1
+    )
     assert "another data than" in refused(capsys, work, out, "--resume", "--data_path", tmp_path / "other")
     tiny.write_target(tmp_path / "target", seed=1)
     line = refused(capsys, work, out, "--resume", "--target_model_path", tmp_path / "target")
@@ -365,7 +370,7 @@ def test_a_run_in_a_new_folder_goes_on_there(work, tmp_path):
 def test_continuing_a_dry_run_equals_starting_without(work, tmp_path):
     out = tmp_path / "out"
     train(work, out, "--dry_run")
-    assert check_draft(out / "step_00000000") == [] and not (out / "metrics.jsonl").exists()
+    assert draft_files.check_draft(out / "step_00000000") == [] and not (out / "metrics.jsonl").exists()
     train(work, out, "--resume")
     same_run(out, work / "whole")
 
@@ -396,7 +401,7 @@ def test_limit_keeps_the_newest_the_best_and_what_is_not_ours(work, tmp_path, mo
     assert names == ["step_00000004", "step_00000006", "step_00000009", "step_00000012"]
     assert (out / "best").resolve().name == "step_00000004" and (out / "latest").resolve().name == "step_00000012"
     assert (out / "step_00000006" / "notes.txt").read_text() == "mine"
-    state = read_state(out / "step_00000012")
+    state = checkpoints.read_state(out / "step_00000012")
     assert state["best"] == [2.5, 4, "acceptance_length"]
     readable(out)
 
@@ -412,13 +417,13 @@ def test_checkpoints_by_the_clock(work, tmp_path, monkeypatch):
     """Every `save_minutes`, counted from the last checkpoint of any kind."""
     now = [0.0]
     monkeypatch.setattr(train_eagle3.time, "monotonic", lambda: now[0])
-    original = train_eagle3.optimizer_step
+    original = optimization.optimizer_step
 
     def slowly(*args):
         now[0] += 61
         return original(*args)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", slowly)
+    monkeypatch.setattr(optimization, "optimizer_step", slowly)
     train(work, tmp_path / "out", "--save_steps", 0, "--save_minutes", 3)
     assert sorted(path.name[-2:] for path in (tmp_path / "out").glob("step_*")) == ["03", "06", "09", "12"]
 
@@ -442,7 +447,7 @@ def poisoned(monkeypatch, steps, row=None):
 def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys, number):
     """Weights and optimizer do not move, the metrics leave the step out; the rest goes on."""
     poisoned(monkeypatch, range(1, 7), row=3)  # it comes once in the first epoch
-    original, moved = train_eagle3.optimizer_step, []
+    original, moved = optimization.optimizer_step, []
 
     def watched(engine, *args):
         before = [x.clone() for x in engine.module.state_dict().values()]
@@ -451,7 +456,7 @@ def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys
         moved.append(not all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
         return result
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", watched)
+    monkeypatch.setattr(optimization, "optimizer_step", watched)
     if "bf16" in str(number):
         config = json.loads((tiny.REPOSITORY / "ds_configs" / f"zero{number[:9]}.json").read_text())
         (tmp_path / "zero.json").write_text(json.dumps(config | {"bf16": {"enabled": True}}))
@@ -522,7 +527,7 @@ def test_evaluation_that_a_server_interrupted_is_made_up_for(work, tmp_path, mon
     def fails(*args):
         count.append(1)
         if len(count) == 2:
-            raise train_eagle3.ServerFailed("the server is gone")
+            raise server.ServerFailed("the server is gone")
         return evaluate(*args)
 
     monkeypatch.setattr(train_eagle3, "evaluate", fails)
@@ -535,18 +540,19 @@ def test_evaluation_that_a_server_interrupted_is_made_up_for(work, tmp_path, mon
 
 def test_best_is_what_could_be_saved_and_of_one_metric(work, tmp_path, monkeypatch):
     out, values = tmp_path / "out", iter([1.5, 3.0, 2.0, 2.5, 1.0, 1.25, 1.0, 1.0])
-    evaluate, write = train_eagle3.evaluate, save_checkpoint.write_checkpoint
+    evaluate, write = train_eagle3.evaluate, checkpoints.write_checkpoint
     monkeypatch.setattr(train_eagle3, "evaluate", lambda *args: evaluate(*args) | {"acceptance_length": next(values)})
     monkeypatch.setattr(
-        save_checkpoint, "write_checkpoint",
+        checkpoints,
+        "write_checkpoint",
         lambda engine, d2t, folder, *rest: "no" if folder.name[-2:] == "04" else write(engine, d2t, folder, *rest),
-    )  # fmt: skip
+    )
     flags = "--eval_steps", 2, "--save_steps", 2
     train(work, out, *flags)
     assert (out / "best").resolve().name == "step_00000008"
-    assert read_state(out / "step_00000012")["best"] == [2.5, 8, "acceptance_length"]
+    assert checkpoints.read_state(out / "step_00000012")["best"] == [2.5, 8, "acceptance_length"]
     train(work, out, *flags, "--resume", "--total_steps", 14, "--best_metric", "loss")
-    assert read_state(out / "step_00000014")["best"][1:] == [14, "loss"]
+    assert checkpoints.read_state(out / "step_00000014")["best"][1:] == [14, "loss"]
 
 
 @pytest.fixture
@@ -558,7 +564,7 @@ def small_disk(tmp_path):
 def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, small_disk, monkeypatch, capsys):
     """A real full file system from step 6 to step 11, then there is room again: metrics have no gap either."""
     disk, resize = small_disk
-    out, original, count = disk / "out", train_eagle3.optimizer_step, []
+    out, original, count = disk / "out", optimization.optimizer_step, []
 
     def used():
         return shutil.disk_usage(disk).used // 1024
@@ -573,7 +579,7 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
             resize(20 * 1024)
         return original(*args)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", fill)
+    monkeypatch.setattr(optimization, "optimizer_step", fill)
     train(work, out, "--save_steps", 1, "--save_interval", 99)
     said = capsys.readouterr()
     assert sorted(path.name[-2:] for path in out.glob("step_*")) == ["01", "02", "03", "04", "05", "11", "12"]
@@ -588,7 +594,7 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
 def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
     disk, resize = small_disk
     resize(8)
-    record = Record(SimpleNamespace(output_dir=disk, report_to=[], total_steps=9), {"starts_behind_step": 0})
+    record = run_record.Record(SimpleNamespace(output_dir=disk, report_to=[], total_steps=9), {"starts_behind_step": 0})
     for step in range(100):
         record.row("train", step, 0.1 * step, {"loss": step / 7, "text": "x" * 100})
     assert "No space left on device; the rows are kept in memory" in capsys.readouterr().err
@@ -602,10 +608,10 @@ def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
 
 
 def test_folder_that_a_node_does_not_see_is_named(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_ranks.os.path, "exists", lambda path: False)
-    monkeypatch.setattr(run_ranks.socket, "gethostname", lambda: "node-b")
+    monkeypatch.setattr(ranks.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node-b")
     with pytest.raises(SystemExit):
-        run_ranks.check_shared("output_dir", tmp_path, patience=0.1)
+        ranks.check_shared("output_dir", tmp_path, patience=0.1)
     line = capsys.readouterr().err
     assert f"output_dir {tmp_path} is another folder on node-b" in line and not list(tmp_path.iterdir())
 
@@ -620,6 +626,6 @@ def test_folder_whose_files_appear_late_is_shared(tmp_path, monkeypatch):
         closed = path not in [os.readlink(handle) for handle in handles if exists(handle)]
         return len(seen) > 3 and closed and exists(path)
 
-    monkeypatch.setattr(run_ranks.os.path, "exists", late)
-    run_ranks.check_shared("output_dir", tmp_path)
+    monkeypatch.setattr(ranks.os.path, "exists", late)
+    ranks.check_shared("output_dir", tmp_path)
     assert len(seen) == 4 and not list(tmp_path.iterdir())

@@ -8,10 +8,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-import evaluate_eagle3
-import record_run
+import compare_runs
 import train_eagle3
-from record_run import Record, draw_curves, read_metrics
+from core import run_record
 
 pytestmark = pytest.mark.pictures
 
@@ -55,7 +54,7 @@ def points(rows, split, name):
 
 def test_one_run_has_its_loss_accuracies_acceptance_rate_and_speed(drawn, tmp_path):
     rows = rows_of(range(1, 7), validated=(2, 4, 6), acc=12)
-    (tmp_path / "x.png").write_bytes(draw_curves({"run": rows}))
+    (tmp_path / "x.png").write_bytes(run_record.draw_curves({"run": rows}))
     pixels = imread(tmp_path / "x.png")
     assert pixels.shape[:2] == (960, 1800) and all(part.min() < 0.9 for part in pixels[:, :, :3].transpose(2, 0, 1))
     expected = {
@@ -72,7 +71,7 @@ def test_one_run_has_its_loss_accuracies_acceptance_rate_and_speed(drawn, tmp_pa
 
 def test_several_runs_differ_by_colour_and_are_named_once(drawn):
     runs = {"a": rows_of([1, 2, 3]), "b": rows_of([2, 4], 0.5, (4,)), "c": rows_of([5])}
-    assert draw_curves(runs).startswith(b"\x89PNG")
+    assert run_record.draw_curves(runs).startswith(b"\x89PNG")
     losses = [(colour, line) for title, label, colour, line in drawn() if title == "loss" and line]
     drawn_as = [("C0", "a", "train"), ("C1", "b", "train"), ("C1", "b", "validation"), ("C2", "c", "train")]
     assert losses == [(colour, points(runs[name], split, "loss")) for colour, name, split in drawn_as]
@@ -84,7 +83,7 @@ def test_several_runs_differ_by_colour_and_are_named_once(drawn):
 def record(folder):
     if not train_eagle3.dist.is_initialized():
         train_eagle3.dist.init_process_group("gloo", rank=0, world_size=1, store=train_eagle3.dist.HashStore())
-    return Record(SimpleNamespace(output_dir=folder, report_to=[], total_steps=9), {"starts_behind_step": 0})
+    return run_record.Record(SimpleNamespace(output_dir=folder, report_to=[], total_steps=9), {"starts_behind_step": 0})
 
 
 def test_a_run_leaves_its_curves(drawn, tmp_path):
@@ -101,11 +100,13 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing(tmp_path, monkeypatch, cap
     if absent:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     else:
-        monkeypatch.setattr(record_run, "draw_curves", lambda runs: 1 / 0)
+        monkeypatch.setattr(run_record, "draw_curves", lambda runs: 1 / 0)
     run = record(tmp_path)
     run.row("train", 1, 1.0, {"loss": 1.0})
     run.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"] and read_metrics(tmp_path)[0]["loss"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"] and run_record.read_metrics(tmp_path)[0][
+        "loss"
+    ] == 1
     assert "curves.png is not drawn: " in capsys.readouterr().err
 
 
@@ -113,14 +114,14 @@ def test_metrics_whose_last_line_was_cut_off_are_read(tmp_path):
     folder = write_run(tmp_path / "a", rows_of([1, 2]))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "ste')
-    assert read_metrics(folder) == read_metrics(folder / "metrics.jsonl") == rows_of([1, 2])
+    assert run_record.read_metrics(folder) == run_record.read_metrics(folder / "metrics.jsonl") == rows_of([1, 2])
 
 
 # --- several trainings ---
 
 
 def compare(*argv):
-    evaluate_eagle3.main(evaluate_eagle3.parse_args(["--compare", *map(str, argv)]))
+    compare_runs.main(compare_runs.parse_args(list(map(str, argv))))
 
 
 def test_compared_runs_are_in_one_table_and_one_picture(drawn, tmp_path, capsys):
@@ -157,14 +158,16 @@ def test_a_comparison_without_a_folder_is_drawn_into_one(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
-    [(["--compare", "nowhere"], "nowhere cannot be read"), (["--compare", "empty"], "empty has no rows"),
-     (["--compare", "broken"], "metrics.jsonl cannot be read"), (["--compare"], "expected at least one argument"),
-     (["--compare", "list"], "line 2 is not a row"), (["--compare", "stepless"], "line 1 is not a row"),
-     (["--compare", "fine", "--prompts", "x", "--temperature", "0.5"], "prompts, temperature: not with compare"),
-     (["--compare", "fine", "--target_model_path", "T"], "target_model_path: not with compare"),
-     (["--prompts", "x"], "target_model_path, draft_model_path: needed to measure a draft"),
-     (["--compare", "fine", "--output", "fine/metrics.jsonl"], "cannot be a folder")],
-)  # fmt: skip
+    [
+        (["nowhere"], "nowhere cannot be read"),
+        (["empty"], "empty has no rows"),
+        (["broken"], "metrics.jsonl cannot be read"),
+        ([], "the following arguments are required: runs"),
+        (["list"], "line 2 is not a row"),
+        (["stepless"], "line 1 is not a row"),
+        (["fine", "--output", "fine/metrics.jsonl"], "cannot be a folder"),
+    ],
+)
 def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys, argv, expected):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "empty", [])
@@ -173,7 +176,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys, argv
     write_run(tmp_path / "stepless", [{"split": "train", "loss": 1.0}])
     write_run(tmp_path / "broken", []).joinpath("metrics.jsonl").write_text("{\n")
     with pytest.raises(SystemExit) as stopped:
-        evaluate_eagle3.main(evaluate_eagle3.parse_args(argv))
+        compare(*argv)
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and line.startswith("error: ") and expected in line
     assert not (tmp_path / "comparison").exists()

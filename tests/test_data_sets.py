@@ -12,12 +12,11 @@ import datasets
 import pytest
 import tiny
 
-import read_conversations
-from prepare_data import open_data, prepare
-from read_conversations import PRESETS, find_files, read_conversation, read_rows
+import prepare_data
+from core import conversations, dataloader
 
 FOLDER = Path(__file__).parent / "data_sets"
-ON_THE_HUB = [name for name, preset in PRESETS.items() if preset.hub]
+ON_THE_HUB = [name for name, preset in conversations.PRESETS.items() if preset.hub]
 
 
 def write_copy(folder, name):
@@ -40,15 +39,18 @@ def write_copy(folder, name):
 
 
 def conversations_of(name, folder, split, cache):
-    lines = [json.loads(line) for _, line in read_rows(name, find_files(name, folder, split), cache)]
-    return [[[turn["role"], turn["content"]] for turn in read_conversation(row)[0]] for row in lines]
+    lines = [
+        json.loads(line)
+        for _, line in conversations.read_rows(name, conversations.find_files(name, folder, split), cache)
+    ]
+    return [[[turn["role"], turn["content"]] for turn in conversations.read_conversation(row)[0]] for row in lines]
 
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
 def test_rows_of_the_original_schema(name, tmp_path):
     about = write_copy(tmp_path / "copy", name)
     assert conversations_of(name, tmp_path / "copy", "train", tmp_path / "cache") == about["expected"]
-    if "validation" in PRESETS[name].files:
+    if "validation" in conversations.PRESETS[name].files:
         (held_back,) = conversations_of(name, tmp_path / "copy", "validation", tmp_path / "cache")
         assert held_back not in about["expected"] and held_back[-1][0] == "assistant"
 
@@ -65,13 +67,13 @@ def test_from_the_hub_each_repository_is_asked_for_its_files(tmp_path, monkeypat
         write_copy(tmp_path / repo, "camel" if "camel" in repo else "math_qa")
         return tmp_path / repo
 
-    monkeypatch.setattr(read_conversations.huggingface_hub, "snapshot_download", snapshot_download)
-    files = find_files("camel", None, "train")
+    monkeypatch.setattr(conversations.huggingface_hub, "snapshot_download", snapshot_download)
+    files = conversations.find_files("camel", None, "train")
     assert [path.name for path in files] == ["biology.zip", "chemistry.zip", "physics.zip"] * 3
     assert asked == [
         (f"camel-ai/{field}", "dataset", ("*.zip",), None) for field in ("biology", "chemistry", "physics")
     ]
-    assert find_files("math_qa", None, "train")[0].name == "0000.parquet"
+    assert conversations.find_files("math_qa", None, "train")[0].name == "0000.parquet"
     assert asked[3][0] == "allenai/math_qa" and asked[3][3] == "refs/convert/parquet"
 
 
@@ -79,7 +81,7 @@ def test_a_copy_that_lacks_one_of_several_repositories_is_named(tmp_path, capsys
     write_copy(tmp_path, "camel")
     (tmp_path / "chemistry.zip").unlink()
     with pytest.raises(SystemExit):
-        find_files("camel", tmp_path, "train")
+        conversations.find_files("camel", tmp_path, "train")
     assert "preset camel: 2 *.zip in" in (line := capsys.readouterr().err) and "camel-ai/chemistry" in line
 
 
@@ -89,7 +91,7 @@ def test_a_copy_with_other_columns_is_rejected_row_by_row(tmp_path, capsys):
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "copy" / "main" / "train-00000-of-00001.parquet"))
     tiny.tokenizer().save_pretrained(tmp_path / "target")
     with pytest.raises(SystemExit):
-        prepare("gsm8k", tmp_path / "out", tmp_path / "target", dataset_path=tmp_path / "copy")
+        prepare_data.prepare("gsm8k", tmp_path / "out", tmp_path / "target", dataset_path=tmp_path / "copy")
     assert "none of 1 rows can be used: 1 unknown form (first: line 1)" in capsys.readouterr().err
 
 
@@ -97,15 +99,15 @@ def test_a_preset_with_its_own_validation_split(tmp_path):
     write_copy(tmp_path / "copy", "sciq")
     tiny.tokenizer().save_pretrained(tmp_path / "target")
     options = {"dataset_path": tmp_path / "copy", "validation_dataset": "sciq", "num_proc": 1}
-    prepare("sciq", tmp_path / "out", tmp_path / "target", **options)
-    data, config = open_data(tmp_path / "out")
+    prepare_data.prepare("sciq", tmp_path / "out", tmp_path / "target", **options)
+    data, config = dataloader.open_data(tmp_path / "out")
     assert {split: len(rows) for split, rows in data.items()} == {"train": 2, "validation": 1}
     assert config["ingredients"]["presets"] == ["sciq", "sciq"]
 
 
 def test_the_readme_names_every_preset_its_repository_and_whether_it_has_a_validation_split():
     readme = (tiny.REPOSITORY / "README.md").read_text()
-    for name, preset in PRESETS.items():
+    for name, preset in conversations.PRESETS.items():
         (line,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}`")]
         assert all(repository.rpartition("/")[2] in line for repository in preset.hub)
         assert line.startswith(f"| `{name}` +") == ("validation" in preset.files)

@@ -10,22 +10,21 @@ import pytest
 import tiny
 
 import build_vocab_mapping
-import evaluate_eagle3
-import export_eagle3
-import load_target
+import compare_runs
+import evaluate_draft
+import export_draft
+import import_target
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
+from core import foreign_flags
 
 ROOT = tiny.REPOSITORY
 SCRIPTS = (
-    prepare_data, build_vocab_mapping, load_target, prepare_hidden_states, export_eagle3, train_eagle3, evaluate_eagle3,
+    prepare_data, build_vocab_mapping, import_target, prepare_hidden_states, export_draft, train_eagle3, evaluate_draft,
+    compare_runs,
 )  # fmt: skip
-ORDER = (  # of imports; those that SCRIPTS lacks are not run themselves
-    "read_conversations", "regenerate_data", "prepare_data", "build_vocab_mapping", "deal_batches", "run_ranks",
-    "load_target", "ask_vllm",
-    "prepare_hidden_states", "export_eagle3", "record_run", "save_checkpoint", "train_eagle3", "evaluate_eagle3",
-)  # fmt: skip
+CORE = sorted((ROOT / "core").glob("*.py"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -50,7 +49,7 @@ def flags_of(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_flag_has_help_and_is_read(script):
     source = (ROOT / f"{script.__name__}.py").read_text()
-    elsewhere = "".join((ROOT / f"{name}.py").read_text() for name in ORDER[: ORDER.index("train_eagle3")])
+    elsewhere = "".join(path.read_text() for path in CORE)
     for option, action in flags_of(script).items():
         if option.startswith("--") and option != "--help":
             assert action.help, option
@@ -105,7 +104,7 @@ def test_flags_that_are_mentioned_anywhere_exist():
     """In README, examples, azureml/ and help texts: of a script of ours, an alias, or of a program named above."""
     paths = [path for name in ("examples", "azureml") for path in (ROOT / name).rglob("*") if path.is_file()]
     texts = {path: path.read_text() for path in (ROOT / "README.md", *paths)}
-    known = {option[2:] for script in SCRIPTS for option in flags_of(script)} | set(train_eagle3.ALIASES)
+    known = {option[2:] for script in SCRIPTS for option in flags_of(script)} | set(foreign_flags.ALIASES)
     for script in SCRIPTS:
         texts |= {(script.__name__, option): action.help or "" for option, action in flags_of(script).items()}
     others, mentioned = set(" ".join(OTHERS.values()).split()), set()
@@ -117,13 +116,13 @@ def test_flags_that_are_mentioned_anywhere_exist():
 
 
 def test_files_that_are_mentioned_anywhere_exist():
-    paths = [ROOT / "README.md", *ROOT.glob("*.py"), *(ROOT / "examples").glob("*.*")]
+    paths = [ROOT / "README.md", *ROOT.glob("*.py"), *CORE, *(ROOT / "examples").glob("*.*")]
     texts = {path: path.read_text() for path in paths}
     for where, text in texts.items():
-        for name in re.findall(r"(?<![\w/.-])((?:examples|ds_configs|benchmarks|tests|azureml)/[\w./-]*\w)", text):
+        for name in re.findall(r"(?<![\w/.-])((?:core|examples|ds_configs|benchmarks|tests|azureml)/[\w./-]*\w)", text):
             assert (ROOT / name).exists(), f"{name} in {where}"
         for name in re.findall(r"(?<![\w/.-])([a-z_0-9]+\.py)\b", text):
-            folders = ("", "examples", "benchmarks", "tests")
+            folders = ("", "core", "examples", "benchmarks", "tests")
             assert any((ROOT / folder / name).exists() for folder in folders), f"{name} in {where}"
 
 
@@ -153,7 +152,7 @@ def test_readme_metrics_table_is_complete():
     named = set(re.findall(r"`(\w+)`", section))
     values = train_eagle3.metric_values([[1.0, 1.0, 1.0, 1.0]] * 2, 1.0, [1.0, 0.8])
     families = {re.sub(r"_\d+$", "_i", name) for name in values}
-    source = (ROOT / "train_eagle3.py").read_text() + (ROOT / "record_run.py").read_text()
+    source = (ROOT / "train_eagle3.py").read_text() + (ROOT / "core" / "run_record.py").read_text()
     logged = {
         "lr",
         "grad_norm",
@@ -178,18 +177,33 @@ def test_readme_lists_every_flag_of_the_trainer_in_its_group():
     }
 
 
-def test_budgets_and_direction_of_imports():
-    assert sorted(ORDER) == sorted(path.stem for path in ROOT.glob("*.py"))
-    for place, name in enumerate(ORDER):
-        text = (ROOT / f"{name}.py").read_text()
-        assert text.count("\n") <= (1000 if name == "train_eagle3" else 700) - 1, name
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                limit = 170 if node.name in ("main", "train") else 80
-                assert node.end_lineno - node.lineno < limit, f"{name}.{node.name}"
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not set(modules) & set(ORDER[place:]), f"{name} imports a later stage"
+def imported(path):
+    """Names of our own modules that a file imports: a command, or core's."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "core":
+            yield from (f"core/{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.replace(".", "/")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_core_imports_no_command_and_nothing_in_a_circle():
+    commands = {path.stem for path in ROOT.glob("*.py")}
+    graph = {f"core/{path.stem}": set(imported(path)) for path in CORE}
+    for name, others in graph.items():
+        assert not others & commands, f"{name} imports a command"
+    ready = set()
+    while rest := graph.keys() - ready:
+        free = {name for name in rest if graph[name] & graph.keys() <= ready}
+        assert free, f"a circle among {rest}"
+        ready |= free
+
+
+def test_each_file_at_the_root_is_a_command():
+    assert {path.stem for path in ROOT.glob("*.py")} == {script.__name__ for script in SCRIPTS}
+    for script in SCRIPTS:
+        assert script.parse_args and script.main and script.__doc__
 
 
 def test_readme_has_no_gaps():

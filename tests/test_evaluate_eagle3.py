@@ -10,13 +10,10 @@ import tiny
 import torch
 import transformers
 
-import evaluate_eagle3
-from deal_batches import acceptance_walk, plan_slots, positions_of, supervised_slots
-from evaluate_eagle3 import CachedDraft, CachedTarget, main, measure, parse_args, sampling, speculate, verify_greedy
-from export_eagle3 import derive_config, read_draft, write_draft
-from load_target import load_target, read_target_config
-from prepare_data import open_data, prepare
-from train_eagle3 import DraftModel, chain_lengths, objective
+import evaluate_draft
+import prepare_data
+import train_eagle3
+from core import dataloader, draft_files, slots, target_files, target_model
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 VOCABULARY, COUNT, NEW_TOKENS = 300, 4, 40
@@ -34,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def target(folder):
-    return load_target(folder)
+    return target_model.load(folder)
 
 
 def random_draft(folder, target, columns=None, rope="default", seed=0):
@@ -42,8 +39,11 @@ def random_draft(folder, target, columns=None, rope="default", seed=0):
     torch.manual_seed(seed)
     vocabulary = target.config.vocab_size
     ids = torch.randperm(vocabulary)[: columns or vocabulary].sort().values
-    config = derive_config(*read_target_config(folder)) | {"draft_vocab_size": len(ids), "rope_scaling": ROPES[rope]}
-    draft = DraftModel(config, target.embedding)
+    config = draft_files.derive_config(*target_files.read_target_config(folder)) | {
+        "draft_vocab_size": len(ids),
+        "rope_scaling": ROPES[rope],
+    }
+    draft = train_eagle3.DraftModel(config, target.embedding)
     for parameter in draft.parameters():
         scale = 1.0 if parameter.dim() == 1 else 1.5 * parameter.shape[1] ** -0.5
         parameter.data = scale * torch.randn_like(parameter)
@@ -55,7 +55,7 @@ def save_draft(path, draft, d2t):
     if len(d2t) < draft.config["vocab_size"]:
         tensors |= {"d2t": d2t, "t2d": torch.zeros(draft.config["vocab_size"], dtype=torch.bool)}
         tensors["t2d"][torch.arange(len(d2t)) + d2t] = True
-    write_draft(path, draft.config, tensors)
+    draft_files.write_draft(path, draft.config, tensors)
     return path
 
 
@@ -82,11 +82,11 @@ def objective_inputs(target, d2t, texts, steps):
     document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return {
         "input_ids": ids,
-        "position_ids": positions_of(lengths),
+        "position_ids": slots.positions_of(lengths),
         "auxiliary": auxiliary,
         "last": last,
         "head": target.head,
-        "plan": plan_slots(supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps), lengths),
+        "plan": slots.plan_slots(slots.supervised_slots(torch.tensor(sum(masks, [])), document_ids, steps), lengths),
         "d2t": d2t,
         "decay": 0.8,
     }, masks
@@ -108,13 +108,13 @@ def trained(folder, target):
     # The draft vocabulary leaves out tokens of the text, but not all that end it.
     ids = sorted({*eos_ids, *range(0, VOCABULARY, 7), *[i for _, r in texts for i in r if i % 11]})
     d2t = torch.tensor(ids) - torch.arange(len(ids))
-    draft = DraftModel(draft.config | {"draft_vocab_size": len(ids)}, target.embedding)
+    draft = train_eagle3.DraftModel(draft.config | {"draft_vocab_size": len(ids)}, target.embedding)
     draft.initialise(target.head.weight[torch.tensor(ids)])
     inputs, _ = objective_inputs(target, d2t, texts[:-2], COUNT)
     optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = objective(draft, **inputs)[0] / inputs["plan"].counts[0]
+        loss = train_eagle3.objective(draft, **inputs)[0] / inputs["plan"].counts[0]
         loss.backward()
         optimizer.step()
     return draft.eval(), d2t, texts[:-2], texts[-2:], set(eos_ids)
@@ -152,18 +152,18 @@ def dense_chain(draft, d2t, ids, auxiliary, count):
 @torch.no_grad()
 def test_every_drafted_chain_equals_the_training_codes(rope, columns, folder, target, monkeypatch):
     draft, d2t = random_draft(folder, target, columns, rope)
-    calls, propose = [], CachedDraft.propose
+    calls, propose = [], evaluate_draft.CachedDraft.propose
 
     def recorded(self, tokens, auxiliary, count, choose):
         drafted, rows = propose(self, tokens, auxiliary, count, choose)
         calls.append((tokens, drafted, rows))
         return drafted, rows
 
-    monkeypatch.setattr(CachedDraft, "propose", recorded)
+    monkeypatch.setattr(evaluate_draft.CachedDraft, "propose", recorded)
     seen = set()
     for prompt in (p.tolist() for p in random_prompts([1, 2, 17, 400])):
         calls.clear()
-        speculate(target, draft, d2t, prompt, COUNT, 16, set())
+        evaluate_draft.speculate(target, draft, d2t, prompt, COUNT, 16, set())
         text = torch.tensor(prompt[:1] + [token for tokens, _, _ in calls for token in tokens])
         auxiliary, _ = target.hidden_states(text, [len(text)])
         known = 1
@@ -195,11 +195,13 @@ def test_greedy_text_is_the_targets_and_passes_are_those_of_the_training_code(tr
     for texts in (seen, unseen):
         inputs, masks = objective_inputs(target, d2t, texts, COUNT)
         with torch.no_grad():
-            accepted = chain_lengths(objective(draft, **inputs)[2]).split([len(mask) for mask in masks])
+            accepted = train_eagle3.chain_lengths(train_eagle3.objective(draft, **inputs)[2]).split(
+                [len(mask) for mask in masks]
+            )
         for (prompt, own), n, mask in zip(texts, accepted, masks, strict=True):
-            reply, passes = speculate(target, draft, d2t, prompt, COUNT, NEW_TOKENS, eos_ids)
+            reply, passes = evaluate_draft.speculate(target, draft, d2t, prompt, COUNT, NEW_TOKENS, eos_ids)
             assert reply == own
-            assert passes == acceptance_walk(n.tolist(), mask)
+            assert passes == slots.acceptance_walk(n.tolist(), mask)
             assert 1 + sum(n + 1 for n in passes) >= len(reply)
             ends.add(("token" if reply[-1] in eos_ids else "length", passes[-1] > 0))
             walked += passes if texts is seen else []
@@ -217,10 +219,10 @@ def test_any_number_of_tokens_and_drafts(max_new_tokens, trained, target):
     for count in (1, 2, 9):
         inputs, masks = objective_inputs(target, d2t, [(prompt, own)], count)
         with torch.no_grad():
-            n = chain_lengths(objective(draft, **inputs)[2]).tolist()
-        reply, passes = speculate(target, draft, d2t, prompt, count, max_new_tokens, set())
-        assert (reply, passes) == (own, acceptance_walk(n, masks[0]))
-        assert evaluate_eagle3.generate(target, prompt, max_new_tokens, set()) == own
+            n = train_eagle3.chain_lengths(train_eagle3.objective(draft, **inputs)[2]).tolist()
+        reply, passes = evaluate_draft.speculate(target, draft, d2t, prompt, count, max_new_tokens, set())
+        assert (reply, passes) == (own, slots.acceptance_walk(n, masks[0]))
+        assert evaluate_draft.generate(target, prompt, max_new_tokens, set()) == own
 
 
 FAMILIES = {
@@ -243,7 +245,7 @@ def test_rejected_drafts_leave_no_trace_in_the_targets_cache(family, tmp_path, m
     torch.manual_seed(0)
     config = getattr(transformers, name)(**sizes, **options)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    target, states, lengths = load_target(tmp_path), [], set()
+    target, states, lengths = target_model.load(tmp_path), [], set()
     random = torch.Generator().manual_seed(0)
 
     class Oracle:
@@ -259,11 +261,11 @@ def test_rejected_drafts_leave_no_trace_in_the_targets_cache(family, tmp_path, m
             right = torch.rand(count, generator=random) < 0.7
             return [own[self.known + i] if yes else 3 for i, yes in enumerate(right)], torch.zeros(count, 1)
 
-    monkeypatch.setattr(evaluate_eagle3, "CachedDraft", Oracle)
+    monkeypatch.setattr(evaluate_draft, "CachedDraft", Oracle)
     for prompt in (p.tolist() for p in random_prompts([2, 25])):
         own = own_greedy(target, prompt, 60)
         states.clear()
-        reply, passes = speculate(target, None, None, prompt, COUNT, 50, set())
+        reply, passes = evaluate_draft.speculate(target, None, None, prompt, COUNT, 50, set())
         assert reply == own[:50] and len(set(reply)) > 5
         lengths.update(passes)
         found, text = torch.cat(states), torch.tensor(prompt + own)
@@ -272,13 +274,16 @@ def test_rejected_drafts_leave_no_trace_in_the_targets_cache(family, tmp_path, m
     assert lengths == set(range(COUNT + 1))
     with torch.inference_mode():  # scale and soft cap do not show in greedy text
         logits = target.model(text[None]).logits[0]
-    assert float((CachedTarget(target).feed(text.tolist())[1] - logits).abs().max() / logits.abs().max()) < 1e-5
+    assert (
+        float((evaluate_draft.CachedTarget(target).feed(text.tolist())[1] - logits).abs().max() / logits.abs().max())
+        < 1e-5
+    )
 
 
 def test_a_long_prompts_logits_are_formed_for_its_last_token_only(target, monkeypatch):
-    rows, logits = [], evaluate_eagle3.CachedTarget.feed
-    monkeypatch.setattr(CachedTarget, "feed", lambda *a, **k: rows.append(logits(*a, **k)) or rows[-1])
-    evaluate_eagle3.generate(target, list(range(50)), 3, set())
+    rows, logits = [], evaluate_draft.CachedTarget.feed
+    monkeypatch.setattr(evaluate_draft.CachedTarget, "feed", lambda *a, **k: rows.append(logits(*a, **k)) or rows[-1])
+    evaluate_draft.generate(target, list(range(50)), 3, set())
     assert [(len(auxiliary), len(z)) for auxiliary, z in rows] == [(50, 1), (1, 1), (1, 1)]
 
 
@@ -341,8 +346,8 @@ def test_sampling_is_lossless(temperature, monkeypatch):
                 drafted.append(token)
             return drafted, torch.stack(rows)
 
-    monkeypatch.setattr(evaluate_eagle3, "CachedTarget", Target)
-    monkeypatch.setattr(evaluate_eagle3, "CachedDraft", Draft)
+    monkeypatch.setattr(evaluate_draft, "CachedTarget", Target)
+    monkeypatch.setattr(evaluate_draft, "CachedDraft", Draft)
     p = (chain / temperature).softmax(-1)
     exact = p[0][:, None, None] * p[:, :, None] * p[None]  # of the first three tokens behind token 0
 
@@ -350,13 +355,13 @@ def test_sampling_is_lossless(temperature, monkeypatch):
         counts = torch.zeros(vocabulary, vocabulary, vocabulary)
         accepted = set()
         for _ in range(runs):
-            reply, passes = speculate(None, None, None, [0], 3, 3, set(), choose, verify)
+            reply, passes = evaluate_draft.speculate(None, None, None, [0], 3, 3, set(), choose, verify)
             counts[tuple(reply)] += 1
             accepted.update(passes)
         return counts, accepted
 
     generator = torch.Generator().manual_seed(0)
-    choose, verify = sampling(temperature, generator, ids, vocabulary)
+    choose, verify = evaluate_draft.sampling(temperature, generator, ids, vocabulary)
     counts, accepted = observed(choose, verify, 6000)
     assert accepted == {0, 1, 2}
     assert p_value(counts, exact) > 1e-3
@@ -366,7 +371,7 @@ def test_sampling_is_lossless(temperature, monkeypatch):
 
 
 def test_sampling_keeps_a_draft_that_equals_the_target_and_drops_what_it_never_says():
-    choose, verify = sampling(0.5, torch.Generator().manual_seed(0), torch.arange(4), 4)
+    choose, verify = evaluate_draft.sampling(0.5, torch.Generator().manual_seed(0), torch.arange(4), 4)
     z = torch.randn(3, 4)
     for _ in range(50):
         drafted = [choose(z[0]), choose(z[1])]
@@ -384,7 +389,7 @@ def test_sampling_with_models_is_lossless(temperature, tmp_path):
     options = {"vocab_size": 12, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}
     torch.manual_seed(2)
     transformers.LlamaForCausalLM(tiny.llama_config(**options)).save_pretrained(tmp_path)
-    target = load_target(tmp_path)
+    target = target_model.load(tmp_path)
     draft, d2t = random_draft(tmp_path, target, columns=9)
     prompt = [3, 4, 5]
     texts = torch.tensor([[*prompt, a, b] for a in range(12) for b in range(12)])
@@ -393,12 +398,12 @@ def test_sampling_with_models_is_lossless(temperature, tmp_path):
     exact = p[0, 0, 0][:, None] * p[:, 0, 1]  # [first, second]
     second, third = exact.sum(0), (exact[..., None] * p[:, :, 2]).sum((0, 1))
     generator = torch.Generator().manual_seed(0)
-    choose, verify = sampling(temperature, generator, torch.arange(9) + d2t, 12)
+    choose, verify = evaluate_draft.sampling(temperature, generator, torch.arange(9) + d2t, 12)
 
     def observed(verify, runs):
         counts, accepted = torch.zeros(2, 12), 0
         for _ in range(runs):
-            reply, passes = speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
+            reply, passes = evaluate_draft.speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
             counts[0, reply[1]] += 1
             counts[1, reply[2]] += 1
             accepted += sum(passes)
@@ -417,6 +422,8 @@ def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
     draft, d2t, texts, _, _ = trained
     lengths = []
 
+    verify_greedy, speculate = evaluate_draft.verify_greedy, evaluate_draft.speculate
+
     def wrong(drafted, rows, logits):
         accepted, own = verify_greedy(drafted, rows, logits)
         lengths.append(accepted + 1)
@@ -424,20 +431,20 @@ def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
             return accepted + 1, int(logits[accepted + 1].argmax())
         return accepted, own
 
-    args = parse_args(
+    args = evaluate_draft.parse_args(
         ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "40"]
     )
     prompts = [prompt for prompt, _ in texts]
-    assert len(measure(target, draft, d2t, prompts[:2], args, set())) == 2
+    assert len(evaluate_draft.measure(target, draft, d2t, prompts[:2], args, set())) == 2
 
     def spoilt(*arguments):
         lengths.clear()
         return speculate(*arguments)
 
-    monkeypatch.setattr(evaluate_eagle3, "verify_greedy", wrong)
-    monkeypatch.setattr(evaluate_eagle3, "speculate", spoilt)
+    monkeypatch.setattr(evaluate_draft, "verify_greedy", wrong)
+    monkeypatch.setattr(evaluate_draft, "speculate", spoilt)
     with pytest.raises(SystemExit) as stop:
-        measure(target, draft, d2t, prompts, args, set())
+        evaluate_draft.measure(target, draft, d2t, prompts, args, set())
     assert stop.value.code == 1
     line = capsys.readouterr().err.strip()
     at = next(sum(lengths[:i]) - 1 for i in range(5, len(lengths) + 1) if lengths[i - 1] <= 4)
@@ -457,11 +464,11 @@ class Scripted:
 
 
 def test_rounding_is_between_the_two_most_likely_tokens_of_a_half_precision_target(monkeypatch):
-    monkeypatch.setattr(evaluate_eagle3, "CachedTarget", Scripted)
+    monkeypatch.setattr(evaluate_draft, "CachedTarget", Scripted)
 
     def parts_by_rounding(dtype, reply, alone, at=1):
         target = SimpleNamespace(embedding=torch.zeros(1, dtype=dtype))
-        return evaluate_eagle3.is_rounding(target, [0], reply, alone, at)
+        return evaluate_draft.is_rounding(target, [0], reply, alone, at)
 
     half = torch.bfloat16
     monkeypatch.setattr(Scripted, "logits", torch.tensor([9.9, 10.0, 9.8, 9.0]))
@@ -477,20 +484,20 @@ def test_rounding_is_between_the_two_most_likely_tokens_of_a_half_precision_targ
 
 @pytest.mark.parametrize(("count", "parted", "ends"), [(8, 2, False), (8, 3, True), (3, 1, False), (3, 2, True)])
 def test_texts_that_part_by_rounding_are_few(count, parted, ends, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_eagle3, "is_rounding", lambda *_: True)
-    monkeypatch.setattr(evaluate_eagle3, "generate", lambda target, prompt, *_: [1, 2])
-    monkeypatch.setattr(evaluate_eagle3, "speculate", lambda target, draft, d2t, prompt, *_: ([1, 2 + prompt[0]], [1]))
-    args = parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p"])
+    monkeypatch.setattr(evaluate_draft, "is_rounding", lambda *_: True)
+    monkeypatch.setattr(evaluate_draft, "generate", lambda target, prompt, *_: [1, 2])
+    monkeypatch.setattr(evaluate_draft, "speculate", lambda target, draft, d2t, prompt, *_: ([1, 2 + prompt[0]], [1]))
+    args = evaluate_draft.parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p"])
     target, prompts = SimpleNamespace(embedding=torch.zeros(1)), [[int(i < parted)] for i in range(count)]
     if ends:
         with pytest.raises(SystemExit) as stop:
-            measure(target, None, None, prompts, args, set())
+            evaluate_draft.measure(target, None, None, prompts, args, set())
         line = capsys.readouterr().err
         assert stop.value.code == 1 and line.count("\n") == 1
         assert f"{parted} of {parted} drafted texts" in line and f"a quarter of {count}" in line
     else:
-        rows = measure(target, None, None, prompts, args, set())
-        assert evaluate_eagle3.summarise(rows, args)["texts_parted_by_rounding"] == parted
+        rows = evaluate_draft.measure(target, None, None, prompts, args, set())
+        assert evaluate_draft.summarise(rows, args)["texts_parted_by_rounding"] == parted
 
 
 def test_summary_is_made_of_sums():
@@ -499,7 +506,7 @@ def test_summary_is_made_of_sums():
         {"passes": [3], "loss_mask": [1, 1, 1, 1, 1], "seconds": 1.0, "tokens_alone": 5, "seconds_alone": 2.0},
         {"passes": [], "loss_mask": [0, 1], "seconds": 1.0, "tokens_alone": 1, "seconds_alone": 2.0},
     ]
-    figures = evaluate_eagle3.summarise(rows, SimpleNamespace(num_draft_tokens=3))
+    figures = evaluate_draft.summarise(rows, SimpleNamespace(num_draft_tokens=3))
     assert figures["acceptance_length"] == 1 + 6 / 4
     assert figures["accepted_by_position"] == [3 / 4, 2 / 4, 1 / 4]
     assert (figures["passes"], figures["prompts"], figures["new_tokens"]) == (4, 3, 9)
@@ -518,7 +525,11 @@ def paths(folder, trained, tmp_path_factory):
 
 
 def run(paths, **options):
-    main(parse_args([word for name, value in {**paths, **options}.items() for word in (f"--{name}", str(value))]))
+    evaluate_draft.main(
+        evaluate_draft.parse_args(
+            [word for name, value in {**paths, **options}.items() for word in (f"--{name}", str(value))]
+        )
+    )
 
 
 def test_command_line(paths, tmp_path, capsys, target):
@@ -545,8 +556,10 @@ def test_command_line(paths, tmp_path, capsys, target):
     width, height = struct.unpack(">II", image[16:24])
     assert image.startswith(b"\x89PNG\r\n\x1a\n") and width > 400 < height * 2 and len(image) > 3000
 
-    prepare(tmp_path / "out" / "generations.jsonl", tmp_path / "data", paths["target_model_path"], num_proc=1)
-    data = open_data(tmp_path / "data")[0]["train"]
+    prepare_data.prepare(
+        tmp_path / "out" / "generations.jsonl", tmp_path / "data", paths["target_model_path"], num_proc=1
+    )
+    data = dataloader.open_data(tmp_path / "data")[0]["train"]
     assert [(row["input_ids"], row["loss_mask"]) for row in data] == [
         (row["input_ids"], row["loss_mask"]) for row in rows
     ]
@@ -556,16 +569,16 @@ def test_command_line(paths, tmp_path, capsys, target):
 
 def edited(draft, path, **changes):
     """A copy of a draft with other sizes in a whole checkpoint."""
-    config, tensors = read_draft(draft)
+    config, tensors = draft_files.read_draft(draft)
     config |= changes
     if "vocab_size" in changes:
         tensors["t2d"] = torch.nn.functional.pad(tensors["t2d"], (0, changes["vocab_size"] - len(tensors["t2d"])))
-    write_draft(path, config, tensors)
+    draft_files.write_draft(path, config, tensors)
     return path
 
 
 def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_eagle3, "load_target", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(target_model, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     (tmp_path / "file").write_text("")
     (tmp_path / "cut.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text('["prompt"]\n')
@@ -582,7 +595,7 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     tiny.tokenizer(VOCABULARY + 20).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "config.json").write_text(json.dumps(config))
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
-    prepare(rows, tmp_path / "data", tmp_path / "tokenizer", num_proc=1)
+    prepare_data.prepare(rows, tmp_path / "data", tmp_path / "tokenizer", num_proc=1)
     for options, words in (
         ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl does not exist"),
         ({"prompts": tmp_path / "file"}, "has no prompts"),
@@ -621,10 +634,10 @@ def test_chat_template_switches_the_thinking_of_the_prompts(paths, tmp_path, mon
     """A target that answers at once is measured as it is served: behind the empty thought."""
     tokenizer = tiny.tokenizer(VOCABULARY)
     tokenizer.chat_template = (tiny.REPOSITORY / "tests" / "templates" / "qwen3.jinja").read_text()
-    seen, read_prompts = [], evaluate_eagle3.read_prompts
-    monkeypatch.setattr(evaluate_eagle3, "load_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(evaluate_eagle3, "read_prompts", lambda *args: seen.extend(read_prompts(*args)) or seen)
-    monkeypatch.setattr(evaluate_eagle3, "measure", lambda *args: (_ for _ in ()).throw(InterruptedError))
+    seen, read_prompts = [], evaluate_draft.read_prompts
+    monkeypatch.setattr(target_files, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(evaluate_draft, "read_prompts", lambda *args: seen.extend(read_prompts(*args)) or seen)
+    monkeypatch.setattr(evaluate_draft, "measure", lambda *args: (_ for _ in ()).throw(InterruptedError))
     tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.conversations(2))
     with pytest.raises(InterruptedError):
         run(paths, prompts=tmp_path / "prompts.jsonl", chat_template=name)
@@ -634,7 +647,7 @@ def test_chat_template_switches_the_thinking_of_the_prompts(paths, tmp_path, mon
 def test_prompts_of_prepared_data_are_before_the_last_reply(folder, tmp_path):
     """As for JSON Lines: the earlier replies are part of the prompt."""
     path = tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(3, turns=2))
-    prepare(path, tmp_path / "data", folder, num_proc=1)
+    prepare_data.prepare(path, tmp_path / "data", folder, num_proc=1)
     tokenizer = tiny.tokenizer(VOCABULARY)
-    found = evaluate_eagle3.read_prompts(tmp_path / "data", tokenizer)
-    assert found == evaluate_eagle3.read_prompts(path, tokenizer) and len(found) == 3
+    found = evaluate_draft.read_prompts(tmp_path / "data", tokenizer)
+    assert found == evaluate_draft.read_prompts(path, tokenizer) and len(found) == 3

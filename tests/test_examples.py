@@ -11,12 +11,9 @@ import tiny
 import torch
 from test_families import FAMILIES, publish_in_mxfp4, write_target
 
-from deal_batches import acceptance_walk, plan_slots, supervised_slots
-from evaluate_eagle3 import load_draft
-from export_eagle3 import check_draft, read_draft
-from load_target import load_target
-from prepare_data import open_data
-from train_eagle3 import chain_lengths
+import evaluate_draft
+import train_eagle3
+from core import dataloader, draft_files, slots, target_model
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +39,7 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
     assert after["passes"] < before["passes"] and after["settings"]["num_draft_tokens"] == 7
     assert f"acceptance length after training: {after['acceptance_length']:.3f}" in printed
     assert "every text equals the target's own greedy text" in printed
-    assert check_draft(output / "draft" / "final") == []
+    assert draft_files.check_draft(output / "draft" / "final") == []
     for picture in ("draft/curves.png", "evaluation_after/acceptance.png"):
         data = (output / picture).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 5000, picture
@@ -51,17 +48,17 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
     assert train[-1]["loss"] < 0.85 * train[0]["loss"] and train[-1]["chain_length"] > train[0]["chain_length"]
 
     # What the training code computes on the target's own texts is what was measured, pass by pass.
-    config, tensors = read_draft(output / "draft" / "final")
-    target = load_target(output / "target")
-    draft, d2t = load_draft(config, tensors, target)
+    config, tensors = draft_files.read_draft(output / "draft" / "final")
+    target = target_model.load(output / "target")
+    draft, d2t = evaluate_draft.load_draft(config, tensors, target)
     for line in (output / "evaluation_after" / "generations.jsonl").read_text().splitlines():
         row = json.loads(line)
         ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["loss_mask"])
         auxiliary, last = target.hidden_states(ids, [len(ids)])
-        plan = plan_slots(supervised_slots(mask, torch.zeros_like(ids), 7), [len(ids)])
+        plan = slots.plan_slots(slots.supervised_slots(mask, torch.zeros_like(ids), 7), [len(ids)])
         with torch.no_grad():
             _, _, correct = draft(ids, torch.arange(len(ids)), auxiliary, last, target.head, plan, d2t, 0.8)
-        assert acceptance_walk(chain_lengths(correct).tolist(), mask.tolist()) == row["passes"]
+        assert slots.acceptance_walk(train_eagle3.chain_lengths(correct).tolist(), mask.tolist()) == row["passes"]
 
 
 def test_llama3_recipe_with_a_small_target(tmp_path):
@@ -69,12 +66,23 @@ def test_llama3_recipe_with_a_small_target(tmp_path):
     tiny.write_target(tmp_path / "target")
     tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(40, 2))
     printed = run(
-        "run_llama3_online.sh", 900, OUTPUT=tmp_path / "out", TARGET=tmp_path / "target", NUM_GPUS=2,
-        DATASET=tmp_path / "chats.jsonl", DRAFT_VOCAB_SIZE=200, VALIDATION_RATIO=0.1, NUM_EPOCHS=1, TTT_LENGTH=3,
-        NUM_PROMPTS=2, MAX_NEW_TOKENS=12, LOG_STEPS=1, OMP_NUM_THREADS=1,
-    )  # fmt: skip
+        "run_llama3_online.sh",
+        900,
+        OUTPUT=tmp_path / "out",
+        TARGET=tmp_path / "target",
+        NUM_GPUS=2,
+        DATASET=tmp_path / "chats.jsonl",
+        DRAFT_VOCAB_SIZE=200,
+        VALIDATION_RATIO=0.1,
+        NUM_EPOCHS=1,
+        TTT_LENGTH=3,
+        NUM_PROMPTS=2,
+        MAX_NEW_TOKENS=12,
+        LOG_STEPS=1,
+        OMP_NUM_THREADS=1,
+    )
     assert "ranks       world 2 = dp 2 x tp 1" in printed and "complete: " in printed
-    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
     assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
     config = json.loads((tmp_path / "out" / "draft" / "final" / "config.json").read_text())
     assert config["draft_vocab_size"] == 200
@@ -132,21 +140,28 @@ def test_multinode_recipe_with_a_small_target(tmp_path, ssh):
         assert "waiting for" in other and "=== 1. data" not in other and "=== 4." not in other
     assert "ranks       world 2 = dp 1 x tp 2" in printed and "tensor parallel over 2" in printed
     assert "complete: " in printed and tells_acceptance(tmp_path / "out", printed)
-    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({"HOSTFILE": "nowhere"}, "no hostfile nowhere"), ({"NO_SSH": 1}, "needs MASTER_ADDR"),
-     ({"NO_SSH": 1, "MASTER_ADDR": "127.0.0.1", "NODE_RANK": 1, "WAIT_MINUTES": 0}, "within 0 minutes")],
-)  # fmt: skip
+    [
+        ({"HOSTFILE": "nowhere"}, "no hostfile nowhere"),
+        ({"NO_SSH": 1}, "needs MASTER_ADDR"),
+        ({"NO_SSH": 1, "MASTER_ADDR": "127.0.0.1", "NODE_RANK": 1, "WAIT_MINUTES": 0}, "within 0 minutes"),
+    ],
+)
 def test_multinode_recipe_says_what_is_missing(tmp_path, given, expected):
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
     given = {"HOSTFILE": tmp_path / "hosts", "OUTPUT": tmp_path / "out", "EAGLE3_VENV": "none"} | given
     result = subprocess.run(
-        ["bash", str(tiny.REPOSITORY / "examples" / "run_llama3_70b_multinode.sh")], capture_output=True, text=True,
-        env=tiny.environment(**given), timeout=60, check=False,
-    )  # fmt: skip
+        ["bash", str(tiny.REPOSITORY / "examples" / "run_llama3_70b_multinode.sh")],
+        capture_output=True,
+        text=True,
+        env=tiny.environment(**given),
+        timeout=60,
+        check=False,
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and expected in result.stderr, result.stderr
 
 
@@ -155,12 +170,16 @@ def test_single_gpu_recipe_with_a_small_target(tmp_path):
     tiny.write_target(tmp_path / "target")
     tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(40, 2))
     printed = run(
-        "run_llama3_70b_single_gpu.sh", 600, OUTPUT=tmp_path / "out", TARGET=tmp_path / "target",
-        DATASET=tmp_path / "chats.jsonl", **SMALL,
-    )  # fmt: skip
+        "run_llama3_70b_single_gpu.sh",
+        600,
+        OUTPUT=tmp_path / "out",
+        TARGET=tmp_path / "target",
+        DATASET=tmp_path / "chats.jsonl",
+        **SMALL,
+    )
     assert "(zero3, in CPU memory)" in printed and "as 8 sequences of" in printed and "target forward 8" in printed
     assert "complete: " in printed and tells_acceptance(tmp_path / "out", printed)
-    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
 
 
 # (script, family of its target, variables beside SMALL, what it prints, what the supervised text has; DeepSeek's prompt
@@ -186,13 +205,21 @@ def test_recipe_of_a_family_with_a_small_target(script, name, variables, expecte
         chat["conversations"][-1]["reasoning_content"] = f"Because {i}."
     tiny.write_jsonl(tmp_path / "chats.jsonl", chats)
     printed = run(
-        script, 900, OUTPUT=tmp_path / "out", TARGET=tmp_path / "target", DATASET=tmp_path / "chats.jsonl", NUM_GPUS=2,
-        NUM_PROMPTS=2, MAX_NEW_TOKENS=12, **SMALL, **variables,
-    )  # fmt: skip
+        script,
+        900,
+        OUTPUT=tmp_path / "out",
+        TARGET=tmp_path / "target",
+        DATASET=tmp_path / "chats.jsonl",
+        NUM_GPUS=2,
+        NUM_PROMPTS=2,
+        MAX_NEW_TOKENS=12,
+        **SMALL,
+        **variables,
+    )
     assert expected in printed and "complete: " in printed and tells_acceptance(tmp_path / "out", printed)
-    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
     assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
-    for row in open_data(tmp_path / "out" / "data")[0]["train"]:
+    for row in dataloader.open_data(tmp_path / "out" / "data")[0]["train"]:
         text = tokenizer.decode(torch.tensor(row["input_ids"])[torch.tensor(row["loss_mask"]) == 1])
         assert supervised in text and "Question" not in text
 
@@ -202,11 +229,23 @@ def test_deepspeed_launcher_ends_with_one_line_and_an_error(tmp_path):
     tiny.write_target(tmp_path / "target")
     tiny.write_jsonl(tmp_path / "one.jsonl", tiny.conversations(1))
     result = subprocess.run(
-        ["deepspeed", "--num_gpus", "2", str(tiny.REPOSITORY / "train_eagle3.py"), "--target_model_path",
-         str(tmp_path / "target"), "--dataset_train_split", str(tmp_path / "one.jsonl"), "--output_dir",
-         str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [
+            "deepspeed",
+            "--num_gpus",
+            "2",
+            str(tiny.REPOSITORY / "train_eagle3.py"),
+            "--target_model_path",
+            str(tmp_path / "target"),
+            "--dataset_train_split",
+            str(tmp_path / "one.jsonl"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-2000:]
     lines = [line for line in (result.stdout + result.stderr).splitlines() if "training sequences for 2 ranks" in line]
     assert len(lines) == 1 and lines[0].startswith("error: 1 training sequences")

@@ -11,20 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-import export_eagle3
-from export_eagle3 import (
-    auxiliary_layers,
-    check_config,
-    check_draft,
-    configure,
-    expected_tensors,
-    read_draft,
-    serving_notes,
-    to_speculators,
-    with_auxiliary_layers,
-    write_draft,
-    write_speculators,
-)
+import export_draft
+from core import common, draft_files
 
 CONFIG = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -55,7 +43,7 @@ VARIANTS = {
     "narrow draft": {"target_hidden_size": 20},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm": {"fc_norm": True, "norm_output": True},
-    "four layers": with_auxiliary_layers({}, [1, 2, 3, 5]),
+    "four layers": draft_files.with_auxiliary_layers({}, [1, 2, 3, 5]),
     "own embeddings": {"embed_requires_grad": True},
     "vllm only": {"norm_before_residual": True},
     "float32": {"torch_dtype": "float32", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
@@ -78,7 +66,7 @@ def draft(**changes):
     generator, dtype = torch.Generator().manual_seed(0), getattr(torch, config["torch_dtype"])
     tensors = {
         name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in expected_tensors(config).items()
+        for name, shape in draft_files.expected_tensors(config).items()
         if name not in ("d2t", "t2d")
     }
     if config["draft_vocab_size"] < config["vocab_size"]:
@@ -118,7 +106,7 @@ def fails(capsys, function, *arguments, **named):
 
 
 def run(*argv):
-    export_eagle3.main(export_eagle3.parse_args([str(word) for word in argv]))
+    export_draft.main(export_draft.parse_args([str(word) for word in argv]))
 
 
 NAMES = list(draft()[1])
@@ -127,7 +115,7 @@ ALL_NAMES = [(variant, name) for variant, changes in VARIANTS.items() for name i
 
 # ---------------------------------------------------------------------- what a draft consists of
 def test_the_tensors_of_the_flat_form():
-    assert expected_tensors(CONFIG) == {
+    assert draft_files.expected_tensors(CONFIG) == {
         "fc.weight": (16, 48),
         "midlayer.input_layernorm.weight": (16,),
         "midlayer.hidden_norm.weight": (16,),
@@ -148,10 +136,14 @@ def test_the_tensors_of_the_flat_form():
 
 def test_what_options_add():
     def added(**changes):
-        expected = expected_tensors({**CONFIG, **changes})
-        return {name: shape for name, shape in expected.items() if expected_tensors(CONFIG).get(name) != shape}
+        expected = draft_files.expected_tensors({**CONFIG, **changes})
+        return {
+            name: shape for name, shape in expected.items() if draft_files.expected_tensors(CONFIG).get(name) != shape
+        }
 
-    assert set(expected_tensors(CONFIG)) - set(expected_tensors({**CONFIG, "draft_vocab_size": 40})) == {"d2t", "t2d"}
+    assert set(draft_files.expected_tensors(CONFIG)) - set(
+        draft_files.expected_tensors({**CONFIG, "draft_vocab_size": 40})
+    ) == {"d2t", "t2d"}
     assert added(norm_before_fc=True) == {"input_norm.weight": (48,)}
     assert added(fc_norm=True) == {f"fc_norm.{i}.weight": (16,) for i in range(3)}
     assert added(target_hidden_size=20) == {"fc.weight": (16, 60), "embed_tokens.weight": (40, 16)}
@@ -161,26 +153,26 @@ def test_what_options_add():
 
 
 def test_auxiliary_layers_are_written_twice_or_not_at_all():
-    assert with_auxiliary_layers(CONFIG, [2, 4, 5], [2, 4, 5]) == CONFIG
-    assert with_auxiliary_layers(with_auxiliary_layers(CONFIG, [1, 2, 3, 4]), None) == CONFIG
-    assert auxiliary_layers(CONFIG) is None
-    config = with_auxiliary_layers(CONFIG, [1, 4, 6], [2, 4, 5])
+    assert draft_files.with_auxiliary_layers(CONFIG, [2, 4, 5], [2, 4, 5]) == CONFIG
+    assert draft_files.with_auxiliary_layers(draft_files.with_auxiliary_layers(CONFIG, [1, 2, 3, 4]), None) == CONFIG
+    assert draft_files.auxiliary_layers(CONFIG) is None
+    config = draft_files.with_auxiliary_layers(CONFIG, [1, 4, 6], [2, 4, 5])
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 4, 6]
     assert config["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 3, 5], "use_aux_hidden_state": True}
-    assert "num_aux_hidden_states" not in config and check_config(config) == []
-    assert auxiliary_layers(config) == [1, 4, 6]
-    assert with_auxiliary_layers(CONFIG, [1, 4], [2, 4, 5])["num_aux_hidden_states"] == 2
-    assert auxiliary_layers({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}}) == [1, 4, 6]
+    assert "num_aux_hidden_states" not in config and draft_files.check_config(config) == []
+    assert draft_files.auxiliary_layers(config) == [1, 4, 6]
+    assert draft_files.with_auxiliary_layers(CONFIG, [1, 4], [2, 4, 5])["num_aux_hidden_states"] == 2
+    assert draft_files.auxiliary_layers({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}}) == [1, 4, 6]
 
 
 # ---------------------------------------------------------------------- round trips
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flat_round_trip(variant, tmp_path):
     config, tensors = draft(**VARIANTS[variant])
-    write_draft(tmp_path / "d", config, tensors)
+    draft_files.write_draft(tmp_path / "d", config, tensors)
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["config.json", "model.safetensors"]
-    assert check_draft(tmp_path / "d") == []
-    read_config, read_tensors = read_draft(tmp_path / "d")
+    assert draft_files.check_draft(tmp_path / "d") == []
+    read_config, read_tensors = draft_files.read_draft(tmp_path / "d")
     assert read_config == config
     same(read_tensors, tensors)
     with safe_open(tmp_path / "d" / "model.safetensors", "pt") as file:
@@ -190,11 +182,11 @@ def test_flat_round_trip(variant, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flat_to_speculators_to_flat(variant, tmp_path):
     config, tensors = draft(**VARIANTS[variant])
-    write_speculators(tmp_path / "s", config, tensors, embed_tokens=embeddings(), **TARGET)
-    assert check_draft(tmp_path / "s") == []
+    draft_files.write_speculators(tmp_path / "s", config, tensors, embed_tokens=embeddings(), **TARGET)
+    assert draft_files.check_draft(tmp_path / "s") == []
     written = load_file(tmp_path / "s" / "model.safetensors")
     assert "embed_tokens.weight" in written and not any("midlayer" in name for name in written)
-    read_config, read_tensors = read_draft(tmp_path / "s")
+    read_config, read_tensors = draft_files.read_draft(tmp_path / "s")
     assert read_config == config
     same(read_tensors, {"embed_tokens.weight": written["embed_tokens.weight"], **tensors})
     run(tmp_path / "s", "--format", "flat", "--output", tmp_path / "f")
@@ -205,7 +197,7 @@ def test_flat_to_speculators_to_flat(variant, tmp_path):
 def test_floats_are_cast_and_the_rest_is_kept(tmp_path):
     config, tensors = draft()
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-    write_draft(tmp_path, config, wide)
+    draft_files.write_draft(tmp_path, config, wide)
     same(load_file(tmp_path / "model.safetensors"), tensors)
 
 
@@ -213,8 +205,8 @@ def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path):
     config, tensors = draft()
     tensors["midlayer.mlp.up_proj.weight"] = tensors["midlayer.mlp.gate_proj.weight"]
     tensors["midlayer.mlp.down_proj.weight"] = torch.nn.Parameter(tensors["midlayer.mlp.up_proj.weight"].T)
-    write_draft(tmp_path, config, tensors)
-    same(read_draft(tmp_path)[1], {name: tensor.detach() for name, tensor in tensors.items()})
+    draft_files.write_draft(tmp_path, config, tensors)
+    same(draft_files.read_draft(tmp_path)[1], {name: tensor.detach() for name, tensor in tensors.items()})
 
 
 # ---------------------------------------------------------------------- each fault by its name
@@ -236,29 +228,29 @@ def test_each_tensor_removed_renamed_misshapen_or_not_a_number_is_named(variant,
         cases.append(({**others, name: nan}, f"{name} has 1 of {tensor.numel()} values that are not finite"))
     for broken, message in cases:
         put(tmp_path / "old", config, broken)
-        assert any(problem.startswith(message) for problem in check_draft(tmp_path / "old"))
+        assert any(problem.startswith(message) for problem in draft_files.check_draft(tmp_path / "old"))
         if message == "t2d is missing":  # it follows from d2t
-            same(read_draft(tmp_path / "old")[1], tensors)
+            same(draft_files.read_draft(tmp_path / "old")[1], tensors)
         else:
-            assert message in fails(capsys, read_draft, tmp_path / "old")
+            assert message in fails(capsys, draft_files.read_draft, tmp_path / "old")
         if not message.startswith(f"{name} is float16"):  # writing casts floats
-            assert message in fails(capsys, write_draft, tmp_path / "new", config, broken)
+            assert message in fails(capsys, draft_files.write_draft, tmp_path / "new", config, broken)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", [*NAMES, "embed_tokens.weight"])
 def test_each_fault_in_the_speculators_form_is_named_as_the_file_names_it(name, tmp_path, capsys):
-    config, tensors = to_speculators(*draft(), embed_tokens=embeddings(), **TARGET)
+    config, tensors = draft_files.to_speculators(*draft(), embed_tokens=embeddings(), **TARGET)
     name = name.replace("midlayer.", "layers.0.")
     without = {key: tensor for key, tensor in tensors.items() if key != name}
-    assert f"{name} is missing" in check_draft(put(tmp_path, config, without))
+    assert f"{name} is missing" in draft_files.check_draft(put(tmp_path, config, without))
     renamed = {**without, "x." + name: tensors[name]}
-    assert f"x.{name} is not a tensor of this draft" in check_draft(put(tmp_path, config, renamed))
+    assert f"x.{name} is not a tensor of this draft" in draft_files.check_draft(put(tmp_path, config, renamed))
     if tensors[name].is_floating_point():
         put(tmp_path, config, {**without, name: torch.full_like(tensors[name], float("inf"))})
-        assert any(problem.startswith(f"{name} has ") for problem in check_draft(tmp_path))
+        assert any(problem.startswith(f"{name} has ") for problem in draft_files.check_draft(tmp_path))
     if name not in ("embed_tokens.weight", "t2d"):  # another trainer may leave these out: they are known without
-        assert f"{name} is missing" in fails(capsys, read_draft, put(tmp_path, config, without))
+        assert f"{name} is missing" in fails(capsys, draft_files.read_draft, put(tmp_path, config, without))
 
 
 def test_a_mapping_that_is_none_is_named(tmp_path, capsys):
@@ -269,18 +261,18 @@ def test_a_mapping_that_is_none_is_named(tmp_path, capsys):
         ("t2d", ~tensors["t2d"], "t2d disagrees with d2t"),
     ):
         put(tmp_path, config, {**tensors, name: wrong})
-        assert any(message in problem for problem in check_draft(tmp_path)), message
-        assert message in fails(capsys, read_draft, tmp_path)
-        assert message in fails(capsys, write_draft, tmp_path / "new", config, {**tensors, name: wrong})
+        assert any(message in problem for problem in draft_files.check_draft(tmp_path)), message
+        assert message in fails(capsys, draft_files.read_draft, tmp_path)
+        assert message in fails(capsys, draft_files.write_draft, tmp_path / "new", config, {**tensors, name: wrong})
 
 
-@pytest.mark.parametrize("key", export_eagle3.REQUIRED)
+@pytest.mark.parametrize("key", draft_files.REQUIRED)
 def test_each_key_that_is_missing_is_named(key, tmp_path, capsys):
     config, tensors = draft()
     config.pop(key)
-    assert check_config(config) == [f"{key} is missing"]
-    assert check_draft(put(tmp_path, config, tensors)) == [f"config.json: {key} is missing"]
-    assert f"{key} is missing" in fails(capsys, write_draft, tmp_path / "new", config, tensors)
+    assert draft_files.check_config(config) == [f"{key} is missing"]
+    assert draft_files.check_draft(put(tmp_path, config, tensors)) == [f"config.json: {key} is missing"]
+    assert f"{key} is missing" in fails(capsys, draft_files.write_draft, tmp_path / "new", config, tensors)
 
 
 CONFIG_FAULTS = [
@@ -319,50 +311,62 @@ CONFIG_FAULTS = [
 
 @pytest.mark.parametrize(("key", "value", "message"), CONFIG_FAULTS)
 def test_each_wrong_value_is_named(key, value, message):
-    assert any(message in problem for problem in check_config({**CONFIG, key: value}))
+    assert any(message in problem for problem in draft_files.check_config({**CONFIG, key: value}))
 
 
 def test_each_number_that_a_rope_type_needs_is_named():
     named = set()
     for scaling in filter(None, SCALINGS):
-        assert check_config({**CONFIG, "rope_scaling": scaling, "mlp_bias": False}) == []
+        assert draft_files.check_config({**CONFIG, "rope_scaling": scaling, "mlp_bias": False}) == []
         for key in scaling.keys() - {"rope_type"}:
             without = {name: value for name, value in scaling.items() if name != key}
             problem = f"rope_scaling's {key} is None, {scaling['rope_type']} needs a positive number"
-            assert check_config({**CONFIG, "rope_scaling": without}) == [problem]
+            assert draft_files.check_config({**CONFIG, "rope_scaling": without}) == [problem]
             named.add((scaling["rope_type"], key))
     assert len(named) == 1 + 2 + 4
 
 
 # ---------------------------------------------------------------------- the configuration for a target
 TEXT = LlamaConfig(
-    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, dtype="bfloat16",
-)  # fmt: skip
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    dtype="bfloat16",
+)
 
 
 def test_a_derived_configuration_is_whole_for_every_rope_type():
     for scaling in [*SCALINGS, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}]:
         rope = {"rope_type": "default", **(scaling or {}), "rope_theta": 5000.0}
         text = LlamaConfig(**{**TEXT.to_dict(), "rope_parameters": rope})
-        config, layers = configure(text, text)
-        assert check_config(config) == [] and layers == [2, 4, 5]
+        config, layers = draft_files.configure(text, text)
+        assert draft_files.check_config(config) == [] and layers == [2, 4, 5]
         assert config["rope_theta"] == 5000.0
         assert config["rope_scaling"] == (scaling if not scaling or scaling["factor"] else {**scaling, "factor": 4.0})
 
 
 def test_the_draft_reaches_as_far_as_its_target():
-    assert configure(TEXT, TEXT, {"max_position_embeddings": 128}, "draft.json")[0]["max_position_embeddings"] == 512
-    assert configure(TEXT, TEXT, {"max_position_embeddings": 999}, "draft.json")[0]["max_position_embeddings"] == 999
+    assert (
+        draft_files.configure(TEXT, TEXT, {"max_position_embeddings": 128}, "draft.json")[0]["max_position_embeddings"]
+        == 512
+    )
+    assert (
+        draft_files.configure(TEXT, TEXT, {"max_position_embeddings": 999}, "draft.json")[0]["max_position_embeddings"]
+        == 999
+    )
 
 
 def test_a_given_configuration_is_completed():
     given = {"num_attention_heads": 2, "head_dim": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    config = configure(TEXT, TEXT, given, "draft.json")[0]
+    config = draft_files.configure(TEXT, TEXT, given, "draft.json")[0]
     assert config["head_dim"] == 8 and config["rope_theta"] == 10000.0
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     given = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}
-    config = configure(TEXT, TEXT, given, "draft.json")[0]
+    config = draft_files.configure(TEXT, TEXT, given, "draft.json")[0]
     assert config["rope_theta"] == 7.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
 
 
@@ -382,43 +386,43 @@ def test_a_given_configuration_that_cannot_be_trained_ends_with_one_line(capsys)
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling is {'rope_type': 'longrope'}"),
     ):
-        error = fails(capsys, configure, TEXT, TEXT, given, "draft.json")
+        error = fails(capsys, draft_files.configure, TEXT, TEXT, given, "draft.json")
         assert error.startswith("error: draft.json") and message in error, given
 
 
 def test_a_whole_config_has_no_problem():
     for changes in VARIANTS.values():
-        assert check_config({**CONFIG, **changes}) == []
+        assert draft_files.check_config({**CONFIG, **changes}) == []
 
 
 # ---------------------------------------------------------------------- what engines trip over
 def test_auxiliary_layers_that_disagree_between_the_engines():
-    config = with_auxiliary_layers(CONFIG, [1, 4, 6])
+    config = draft_files.with_auxiliary_layers(CONFIG, [1, 4, 6])
     equal = {**config, "eagle_config": {**config["eagle_config"], "eagle_aux_hidden_state_layer_ids": [1, 4, 6]}}
-    assert "auxiliary layers disagree" in check_config(equal)[0]
+    assert "auxiliary layers disagree" in draft_files.check_config(equal)[0]
     once = {key: value for key, value in config.items() if key != "eagle_config"}
-    assert "SGLang reads eagle_config" in check_config(once)[0]
+    assert "SGLang reads eagle_config" in draft_files.check_config(once)[0]
     once = {key: value for key, value in config.items() if key != "eagle_aux_hidden_state_layer_ids"}
-    assert "vLLM reads" in check_config(once)[0]
+    assert "vLLM reads" in draft_files.check_config(once)[0]
     four = {k: v for k, v in VARIANTS["four layers"].items() if k != "num_aux_hidden_states"}
-    assert "has 4 layers, num_aux_hidden_states says 3" in check_config({**CONFIG, **four})[0]
+    assert "has 4 layers, num_aux_hidden_states says 3" in draft_files.check_config({**CONFIG, **four})[0]
     off = {**config, "eagle_config": {**config["eagle_config"], "use_aux_hidden_state": False}}
-    assert "use_aux_hidden_state" in check_config(off)[0]
+    assert "use_aux_hidden_state" in draft_files.check_config(off)[0]
 
 
 def test_a_mapping_beside_the_full_vocabulary(tmp_path):
     config, tensors = draft(draft_vocab_size=40)
     tensors |= {"d2t": torch.zeros(40, dtype=torch.int64), "t2d": torch.ones(40, dtype=torch.bool)}
-    problems = check_draft(put(tmp_path, config, tensors))
+    problems = draft_files.check_draft(put(tmp_path, config, tensors))
     assert len(problems) == 2 and all("vLLM refuses" in problem for problem in problems)
-    assert "d2t" not in read_draft(tmp_path)[1]  # but the identity means the same as none
+    assert "d2t" not in draft_files.read_draft(tmp_path)[1]  # but the identity means the same as none
 
 
 def test_biases_and_head_norms(tmp_path):
     config, tensors = draft()
     tensors["midlayer.self_attn.q_proj.bias"] = torch.zeros(24).bfloat16()
     tensors["midlayer.self_attn.q_norm.weight"] = torch.ones(6).bfloat16()
-    problems = check_draft(put(tmp_path, config, tensors))
+    problems = draft_files.check_draft(put(tmp_path, config, tensors))
     assert [problem.split()[0] for problem in sorted(problems)] == [
         "midlayer.self_attn.q_norm.weight",
         "midlayer.self_attn.q_proj.bias",
@@ -426,23 +430,23 @@ def test_biases_and_head_norms(tmp_path):
 
 
 def test_notes_about_what_one_engine_cannot_serve():
-    assert serving_notes(CONFIG) == []
-    assert "SGLang cannot" in serving_notes({**CONFIG, "norm_before_residual": True})[0]
-    assert "float16" in serving_notes({**CONFIG, "torch_dtype": "float32"})[0]
-    assert "silu" in serving_notes({**CONFIG, "hidden_act": "gelu"})[0]
+    assert draft_files.serving_notes(CONFIG) == []
+    assert "SGLang cannot" in draft_files.serving_notes({**CONFIG, "norm_before_residual": True})[0]
+    assert "float16" in draft_files.serving_notes({**CONFIG, "torch_dtype": "float32"})[0]
+    assert "silu" in draft_files.serving_notes({**CONFIG, "hidden_act": "gelu"})[0]
 
 
 def test_float16_overflow_is_not_written(tmp_path, capsys):
     config, tensors = draft(torch_dtype="float16")
     tensors["norm.weight"] = tensors["norm.weight"].float() + 1e6
     assert "norm.weight has 16 of 16 values that are not finite" in fails(
-        capsys, write_draft, tmp_path, config, tensors
+        capsys, draft_files.write_draft, tmp_path, config, tensors
     )
 
 
 def test_the_speculators_config():
-    config, tensors = draft(**with_auxiliary_layers({}, [1, 4, 6]))
-    spec, _ = to_speculators(config, tensors, embed_tokens=embeddings(), speculative_tokens=7, **TARGET)
+    config, tensors = draft(**draft_files.with_auxiliary_layers({}, [1, 4, 6]))
+    spec, _ = draft_files.to_speculators(config, tensors, embed_tokens=embeddings(), speculative_tokens=7, **TARGET)
     layer, proposals = spec.pop("transformer_layer_config"), spec.pop("speculators_config")
     assert "model_type" not in spec and spec.pop("speculators_version")
     assert spec == {
@@ -474,7 +478,9 @@ def test_the_speculators_config():
 @pytest.mark.parametrize("keys", ["old", "new", "all"])
 def test_transformer_layer_config_is_a_whole_llama_config_with_either_spelling_of_rope(scaling, keys):
     config, tensors = draft(rope_scaling=scaling)
-    layer = to_speculators(config, tensors, embed_tokens=embeddings(), **TARGET)[0]["transformer_layer_config"]
+    layer = draft_files.to_speculators(config, tensors, embed_tokens=embeddings(), **TARGET)[0][
+        "transformer_layer_config"
+    ]
     drop = {"old": ["rope_parameters"], "new": ["rope_theta", "rope_scaling"], "all": []}[keys]
     read = LlamaConfig(**{key: value for key, value in layer.items() if key not in drop})
     rope = read.rope_parameters
@@ -486,9 +492,9 @@ def test_transformer_layer_config_is_a_whole_llama_config_with_either_spelling_o
 
 def test_the_speculators_form_needs_the_embeddings(capsys):
     config, tensors = draft()
-    assert "needs embed_tokens.weight" in fails(capsys, to_speculators, config, tensors, **TARGET)
+    assert "needs embed_tokens.weight" in fails(capsys, draft_files.to_speculators, config, tensors, **TARGET)
     wrong = embeddings()[:-1]
-    error = fails(capsys, to_speculators, config, tensors, embed_tokens=wrong, **TARGET)
+    error = fails(capsys, draft_files.to_speculators, config, tensors, embed_tokens=wrong, **TARGET)
     assert "embed_tokens.weight has shape [39, 16], expected [40, 16]" in error
 
 
@@ -496,9 +502,9 @@ def test_the_speculators_form_needs_the_embeddings(capsys):
 def test_tensors_named_by_layers(tmp_path):
     config, tensors = draft()
     put(tmp_path, config, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()})
-    assert read_draft(tmp_path)[0] == config
-    same(read_draft(tmp_path)[1], tensors)
-    assert "midlayer" in check_draft(tmp_path)[0]  # not the portable form
+    assert draft_files.read_draft(tmp_path)[0] == config
+    same(draft_files.read_draft(tmp_path)[1], tensors)
+    assert "midlayer" in draft_files.check_draft(tmp_path)[0]  # not the portable form
 
 
 def test_shards(tmp_path, capsys):
@@ -511,14 +517,14 @@ def test_shards(tmp_path, capsys):
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    same(read_draft(tmp_path)[1], tensors)
-    assert check_draft(tmp_path) == []
+    same(draft_files.read_draft(tmp_path)[1], tensors)
+    assert draft_files.check_draft(tmp_path) == []
     for content in ("[]", "{", '{"weight_map": []}', '{"weight_map": {"fc.weight": 3}}'):
         (tmp_path / "model.safetensors.index.json").write_text(content)
-        assert "the weights cannot be read" in fails(capsys, read_draft, tmp_path)
+        assert "the weights cannot be read" in fails(capsys, draft_files.read_draft, tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors" in fails(capsys, read_draft, tmp_path)
+    assert "model-00002-of-00002.safetensors" in fails(capsys, draft_files.read_draft, tmp_path)
 
 
 def eagle_release(folder, **changes):
@@ -535,31 +541,33 @@ def eagle_release(folder, **changes):
 
 def test_eagles_own_release(tmp_path):
     tensors = eagle_release(tmp_path)
-    config, read = read_draft(tmp_path)
+    config, read = draft_files.read_draft(tmp_path)
     same(read, tensors)
-    assert check_config(config) == []
+    assert draft_files.check_config(config) == []
     assert config["head_dim"] == 4 and config["draft_vocab_size"] == 12 and config["rope_theta"] == 10000.0
     assert config["torch_dtype"] == "float16" and config["architectures"] == ["LlamaForCausalLMEagle3"]
-    assert any("is missing" in problem for problem in check_draft(tmp_path))  # as it stands it is not portable
-    write_draft(tmp_path / "flat", config, read)
-    assert check_draft(tmp_path / "flat") == []
+    assert any(
+        "is missing" in problem for problem in draft_files.check_draft(tmp_path)
+    )  # as it stands it is not portable
+    draft_files.write_draft(tmp_path / "flat", config, read)
+    assert draft_files.check_draft(tmp_path / "flat") == []
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     eagle_release(tmp_path)
     torch.save({"fc.weight": Path("x")}, tmp_path / "pytorch_model.bin")
-    assert "cannot be read" in fails(capsys, read_draft, tmp_path)
+    assert "cannot be read" in fails(capsys, draft_files.read_draft, tmp_path)
     torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
-    assert "not a dictionary of tensors" in fails(capsys, read_draft, tmp_path)
+    assert "not a dictionary of tensors" in fails(capsys, draft_files.read_draft, tmp_path)
 
 
 def test_a_config_that_names_another_dtype_than_all_tensors(tmp_path, capsys):
     config, tensors = draft()
     put(tmp_path, {**config, "torch_dtype": "float16"}, tensors)
-    assert "fc.weight is bfloat16, expected float16" in check_draft(tmp_path)
-    assert read_draft(tmp_path)[0] == config
+    assert "fc.weight is bfloat16, expected float16" in draft_files.check_draft(tmp_path)
+    assert draft_files.read_draft(tmp_path)[0] == config
     tensors["fc.weight"] = tensors["fc.weight"].float()  # one of several is a fault
-    assert "fc.weight is float32" in fails(capsys, read_draft, put(tmp_path, config, tensors))
+    assert "fc.weight is float32" in fails(capsys, draft_files.read_draft, put(tmp_path, config, tensors))
 
 
 def test_speculators_own_checkpoint(tmp_path):
@@ -577,14 +585,14 @@ def test_speculators_own_checkpoint(tmp_path):
         "target_hidden_size": None,
         "transformer_layer_config": layer,
     }
-    read, read_tensors = read_draft(put(tmp_path, spec, tensors))
-    assert check_config(read) == [] and "target_hidden_size" not in read
+    read, read_tensors = draft_files.read_draft(put(tmp_path, spec, tensors))
+    assert draft_files.check_config(read) == [] and "target_hidden_size" not in read
     assert read["norm_before_residual"] is True  # vLLM's meaning of the absent key
     assert read["rope_theta"] == 500000.0 and read["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert read["rms_norm_eps"] == 1e-6 and read["num_attention_heads"] == 32 and read["torch_dtype"] == "bfloat16"
     assert len(read_tensors) == len(tensors)
     put(tmp_path, {**spec, "norm_before_residual": False}, tensors)
-    assert "norm_before_residual" not in read_draft(tmp_path)[0]
+    assert "norm_before_residual" not in draft_files.read_draft(tmp_path)[0]
 
 
 def test_auxiliary_layers_written_once_are_completed_and_never_guessed(tmp_path, capsys):
@@ -593,29 +601,31 @@ def test_auxiliary_layers_written_once_are_completed_and_never_guessed(tmp_path,
         {"eagle_aux_hidden_state_layer_ids": [1, 4, 6]},
         {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 3, 5], "use_aux_hidden_state": True}},
     ):
-        assert read_draft(put(tmp_path, {**config, **once}, tensors))[0] == with_auxiliary_layers(config, [1, 4, 6])
+        assert draft_files.read_draft(put(tmp_path, {**config, **once}, tensors))[
+            0
+        ] == draft_files.with_auxiliary_layers(config, [1, 4, 6])
     empty = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [], "use_aux_hidden_state": True}}
-    assert read_draft(put(tmp_path, {**config, **empty}, tensors))[0] == config
-    both = {**with_auxiliary_layers({}, [1, 4, 6]), "eagle_aux_hidden_state_layer_ids": [2, 5, 7]}
-    assert "disagree" in fails(capsys, read_draft, put(tmp_path, {**config, **both}, tensors))
+    assert draft_files.read_draft(put(tmp_path, {**config, **empty}, tensors))[0] == config
+    both = {**draft_files.with_auxiliary_layers({}, [1, 4, 6]), "eagle_aux_hidden_state_layer_ids": [2, 5, 7]}
+    assert "disagree" in fails(capsys, draft_files.read_draft, put(tmp_path, {**config, **both}, tensors))
     off = {"eagle_config": {"use_aux_hidden_state": False}}
-    assert "use_aux_hidden_state" in fails(capsys, read_draft, put(tmp_path, {**config, **off}, tensors))
+    assert "use_aux_hidden_state" in fails(capsys, draft_files.read_draft, put(tmp_path, {**config, **off}, tensors))
 
 
 def test_null_keys_of_a_foreign_draft(tmp_path):
     config, tensors = draft()
     put(tmp_path, {**config, "target_hidden_size": None}, tensors)
-    assert check_draft(tmp_path) == ["config.json: target_hidden_size is None, not a positive integer"]
-    assert read_draft(tmp_path)[0] == config
+    assert draft_files.check_draft(tmp_path) == ["config.json: target_hidden_size is None, not a positive integer"]
+    assert draft_files.read_draft(tmp_path)[0] == config
 
 
 def test_the_older_spelling_of_a_rope_type(tmp_path, capsys):
     config, tensors = draft(rope_scaling={"rope_type": "linear", "factor": 2.0})
     put(tmp_path, {**config, "rope_scaling": {"type": "linear", "factor": 2.0}}, tensors)
-    assert "rope_scaling is" in check_draft(tmp_path)[0]
-    assert read_draft(tmp_path)[0] == config
+    assert "rope_scaling is" in draft_files.check_draft(tmp_path)[0]
+    assert draft_files.read_draft(tmp_path)[0] == config
     put(tmp_path, {**config, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, tensors)
-    assert "'dynamic'" in fails(capsys, read_draft, tmp_path)
+    assert "'dynamic'" in fails(capsys, draft_files.read_draft, tmp_path)
 
 
 def test_the_newer_spelling_of_rope_beside_half_of_the_older_one(tmp_path):
@@ -623,60 +633,62 @@ def test_the_newer_spelling_of_rope_beside_half_of_the_older_one(tmp_path):
     rope = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}}
     for key in ("rope_scaling", "rope_theta"):
         kept = {name: value for name, value in config.items() if name != key}
-        assert read_draft(put(tmp_path, {**kept, **rope}, tensors))[0] == config
-        assert read_draft(put(tmp_path, {**kept, key: None, **rope}, tensors))[0] == config
+        assert draft_files.read_draft(put(tmp_path, {**kept, **rope}, tensors))[0] == config
+        assert draft_files.read_draft(put(tmp_path, {**kept, key: None, **rope}, tensors))[0] == config
 
 
 def test_folders_that_are_no_draft(tmp_path, capsys):
-    assert "is not a folder" in check_draft(tmp_path / "absent")[0]
+    assert "is not a folder" in draft_files.check_draft(tmp_path / "absent")[0]
     (tmp_path / "config.json").write_text("{")
-    assert [problem.split()[0] for problem in check_draft(tmp_path)] == ["config.json", "model.safetensors"]
+    assert [problem.split()[0] for problem in draft_files.check_draft(tmp_path)] == ["config.json", "model.safetensors"]
     (tmp_path / "config.json").write_text("[]")
-    assert "not a JSON object" in check_draft(tmp_path)[0]
+    assert "not a JSON object" in draft_files.check_draft(tmp_path)[0]
     put(tmp_path, *draft())
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-9])
-    assert "the weights cannot be read" in check_draft(tmp_path)[0]
-    assert "the weights cannot be read" in fails(capsys, read_draft, tmp_path)
+    assert "the weights cannot be read" in draft_files.check_draft(tmp_path)[0]
+    assert "the weights cannot be read" in fails(capsys, draft_files.read_draft, tmp_path)
 
 
 # ---------------------------------------------------------------------- atomic writing
 def test_a_write_that_breaks_off_leaves_the_old_draft_or_no_config(tmp_path, monkeypatch):
     config, tensors = draft()
-    write_draft(tmp_path, config, tensors)
+    draft_files.write_draft(tmp_path, config, tensors)
     new = {name: tensor * 2 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     def broken(*arguments, **named):
         raise OSError("no space left on device")
 
-    for module, name in ((export_eagle3, "save_file"), (export_eagle3.os, "fsync")):
+    for module, name in ((draft_files, "save_file"), (draft_files.os, "fsync")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, broken)
             with pytest.raises(OSError, match="no space"):
-                write_draft(tmp_path, config, new)
-        same(read_draft(tmp_path)[1], tensors)
+                draft_files.write_draft(tmp_path, config, new)
+        same(draft_files.read_draft(tmp_path)[1], tensors)
     with monkeypatch.context() as patch:
-        patch.setattr(export_eagle3, "write_atomic", broken)
+        patch.setattr(common, "write_atomic", broken)
         with pytest.raises(OSError, match="no space"):
-            write_draft(tmp_path, config, new)
-    assert "config.json" in check_draft(tmp_path)[0]
+            draft_files.write_draft(tmp_path, config, new)
+    assert "config.json" in draft_files.check_draft(tmp_path)[0]
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_what_is_read_back_is_compared(tmp_path, monkeypatch, capsys):
     config, tensors = draft()
-    monkeypatch.setattr(export_eagle3, "load_file", lambda path: {n: t for n, t in tensors.items() if n != "fc.weight"})
-    assert "other values than were written for fc.weight" in fails(capsys, write_draft, tmp_path, config, tensors)
+    monkeypatch.setattr(draft_files, "load_file", lambda path: {n: t for n, t in tensors.items() if n != "fc.weight"})
+    assert "other values than were written for fc.weight" in fails(
+        capsys, draft_files.write_draft, tmp_path, config, tensors
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------- command line
 def test_check_on_the_command_line(tmp_path):
     def check(*argv):
-        script = Path(export_eagle3.__file__)
+        script = Path(export_draft.__file__)
         return subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, cwd=tmp_path)
 
-    write_draft(tmp_path / "d", *draft())
+    draft_files.write_draft(tmp_path / "d", *draft())
     done = check("--check", "d")
     assert done.returncode == 0 and done.stderr == ""
     assert "complete: 15 tensors, 4,096 parameters" in done.stdout and "midlayer.self_attn.q_proj.weight" in done.stdout
@@ -691,7 +703,7 @@ def test_check_on_the_command_line(tmp_path):
 
 def test_check_in_the_speculators_form_and_notes(tmp_path, capsys):
     config, tensors = draft(norm_before_residual=True)
-    write_speculators(tmp_path / "s", config, tensors, embed_tokens=embeddings(), **TARGET)
+    draft_files.write_speculators(tmp_path / "s", config, tensors, embed_tokens=embeddings(), **TARGET)
     with pytest.raises(SystemExit) as stop:
         run("--check", tmp_path / "s")
     out = capsys.readouterr().out
@@ -705,13 +717,13 @@ def target(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     (folder / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(export_eagle3, "read_embedding", lambda model_dir: embeddings())
+    monkeypatch.setattr(draft_files, "read_embedding", lambda model_dir: embeddings())
     return folder
 
 
 def test_export_there_and_back(tmp_path, target, capsys):
-    config, tensors = draft(**with_auxiliary_layers({}, [1, 4, 6]))
-    write_draft(tmp_path / "d", config, tensors)
+    config, tensors = draft(**draft_files.with_auxiliary_layers({}, [1, 4, 6]))
+    draft_files.write_draft(tmp_path / "d", config, tensors)
     options = ["--target-model-path", target, "--speculative-tokens=3"]
     run(tmp_path / "d", "--format", "speculators", "--output", tmp_path / "s", *options)
     assert "speculators form" in capsys.readouterr().out
@@ -723,7 +735,7 @@ def test_export_there_and_back(tmp_path, target, capsys):
     assert spec["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
     assert torch.equal(load_file(tmp_path / "s" / "model.safetensors")["embed_tokens.weight"], embeddings())
     run(tmp_path / "s", "--format", "flat", "--output", tmp_path / "f")
-    assert check_draft(tmp_path / "f") == []
+    assert draft_files.check_draft(tmp_path / "f") == []
     assert json.loads((tmp_path / "f" / "config.json").read_text()) == {**config, "eos_token_id": [3, 4]}
     same(load_file(tmp_path / "f" / "model.safetensors"), tensors)
 
@@ -735,11 +747,11 @@ def test_the_embeddings_are_read_from_the_target(sharded, tmp_path):
     if sharded:
         index = {"weight_map": {"model.embed_tokens.weight": file, "lm_head.weight": file}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(export_eagle3.read_embedding(tmp_path), embeddings())
+    assert torch.equal(draft_files.read_embedding(tmp_path), embeddings())
 
 
 def test_usage_errors(tmp_path, target, capsys):
-    write_draft(tmp_path / "d", *draft())
+    draft_files.write_draft(tmp_path / "d", *draft())
     folder, output = tmp_path / "d", tmp_path / "o"
     assert "--format" in fails(capsys, run, folder)
     assert "--output" in fails(capsys, run, folder, "--format", "flat")

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import build_vocab_mapping
-import evaluate_eagle3
-import export_eagle3
+import evaluate_draft
+import export_draft
 import prepare_data
 import train_eagle3
-from load_target import load_head, load_target
+from core import dataloader, draft_files, target_model
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 DRAFT_VOCABULARY = 160
@@ -143,9 +143,20 @@ FAMILIES = {
                             draft=(80, 4, 2, 24), rope=(5e5, None), sight=LLAMA4_SIGHT),
 }  # fmt: skip
 ALIKE = (  # slow: much as others are
-    "qwen2", "smollm3", "olmo2", "cohere", "cohere2", "gemma2", "gemma3", "glm4 experts", "mixtral", "minimax",
-    "qwen3 next", "mistral3 that sees", "qwen3 that sees",
-)  # fmt: skip
+    "qwen2",
+    "smollm3",
+    "olmo2",
+    "cohere",
+    "cohere2",
+    "gemma2",
+    "gemma3",
+    "glm4 experts",
+    "mixtral",
+    "minimax",
+    "qwen3 next",
+    "mistral3 that sees",
+    "qwen3 that sees",
+)
 
 
 # ---------------------------------------------------------------------------- a target of a family
@@ -208,7 +219,7 @@ def made(request, tmp_path_factory):
 def test_hidden_states_and_logits_are_those_of_transformers(made):
     """Of two sequences behind one another; and the head, the norm and the table are found alone too."""
     _, folder, model, tokenizer = made
-    target, parts = load_target(folder), torch.randint(1, len(tokenizer), (40,)).split([23, 17])
+    target, parts = target_model.load(folder), torch.randint(1, len(tokenizer), (40,)).split([23, 17])
     assert target.layer_ids == [2, 4, 5]
     auxiliary, last = target.hidden_states(torch.cat(parts), [23, 17])
     for ids, found, final in zip(parts, auxiliary.split([23, 17]), last.split([23, 17]), strict=True):
@@ -219,11 +230,11 @@ def test_hidden_states_and_logits_are_those_of_transformers(made):
         logits = output.logits[0]
         torch.testing.assert_close(target.head.logits(final), logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
 
-    alone = load_head(folder, "cpu", target.layer_ids)
+    alone = target_model.load_head(folder, "cpu", target.layer_ids)
     assert torch.equal(alone.head.weight, target.head.weight)
     assert (alone.head.scale, alone.head.softcap) == (target.head.scale, target.head.softcap)
     assert torch.equal(alone.norm(last), target.decoder.norm(last))
-    assert torch.equal(export_eagle3.read_embedding(folder), alone.embedding)
+    assert torch.equal(draft_files.read_embedding(folder), alone.embedding)
     assert torch.equal(alone.embedding, target.embedding)
 
 
@@ -238,23 +249,44 @@ def test_stages(made, tmp_path, capsys):
     chats = tiny.conversations(12, 2)
     tiny.write_jsonl(tmp_path / "chats.jsonl", chats)
 
-    run(prepare_data, dataset=tmp_path / "chats.jsonl", target_model_path=target, chat_template=family.chat,
-        output_path=tmp_path / "data", validation_ratio=0.2)  # fmt: skip
+    run(
+        prepare_data,
+        dataset=tmp_path / "chats.jsonl",
+        target_model_path=target,
+        chat_template=family.chat,
+        output_path=tmp_path / "data",
+        validation_ratio=0.2,
+    )
     replies = {message["content"] for chat in chats for message in chat["conversations"][1::2]}
-    for line in prepare_data.open_data(tmp_path / "data")[0]["train"]:
+    for line in dataloader.open_data(tmp_path / "data")[0]["train"]:
         supervised = [tokenizer.decode(part) for part in runs(line["input_ids"], line["loss_mask"])]
         assert len(supervised) == 2
         for text in supervised:
             assert any(text.endswith(reply + end) for reply in replies for end in family.end), text
             assert "Question" not in text
 
-    run(build_vocab_mapping, token_freq_path=tmp_path / "data" / "token_freq.pt", draft_vocab_size=DRAFT_VOCABULARY,
-        target_model_path=target, output_path=tmp_path / "mapping")  # fmt: skip
+    run(
+        build_vocab_mapping,
+        token_freq_path=tmp_path / "data" / "token_freq.pt",
+        draft_vocab_size=DRAFT_VOCABULARY,
+        target_model_path=target,
+        output_path=tmp_path / "mapping",
+    )
     draft = tmp_path / "draft"
-    run(train_eagle3, target_model_path=target, data_path=tmp_path / "data", d2t_path=tmp_path / "mapping" / "d2t.npy",
-        t2d_path=tmp_path / "mapping" / "t2d.npy", total_steps=2, ttt_length=2, draft_global_batch_size=4, log_steps=1,
-        num_workers=0, output_dir=draft)  # fmt: skip
-    assert export_eagle3.check(draft / "final") == 0
+    run(
+        train_eagle3,
+        target_model_path=target,
+        data_path=tmp_path / "data",
+        d2t_path=tmp_path / "mapping" / "d2t.npy",
+        t2d_path=tmp_path / "mapping" / "t2d.npy",
+        total_steps=2,
+        ttt_length=2,
+        draft_global_batch_size=4,
+        log_steps=1,
+        num_workers=0,
+        output_dir=draft,
+    )
+    assert export_draft.check(draft / "final") == 0
     config = json.loads((draft / "final" / "config.json").read_text())
     assert tuple(config[key] for key in DENSE) == family.draft
     assert (config["rope_theta"], (config["rope_scaling"] or {}).get("rope_type")) == family.rope
@@ -262,8 +294,16 @@ def test_stages(made, tmp_path, capsys):
     assert config["vocab_size"] == len(tokenizer) + 7 and config["eos_token_id"] == tokenizer.eos_token_id
 
     # Every text drafted has to be the target's own greedy text, or this ends with exit code 1.
-    run(evaluate_eagle3, target_model_path=target, draft_model_path=draft / "final", prompts=tmp_path / "data",
-        num_prompts=2, max_new_tokens=24, num_draft_tokens=3, output=tmp_path / "evaluation")  # fmt: skip
+    run(
+        evaluate_draft,
+        target_model_path=target,
+        draft_model_path=draft / "final",
+        prompts=tmp_path / "data",
+        num_prompts=2,
+        max_new_tokens=24,
+        num_draft_tokens=3,
+        output=tmp_path / "evaluation",
+    )
     assert "every text equals the target's own greedy text\n" in capsys.readouterr().out
     for line in (tmp_path / "evaluation" / "generations.jsonl").read_text().splitlines():
         ids, mask = (torch.tensor(json.loads(line)[key]) for key in ("input_ids", "loss_mask"))
@@ -314,7 +354,7 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     values = publish_in_mxfp4(tmp_path)
     assert len(values) == 2 * 8
     plain.load_state_dict(plain.state_dict() | values)
-    target, ids = load_target(tmp_path), torch.arange(1, 30)
+    target, ids = target_model.load(tmp_path), torch.arange(1, 30)
     assert target.embedding.dtype == torch.bfloat16
     auxiliary, last = target.hidden_states(ids, [len(ids)])
     with torch.no_grad():
@@ -342,7 +382,7 @@ def test_a_family_with_several_states_a_token_is_refused(tmp_path, capsys):
     options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     AutoModelForCausalLM.from_config(transformers.Gemma3nTextConfig(**SIZES, **options)).save_pretrained(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        load_target(tmp_path)
+        target_model.load(tmp_path)
     assert stop.value.code == 2
     assert "the layers of model_type gemma3n_text give several states a token" in capsys.readouterr().err
 
@@ -391,7 +431,7 @@ REAL = {
 def test_the_draft_of_a_real_target(name):
     kind, options, dense, rope = REAL[name]
     whole = getattr(transformers, kind)(**options)
-    config, _ = export_eagle3.configure(whole.get_text_config(), whole)
+    config, _ = draft_files.configure(whole.get_text_config(), whole)
     assert tuple(config[key] for key in DENSE) == dense
     assert (config["rope_scaling"] or {}).get("rope_type") == rope
     assert config["hidden_size"] == options.get("text_config", options)["hidden_size"]
@@ -405,5 +445,5 @@ def test_what_a_family_says_of_its_own_layers_stays_out_of_the_drafts_rope():
     rope |= {"mrope_section": [4, 4, 4], "llama_4_scaling_beta": 0.1}
     text = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
     kept = {"rope_type", "factor", "original_max_position_embeddings", "mscale", "mscale_all_dim", "beta_fast"}
-    config, _ = export_eagle3.configure(text, text)
+    config, _ = draft_files.configure(text, text)
     assert config["rope_scaling"] == {key: rope[key] for key in kept} and config["rope_theta"] == 150000.0

@@ -1,6 +1,6 @@
 """Drafts of other trainers, in the layouts that these publish: what training starts from, and what comes out again.
 
-The files are written here by hand, tensor by tensor, and not with export_eagle3.py.
+The files are written here by hand, tensor by tensor, and not with export_draft.py.
 """
 
 import json
@@ -13,10 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train_eagle3 import run
 
-import build_vocab_mapping
-import export_eagle3
-import train_eagle3
-from export_eagle3 import check_draft
+import export_draft
+from core import draft_files, hidden_states, vocabulary
 
 HIDDEN, INNER, HEADS, GROUPS, VOCABULARY, DRAFT, LAYERS = 64, 80, 4, 2, 400, 150, 8  # of the drafts and their target
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -39,8 +37,16 @@ def work(tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(12))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3))
-    run(folder, folder / "first", "--dry_run", "--dataset_train_split", folder / "train.jsonl",
-        "--dataset_validation_split", folder / "validation.jsonl", data=False)  # fmt: skip
+    run(
+        folder,
+        folder / "first",
+        "--dry_run",
+        "--dataset_train_split",
+        folder / "train.jsonl",
+        "--dataset_validation_split",
+        folder / "validation.jsonl",
+        data=False,
+    )
     (folder / "first" / "data").rename(folder / "data")
     return folder
 
@@ -208,7 +214,7 @@ def read(folder):
 
 
 def export(*argv):
-    export_eagle3.main(export_eagle3.parse_args([str(word) for word in argv]))
+    export_draft.main(export_draft.parse_args([str(word) for word in argv]))
 
 
 def refused(capfd, call, *argv, **named):
@@ -228,13 +234,13 @@ def refused(capfd, call, *argv, **named):
 def test_training_starts_from_every_layout_as_it_is(layout, work, drafts, tmp_path, capsys):
     """No step trained: the same tensors in the target's dtype, mapping, layers, norms and RoPE; and out again."""
     folder, tensors, says = drafts[layout]
-    mapping = build_vocab_mapping.build_mapping(dict.fromkeys(range(300, VOCABULARY), 1), DRAFT, VOCABULARY)
-    build_vocab_mapping.save_mapping(tmp_path / "mapping", *mapping)
+    mapping = vocabulary.build_mapping(dict.fromkeys(range(300, VOCABULARY), 1), DRAFT, VOCABULARY)
+    vocabulary.save_mapping(tmp_path / "mapping", *mapping)
     new = [f"--{name}_path={tmp_path / 'mapping' / name}.npy" for name in ("d2t", "t2d")] * ("d2t" in tensors)
     run(work, tmp_path / "out", "--dry_run", "--resume_from_checkpoint", folder, *new)
     assert ("the vocabulary mapping of" in capsys.readouterr().out) == bool(new)
     started = tmp_path / "out" / "step_00000000"
-    assert check_draft(started) == []
+    assert draft_files.check_draft(started) == []
     config, found = read(started)
     same(found, tensors, HALF)
     assert {key: config.get(key) for key in says} == says and config["torch_dtype"] == "bfloat16"
@@ -258,7 +264,7 @@ def test_export_there_and_back_loses_nothing(layout, work, drafts, tmp_path):
     export(tmp_path / "speculators", "--format", "flat", "--output", tmp_path / "back")
     export(folder, "--format", "flat", "--output", tmp_path / "flat", *target)
     for name in ("back", "flat"):
-        assert check_draft(tmp_path / name) == []
+        assert draft_files.check_draft(tmp_path / name) == []
         config, found = read(tmp_path / name)
         same(found, tensors)
         assert {key: config.get(key) for key in says} == says
@@ -329,8 +335,9 @@ def test_continuing_from_a_dry_run_equals_starting_without_one(engine, start, wo
     first = ["--resume_from_checkpoint", drafts[start][0]] if start else ["--draft_vocab_size", DRAFT]
     run(work, tmp_path / "dry", *flags, *first, "--dry_run")
     direct = run(work, tmp_path / "direct", *flags, *first)
-    continued = run(work, tmp_path / "continued", *flags,
-                    "--resume_from_checkpoint", tmp_path / "dry" / "step_00000000")  # fmt: skip
+    continued = run(
+        work, tmp_path / "continued", *flags, "--resume_from_checkpoint", tmp_path / "dry" / "step_00000000"
+    )
     assert len(direct) == 5 and direct[0]["loss"] != direct[2]["loss"]
     plain = [[{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (direct, continued)]
     assert plain[0] == plain[1]
@@ -386,7 +393,7 @@ def test_a_draft_for_another_target_is_refused_before_the_target_is_loaded(work,
     def loaded(*args, **kwargs):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(train_eagle3, "open_target", loaded)
+    monkeypatch.setattr(hidden_states, "open_target", loaded)
     config, tensors = read(drafts[speculators][0])
     table = load_file(work / "other" / "model.safetensors")["model.embed_tokens.weight"]
     cases = {name: ({**SPECFORGE, **change}, *rest) for name, (change, *rest) in unfit(work).items()}
@@ -407,7 +414,7 @@ def test_other_embeddings_are_refused_too_where_only_the_loaded_target_has_them(
     torch.save(load_file(work / "target" / "model.safetensors"), tmp_path / "target" / "pytorch_model.bin")
     flags = ("--target_model_path", tmp_path / "target", "--dry_run", "--resume_from_checkpoint")
     run(work, tmp_path / "out", *flags, drafts[specforge_full][0])
-    assert check_draft(tmp_path / "out" / "step_00000000") == []
+    assert draft_files.check_draft(tmp_path / "out" / "step_00000000") == []
     table = load_file(work / "other" / "model.safetensors")["model.embed_tokens.weight"]
     put(tmp_path / "draft", SPECFORGE, {**weights(), "embed_tokens.weight": table})
     line = refused(capfd, run, work, tmp_path / "again", *flags, tmp_path / "draft")

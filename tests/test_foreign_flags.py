@@ -11,6 +11,7 @@ import build_vocab_mapping
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
+from core import foreign_flags
 
 HERE = Path(__file__).parent
 FLAGS = [
@@ -59,16 +60,20 @@ def test_what_is_refused_is_one_line_about_all_of_it(capsys):
     assert error == f"error: {adamw}; --cache_dir: data are kept in output_dir/data, downloads in HF_HOME: drop it"
 
 
-@pytest.mark.parametrize("script", [train_eagle3, prepare_hidden_states], ids=lambda script: script.__name__)
-def test_no_flag_of_ours_is_taken_for_another_trainers(script):
+@pytest.mark.parametrize(
+    ("script", "table"),
+    [(train_eagle3, foreign_flags.OF_TRAINERS), (prepare_hidden_states, foreign_flags.OF_HIDDEN_STATES)],
+    ids=["train_eagle3", "prepare_hidden_states"],
+)
+def test_no_flag_of_ours_is_taken_for_another_trainers(script, table):
     ours = [name for rows in script.FLAGS.values() for name, *_ in rows]
-    for names, _, text in script.INSTEAD:
+    for names, _, text in table:
         assert not [name for name in ours if re.fullmatch(names, name.removeprefix("no_"))], names
         if "prepare_data.py, which takes these" in text:
             assert set(names.split("|")) <= {name for rows in prepare_data.FLAGS.values() for name, *_ in rows}
         for flag in re.findall(r"--(\w+)", text):
             assert flag in ours, text
-    assert not set(train_eagle3.ALIASES) & set(ours)
+    assert not set(foreign_flags.ALIASES) & set(ours)
 
 
 @pytest.mark.parametrize("data", ["./chats.jsonl", "chats.json"])
@@ -83,9 +88,9 @@ def test_hidden_states_of_conversations_need_them_prepared(capsys, data):
 def test_every_row_of_both_tables_is_documented():
     """What nobody's documentation has is in no table of the trainer."""
     written = [re.match(r"--([\w-]+)", flag)[1].replace("-", "_") for _, flag, _ in FLAGS]
-    for names, *_ in train_eagle3.INSTEAD:
+    for names, *_ in foreign_flags.OF_TRAINERS:
         assert any(re.fullmatch(names, name.removeprefix("no_")) for name in written), names
-    assert set(train_eagle3.ALIASES) <= set(written)
+    assert set(foreign_flags.ALIASES) <= set(written)
 
 
 def test_flags_that_mean_something_else_are_named_in_the_readme():
@@ -111,8 +116,14 @@ def test_a_documented_command_line_trains(tmp_path):
     """speculators' example, with its paths exchanged and fewer steps."""
     tiny.write_target(tmp_path / "target")
     tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(8))
-    prepare_data.prepare(tmp_path / "chats.jsonl", tmp_path / "data", tmp_path / "target", chat_template="llama3",
-                         max_length=512, num_proc=1)  # fmt: skip
+    prepare_data.prepare(
+        tmp_path / "chats.jsonl",
+        tmp_path / "data",
+        tmp_path / "target",
+        chat_template="llama3",
+        max_length=512,
+        num_proc=1,
+    )
     mapping = ["--token_freq_path", tmp_path / "data" / "token_freq.pt", "--draft_vocab_size", 200,
                "--target_vocab_size", 400, "--output_path", tmp_path / "map"]  # fmt: skip
     build_vocab_mapping.main(build_vocab_mapping.parse_args(list(map(str, mapping))))

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from run_ranks import start_distributed
+from core import ranks
 
 TRAINER = str(tiny.REPOSITORY / "train_eagle3.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
@@ -133,7 +133,7 @@ def test_variables_of_a_service_that_are_not_complete(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stopped:
-        start_distributed(1)
+        ranks.start_distributed(1)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: RANK is set, but not MASTER_ADDR, MASTER_PORT: ")
 
@@ -182,9 +182,23 @@ def two_nodes(started, namespaces, *command):
     (started.folder / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
     port = free_port()
     for rank, (name, _) in enumerate(namespaces):
-        started.add("ip", "netns", "exec", name, DEEPSPEED, "--hostfile", started.folder / "hosts", "--no_ssh",
-                    "--node_rank", rank, "--master_addr", namespaces[0][1], "--master_port", port,
-                    *command)  # fmt: skip
+        started.add(
+            "ip",
+            "netns",
+            "exec",
+            name,
+            DEEPSPEED,
+            "--hostfile",
+            started.folder / "hosts",
+            "--no_ssh",
+            "--node_rank",
+            rank,
+            "--master_addr",
+            namespaces[0][1],
+            "--master_port",
+            port,
+            *command,
+        )
 
 
 @pytest.mark.slow
@@ -205,8 +219,8 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
 import torch.distributed as dist
-from read_conversations import fail
-from run_ranks import run_together, start_distributed
+from core.common import fail
+from core.ranks import run_watched, start_distributed
 
 def main(minutes):
     start_distributed(minutes)
@@ -222,7 +236,7 @@ def main(minutes):
         dist.all_reduce(torch.zeros(1))
         time.sleep(0.1)
 
-run_together(main, float(sys.argv[2]))
+run_watched(main, float(sys.argv[2]))
 """
 
 
@@ -344,7 +358,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from run_ranks import run_together, start_distributed
+from core.ranks import run_watched, start_distributed
 
 def main(minutes):
     start_distributed(minutes)
@@ -370,7 +384,7 @@ def main(minutes):
     if dist.get_rank() == 0:
         print("made", made, "waits", [wait.total_seconds() for wait in waits])
 
-run_together(main, float(sys.argv[2]))
+run_watched(main, float(sys.argv[2]))
 """
 
 

@@ -3,10 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -16,10 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deal_batches import collate, deal_forwards, positions_of, put_back
-from load_target import Head, copy_target, load_target, parse_args, read_target_tensor, resolve_target
-from load_target import main as run_main
-from prepare_data import TOKENIZER_FILES, hash_tokenizer, load_tokenizer, locate
+import import_target
+from core import dataloader, slots, target_files, target_model
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 LAYERS, VOCABULARY = 8, 97
@@ -101,7 +96,7 @@ def no_weights(monkeypatch):
 def test_states_of_concatenated_sequences_equal_transformers_one_by_one(family):
     folder, model, scaling, packs = family
     sequences = torch.randint(3, VOCABULARY, (sum(LENGTHS),)).split(LENGTHS)
-    default, custom = load_target(folder), load_target(folder, layer_ids=[0, 1, LAYERS])
+    default, custom = target_model.load(folder), target_model.load(folder, layer_ids=[0, 1, LAYERS])
     assert (default.layer_ids, default.packs) == ([2, LAYERS // 2, LAYERS - 3], packs)
     assert (default.head.scale, default.head.softcap) == scaling
     with torch.no_grad():
@@ -126,7 +121,7 @@ def test_states_of_concatenated_sequences_equal_transformers_one_by_one(family):
 
 
 def test_states_see_nothing_of_the_other_sequences(family):
-    target = load_target(family[0])
+    target = target_model.load(family[0])
     ids = torch.randint(3, VOCABULARY, (30,))
     before = target.hidden_states(ids, [11, 19])
     ids[:11] = ids[:11].flip(0)
@@ -140,7 +135,7 @@ def test_states_see_nothing_of_the_other_sequences(family):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 9])
 def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, monkeypatch):
-    target, forwards = load_target(llama_folder), []
+    target, forwards = target_model.load(llama_folder), []
     forward = target.hidden_states
     monkeypatch.setattr(
         target, "hidden_states", lambda ids, n, *mine: forwards.append(n) or forward(ids, n, *mine), raising=False
@@ -148,12 +143,12 @@ def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, m
     lists = [[5, 1, 30], [8], [2, 3]]
     rows = [torch.randint(400, (n,)) for lengths in lists for n in lengths]
     numbers = [[0, 1, 2], [3], [4, 5]]
-    dealt = deal_forwards([numbers], 0, batch_size)
+    dealt = dataloader.assign_forwards([numbers], 0, batch_size)
     micro_batches = []
     for part, due in zip(numbers, dealt, strict=True):
         before = [([rows[i] for i in several], *mine) for several, *mine in due]
         micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before, part))
-    batches = put_back(*collate(micro_batches, 2), "cpu")
+    batches = dataloader.put_back(*dataloader.collate(micro_batches, 2), "cpu")
     found = list(target.states(batches))
     assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
     for batch, (auxiliary, last) in zip(batches, found, strict=True):
@@ -164,7 +159,7 @@ def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, m
 
 
 def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
-    target = load_target(llama_folder)
+    target = target_model.load(llama_folder)
     target.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was run on every token"))
     auxiliary, last = target.hidden_states(torch.arange(12), [7, 5])
     assert not auxiliary.is_inference() and not last.is_inference() and not auxiliary.requires_grad
@@ -175,7 +170,7 @@ def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):
 
 
 def test_positions_restart():
-    assert positions_of([3, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
+    assert slots.positions_of([3, 1, 2]).tolist() == [0, 1, 2, 0, 0, 1]
 
 
 # ---------------------------------------------------------------------------- loading
@@ -204,13 +199,13 @@ def arrange(layout, source, root):
 def test_folder_layouts_give_the_same_target(layout, llama_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     given = arrange(layout, llama_folder, tmp_path / "given")
-    model_dir = resolve_target(given)
-    expected, ids = load_target(llama_folder), torch.arange(20)
+    model_dir = target_files.resolve_target(given)
+    expected, ids = target_model.load(llama_folder), torch.arange(20)
     for got, wanted in zip(
-        load_target(model_dir).hidden_states(ids, [20]), expected.hidden_states(ids, [20]), strict=True
+        target_model.load(model_dir).hidden_states(ids, [20]), expected.hidden_states(ids, [20]), strict=True
     ):
         assert torch.equal(got, wanted)
-    assert load_tokenizer(given).get_vocab() == load_tokenizer(llama_folder).get_vocab()
+    assert target_files.load_tokenizer(given).get_vocab() == target_files.load_tokenizer(llama_folder).get_vocab()
 
 
 @pytest.mark.parametrize("layout", ["nested", "mlflow data", "mlflow data, config apart", "mlflow components"])
@@ -218,32 +213,34 @@ def test_a_copy_is_one_folder_with_the_same_target(layout, llama_folder, tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     given, copy = arrange(layout, llama_folder, tmp_path / "given"), tmp_path / "copy"
     (given / "optimizer.pt").write_bytes(b"not read")
-    run_main(parse_args(["--target_model_path", str(given), "--output_path", str(copy)]))
+    import_target.main(import_target.parse_args(["--target_model_path", str(given), "--output_path", str(copy)]))
     assert "copied" in capsys.readouterr().out
-    kept = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "chat_template.jinja")  # fmt: skip
+    kept = (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    )
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
         name: (llama_folder / name).read_bytes() for name in kept if (llama_folder / name).exists()
     }
     assert not any(path.is_symlink() for path in copy.iterdir())
-    assert resolve_target(copy) == copy and hash_tokenizer(load_tokenizer(copy)) == hash_tokenizer(
-        load_tokenizer(given)
-    )
+    assert target_files.resolve_target(copy) == copy and target_files.hash_tokenizer(
+        target_files.load_tokenizer(copy)
+    ) == target_files.hash_tokenizer(target_files.load_tokenizer(given))
 
 
 def test_a_copy_is_refused_before_the_weights_move(llama_folder, tmp_path, capsys):
     given = arrange("nested", llama_folder, tmp_path / "given")
     (given / "some/where/model.safetensors").unlink()
-    assert "no *.safetensors or *.bin" in refused(capsys, copy_target, given, tmp_path / "copy")
+    assert "no *.safetensors or *.bin" in refused(capsys, import_target.copy_target, given, tmp_path / "copy")
     config = json.loads((given / "some/where/config.json").read_text())
     (given / "some/where/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     (given / "some/where/pytorch_model.bin").touch()
-    assert "needs at least 7" in refused(capsys, copy_target, given, tmp_path / "copy")
+    assert "needs at least 7" in refused(capsys, import_target.copy_target, given, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-    args = parse_args(["--target_model_path", str(given)])
-    assert "give a text to run the target on, or output_path" in refused(capsys, run_main, args)
-    args = parse_args(["--target_model_path", str(given), "--output_path", "x", "--target_layer_ids", "1", "2", "3"])
-    assert "target_layer_ids is for a text: give one" in refused(capsys, run_main, args)
 
 
 def test_what_cannot_be_copied_to_is_one_line_before_anything_is_read(llama_folder, tmp_path, capsys, monkeypatch):
@@ -252,26 +249,28 @@ def test_what_cannot_be_copied_to_is_one_line_before_anything_is_read(llama_fold
     (tmp_path / "links").mkdir()  # as the hub's cache has them
     for path in (given / "some/where").iterdir():
         (tmp_path / "links" / path.name).symlink_to(path)
-    line = refused(capsys, copy_target, tmp_path / "links", tmp_path / "links")
+    line = refused(capsys, import_target.copy_target, tmp_path / "links", tmp_path / "links")
     assert "holds the target itself" in line and all(path.is_symlink() for path in (tmp_path / "links").iterdir())
     for folder in (given / "some/where", tmp_path / "given/some/../some/where/"):
-        assert "holds the target itself: give another folder" in refused(capsys, copy_target, given, folder)
+        assert "holds the target itself: give another folder" in refused(
+            capsys, import_target.copy_target, given, folder
+        )
     assert before == {path: path.read_bytes() for path in given.rglob("*") if path.is_file()}
-    monkeypatch.setattr("load_target.resolve_target", lambda *_: pytest.fail("the target is read"))
+    monkeypatch.setattr("core.target_files.resolve_target", lambda *_: pytest.fail("the target is read"))
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "in it"):
-        assert f"output_path {folder} cannot be a folder" in refused(capsys, copy_target, given, folder)
+        assert f"output_path {folder} cannot be a folder" in refused(capsys, import_target.copy_target, given, folder)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_copy_of_the_hubs_target_may_have_its_name(llama_folder, tmp_path, monkeypatch):
     """A folder org/name that was made too early would be taken for the target. Links to its files do no harm."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prepare_data.download", lambda *_: llama_folder)
-    copy_target("org/name", "org/name")
+    monkeypatch.setattr("core.common.download", lambda *_: llama_folder)
+    import_target.copy_target("org/name", "org/name")
     (tmp_path / "other").mkdir()
     os.link(llama_folder / "model.safetensors", tmp_path / "other" / "model.safetensors")
-    copy_target("org/name", tmp_path / "other")
+    import_target.copy_target("org/name", tmp_path / "other")
     for folder in ("org/name", "other"):
         assert (Path(folder) / "model.safetensors").read_bytes() == (llama_folder / "model.safetensors").read_bytes()
         assert not (Path(folder) / "model.safetensors").samefile(llama_folder / "model.safetensors")
@@ -279,7 +278,7 @@ def test_a_copy_of_the_hubs_target_may_have_its_name(llama_folder, tmp_path, mon
 
 def test_a_copy_onto_a_full_disk_is_one_line(llama_folder, tmp_path, capsys):
     with tiny.small_disk(tmp_path / "disk", 64) as (disk, _):
-        assert "No space left on device" in refused(capsys, copy_target, llama_folder, disk / "copy")
+        assert "No space left on device" in refused(capsys, import_target.copy_target, llama_folder, disk / "copy")
         assert not [path for path in disk.rglob("*") if "safetensors" in path.name], "no half of a file"
 
 
@@ -290,8 +289,8 @@ def test_single_file_sharded_and_tied_weights(tied, tmp_path):
     for name, size in (("single", "5GB"), ("sharded", "100KB")):
         folder = write_model(tmp_path / name, config, max_shard_size=size)
         assert len(list(folder.glob("*.safetensors"))) == 1 if name == "single" else 3
-        targets.append(load_target(folder))
-        embedding = read_target_tensor(folder, ["absent", "model.embed_tokens.weight"])
+        targets.append(target_model.load(folder))
+        embedding = target_files.read_target_tensor(folder, ["absent", "model.embed_tokens.weight"])
         assert torch.equal(embedding, targets[-1].embedding)
     single, sharded = (target.hidden_states(torch.arange(9), [9]) for target in targets)
     assert all(torch.equal(a, b) for a, b in zip(single, sharded, strict=True))
@@ -300,8 +299,12 @@ def test_single_file_sharded_and_tied_weights(tied, tmp_path):
 
 
 def test_read_target_tensor_names_what_is_missing(llama_folder, tmp_path, capsys):
-    assert "model.nothing, other" in refused(capsys, read_target_tensor, llama_folder, ["model.nothing", "other"])
-    assert "neither model.safetensors nor" in refused(capsys, read_target_tensor, tmp_path, ["model.norm.weight"])
+    assert "model.nothing, other" in refused(
+        capsys, target_files.read_target_tensor, llama_folder, ["model.nothing", "other"]
+    )
+    assert "neither model.safetensors nor" in refused(
+        capsys, target_files.read_target_tensor, tmp_path, ["model.norm.weight"]
+    )
 
 
 def test_weights_that_are_not_whole_are_refused(llama_folder, tmp_path, capsys):
@@ -309,15 +312,15 @@ def test_weights_that_are_not_whole_are_refused(llama_folder, tmp_path, capsys):
     tensors = load_file(folder / "model.safetensors")
     norm = tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "lack model.norm.weight" in refused(capsys, load_target, folder)
+    assert "lack model.norm.weight" in refused(capsys, target_model.load, folder)
     save_file(
         tensors | {"model.norm.weight": norm[:3].clone()}, folder / "model.safetensors", metadata={"format": "pt"}
     )
-    refused(capsys, load_target, folder)
+    refused(capsys, target_model.load, folder)
     (folder / "model.safetensors").write_bytes(b"no tensors")
-    assert str(folder) in refused(capsys, load_target, folder)
+    assert str(folder) in refused(capsys, target_model.load, folder)
     (folder / "model.safetensors").unlink()
-    assert "cannot be loaded" in refused(capsys, load_target, folder)
+    assert "cannot be loaded" in refused(capsys, target_model.load, folder)
 
 
 def test_bad_targets_are_refused_before_the_weights_load(llama_folder, tmp_path, capsys, no_weights):
@@ -328,9 +331,9 @@ def test_bad_targets_are_refused_before_the_weights_load(llama_folder, tmp_path,
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
-        assert words in refused(capsys, load_target, tmp_path / name)
+        assert words in refused(capsys, target_model.load, tmp_path / name)
     for layers in ([2, 4, 9], [-1, 2, 4], [2, 2, 5]):
-        assert str(layers) in refused(capsys, load_target, llama_folder, layer_ids=layers)
+        assert str(layers) in refused(capsys, target_model.load, llama_folder, layer_ids=layers)
 
 
 def test_a_family_with_other_logits_or_other_layers_is_refused(llama_folder, tmp_path, capsys, monkeypatch):
@@ -342,9 +345,9 @@ def test_a_family_with_other_logits_or_other_layers_is_refused(llama_folder, tmp
         return output
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", changed)
-    assert "this family is not supported" in refused(capsys, load_target, llama_folder)
+    assert "this family is not supported" in refused(capsys, target_model.load, llama_folder)
     write_model(tmp_path, transformers.GPT2Config(n_embd=32, n_layer=8, n_head=4, vocab_size=97))
-    assert "gpt2" in refused(capsys, load_target, tmp_path)
+    assert "gpt2" in refused(capsys, target_model.load, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -352,7 +355,7 @@ def test_a_family_with_other_logits_or_other_layers_is_refused(llama_folder, tmp
 def test_the_scale_that_fits_best_is_taken(kind, scale, dtype, tmp_path):
     """Llama does not use the scale in its config; logits this small fit every scale within an absolute tolerance."""
     options = {**SIZES, "initializer_range": 5e-4, "logits_scaling": 8.0, "dtype": dtype}
-    target = load_target(write_model(tmp_path, getattr(transformers, kind)(**options)), dtype=dtype)
+    target = target_model.load(write_model(tmp_path, getattr(transformers, kind)(**options)), dtype=dtype)
     assert (target.head.scale, target.head.softcap, target.head.weight.dtype) == (scale, None, dtype)
 
 
@@ -369,7 +372,7 @@ def full_logits(head, hidden):
 def test_head_teaches_what_the_full_logits_say(options, dtype):
     torch.manual_seed(0)
     bias = 3 * torch.randn(501) if options.get("bias") else None
-    head, hidden = Head(torch.randn(501, 16), **{**options, "bias": bias}), torch.randn(23, 16)
+    head, hidden = target_model.Head(torch.randn(501, 16), **{**options, "bias": bias}), torch.randn(23, 16)
     full, head.weight = full_logits(head, hidden), head.weight.to(dtype)
     head.bias = None if bias is None else bias.to(dtype)
     for draft_ids in (torch.randperm(501)[:60].sort().values, torch.arange(501)):
@@ -382,7 +385,7 @@ def test_head_teaches_what_the_full_logits_say(options, dtype):
 
 
 def test_a_draft_vocabulary_that_the_target_never_says_is_no_division_by_zero():
-    head = Head(torch.tensor([[400.0], [0.0], [1.0]]))
+    head = target_model.Head(torch.tensor([[400.0], [0.0], [1.0]]))
     p, mass, argmax = head.teach(torch.ones(1, 1), torch.tensor([1, 2]))
     assert (
         torch.allclose(p, torch.tensor([[0.0, 1.0]]).softmax(-1)) and mass.tolist() == [0.0] and argmax.tolist() == [0]
@@ -395,47 +398,17 @@ def test_head_takes_the_lowest_of_equal_ids(softcap):
     torch.manual_seed(0)
     weight = torch.randint(-3, 4, (100, 8)).float()  # whole numbers: no rounding
     for ids in ([37, 38], [12, 95], [99], [0, 9, 10]):
-        head = Head(weight.clone(), softcap=softcap)
+        head = target_model.Head(weight.clone(), softcap=softcap)
         head.weight[ids] = torch.full((8,), 4.0)
         argmax = head.teach(torch.ones(5, 8), torch.arange(3))[2].tolist()
         assert argmax == [int(head.logits(torch.ones(1, 8)).argmax())] * 5
         assert softcap or argmax == [min(ids)] * 5
-    saturated = Head(torch.full((100, 8), 50.0), softcap=0.5)
+    saturated = target_model.Head(torch.full((100, 8), 50.0), softcap=0.5)
     saturated.weight[:42] = -50.0
     assert saturated.teach(torch.ones(2, 8), torch.arange(100))[2].tolist() == [42, 42]
 
 
 # ---------------------------------------------------------------------------- command line
-def test_command_line(llama_folder):
-    command = [sys.executable, tiny.REPOSITORY / "load_target.py", "--target_model_path", llama_folder]
-    done = subprocess.run([*command, "--text", "Hello dog"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    first, *rows = [line for line in done.stdout.splitlines() if line.startswith("layers") or " -> " in line]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), tiny.tokenizer()
-    ids = tokenizer("Hello dog")["input_ids"]
-    assert (
-        first
-        == f"layers [2, 4, 5] of 8, logit scale 1.0, soft cap None, auxiliary ({len(ids)}, 192), last ({len(ids)}, 64)"
-    )
-    with torch.no_grad():
-        probability, best = model(torch.tensor([ids])).logits[0].softmax(-1).max(-1)
-    wanted = [
-        f"{tokenizer.decode([i])!r} -> {tokenizer.decode([b])!r} {p:.3f}"
-        for i, b, p in zip(ids, best, probability, strict=True)
-    ]
-    assert ["".join(row.split()) for row in rows] == ["".join(row.split()) for row in wanted]
-
-
-def test_command_line_bad_input(llama_folder, capsys, no_weights):
-    def main(**options):
-        given = {"target_model_path": str(llama_folder), "text": "Hello", "target_layer_ids": None, "output_path": None}
-        run_main(SimpleNamespace(**{**given, "trust_remote_code": False, **options}))
-
-    assert "text" in refused(capsys, main, text="")
-    assert "[2, 4, 99]" in refused(capsys, main, target_layer_ids=[2, 4, 99])
-    assert "/nowhere" in refused(capsys, main, target_model_path="/nowhere")
-
-
 # ---------------------------------------------------------------------------- where the target is
 def lay_out(folder, model, tokenizer, config=None):
     """Empty files of a target in three folders below the given one."""
@@ -466,28 +439,30 @@ def test_target_and_tokenizer_are_found(tmp_path, model, tokenizer, files):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert resolve_target(tmp_path) == (tmp_path / model).resolve()
-    assert locate(tmp_path, TOKENIZER_FILES) == (tmp_path / tokenizer).resolve()
+    assert target_files.resolve_target(tmp_path) == (tmp_path / model).resolve()
+    assert target_files.locate(tmp_path, target_files.TOKENIZER_FILES) == (tmp_path / tokenizer).resolve()
 
 
 def test_config_apart_from_the_weights_is_linked_together(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     lay_out(tmp_path / "ml", "data/model", "data/tokenizer", config="data/config")
     for _ in range(2):
-        model = resolve_target(tmp_path / "ml")
+        model = target_files.resolve_target(tmp_path / "ml")
         assert {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
         assert (model / "model.safetensors").resolve() == tmp_path / "ml" / "data" / "model" / "model.safetensors"
 
 
 def test_a_target_that_is_not_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert f"{tmp_path / 'none'}: neither a folder" in refused(capsys, resolve_target, tmp_path / "none")
-    assert "no-one/nothing" in refused(capsys, resolve_target, "no-one/nothing", weights=False)
+    assert f"{tmp_path / 'none'}: neither a folder" in refused(capsys, target_files.resolve_target, tmp_path / "none")
+    assert "no-one/nothing" in refused(capsys, target_files.resolve_target, "no-one/nothing", weights=False)
     (tmp_path / "file").touch()
-    assert "neither a folder" in refused(capsys, resolve_target, tmp_path / "file")
-    assert "0 folders with config.json" in refused(capsys, resolve_target, tmp_path)
+    assert "neither a folder" in refused(capsys, target_files.resolve_target, tmp_path / "file")
+    assert "0 folders with config.json" in refused(capsys, target_files.resolve_target, tmp_path)
     lay_out(tmp_path, "a", "a")
     lay_out(tmp_path, "b", "b")
-    assert "2 folders with config.json in it instead of one: a, b" in refused(capsys, resolve_target, tmp_path)
+    assert "2 folders with config.json in it instead of one: a, b" in refused(
+        capsys, target_files.resolve_target, tmp_path
+    )
     (tmp_path / "a" / "tokenizer.json").unlink()
-    assert "0 folders with tokenizer.json or" in refused(capsys, load_tokenizer, tmp_path / "a")
+    assert "0 folders with tokenizer.json or" in refused(capsys, target_files.load_tokenizer, tmp_path / "a")

@@ -5,12 +5,8 @@ import statement
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
-import deal_batches
 import train_eagle3
-from deal_batches import acceptance_walk, plan_slots, supervised_slots
-from export_eagle3 import FLAGS, with_auxiliary_layers
-from load_target import Head
-from train_eagle3 import DraftModel, chain_lengths, objective
+from core import attention, draft_files, losses, slots, target_model
 
 ROPES = {
     "default": None,
@@ -25,8 +21,8 @@ OPTIONS = {
     "fc_norm": {"fc_norm": True},
     "norm_output": {"norm_output": True},
     "norm_before_residual": {"norm_before_residual": True},
-    "two layers": with_auxiliary_layers({}, [2, 5]),
-    "four layers with norms": with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
+    "two layers": draft_files.with_auxiliary_layers({}, [2, 5]),
+    "four layers with norms": draft_files.with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
 }
 
 
@@ -42,7 +38,7 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options
     """A draft with random weights; documents with two replies each and positions beyond max_position_embeddings / 2."""
     torch.manual_seed(seed)
     embedding = torch.randn(VOCABULARY, 24, dtype=torch.float64)
-    draft = DraftModel(draft_config(rope, **options), embedding.to(dtype))
+    draft = train_eagle3.DraftModel(draft_config(rope, **options), embedding.to(dtype))
     layers, head = (
         options.get("num_aux_hidden_states", 3),
         3 * torch.randn(VOCABULARY, TARGET_HIDDEN, dtype=torch.float64),
@@ -57,10 +53,16 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options
         mask[: length // 3] = 0
         mask[length // 2 : length // 2 + 2] = 0  # two replies
         last = torch.randn(length, TARGET_HIDDEN, dtype=torch.float64) / TARGET_HIDDEN**0.5
-        documents.append({
-            "ids": torch.randint(VOCABULARY, (length,)), "mask": mask, "last": last, "head": head,
-            "logits": last @ head.T, "auxiliary": torch.randn(length, layers * TARGET_HIDDEN, dtype=torch.float64),
-        })  # fmt: skip
+        documents.append(
+            {
+                "ids": torch.randint(VOCABULARY, (length,)),
+                "mask": mask,
+                "last": last,
+                "head": head,
+                "logits": last @ head.T,
+                "auxiliary": torch.randn(length, layers * TARGET_HIDDEN, dtype=torch.float64),
+            }
+        )
     return draft, embedding, documents, draft_ids
 
 
@@ -76,8 +78,8 @@ def inputs(documents, draft_ids, dtype, steps=STEPS):
         "position_ids": torch.cat([torch.arange(n) for n in lengths]),
         "auxiliary": joined["auxiliary"].to(dtype),
         "last": joined["last"].to(dtype),
-        "head": Head(documents[0]["head"].to(dtype)),
-        "plan": plan_slots(supervised_slots(joined["mask"], document_ids, steps), lengths),
+        "head": target_model.Head(documents[0]["head"].to(dtype)),
+        "plan": slots.plan_slots(slots.supervised_slots(joined["mask"], document_ids, steps), lengths),
         "d2t": draft_ids - torch.arange(len(draft_ids)),
         "decay": DECAY,
     }
@@ -88,11 +90,10 @@ def backend(request, monkeypatch):
     """Each way to attend, with chunks and blocks so small that documents have several of each."""
     sizes = {"QUERY_CHUNK": 5, "BLOCK": 8, "HEAD_ROWS": 16, "HEAD_TOKENS": 7, "COMPARE_ROWS": 4}
     for name, size in sizes.items():
-        for module in (train_eagle3, deal_batches):
-            monkeypatch.setattr(module, name, size, raising=False)
+        monkeypatch.setattr(losses if name == "COMPARE_ROWS" else slots, name, size)
     if request.param == "sdpa without a kernel":
-        monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())
-    monkeypatch.setattr(train_eagle3, "flex_attention", flex_in_plain_torch)
+        monkeypatch.setattr(attention, "MASKED_KERNEL", ())
+    monkeypatch.setattr(attention, "flex_attention", flex_in_plain_torch)
     return request.param.split()[0]
 
 
@@ -146,11 +147,11 @@ def compare_with_statement(case, dtype, tolerance):
     if expected.requires_grad:
         expected.backward()
 
-    loss, sums, correct = objective(draft, **inputs(documents, draft_ids, dtype))
+    loss, sums, correct = train_eagle3.objective(draft, **inputs(documents, draft_ids, dtype))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
     assert sums.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
-    assert chain_lengths(correct).tolist() == sum(expected_accepted, [])
+    assert train_eagle3.chain_lengths(correct).tolist() == sum(expected_accepted, [])
     for name, gradient in gradients(draft).items():
         if expected == 0:
             assert not gradient.any(), name
@@ -171,7 +172,7 @@ def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
 def test_objective_and_gradients_with_an_option_equal_the_statement(option):
     draft, embedding, documents, draft_ids = case(**OPTIONS[option])
     expected, _ = compare_with_statement((draft, embedding, documents, draft_ids), torch.float64, 1e-6)
-    flags = set(FLAGS) & set(OPTIONS[option])
+    flags = set(draft_files.FLAGS) & set(OPTIONS[option])
     if flags:  # the comparison can fail: without the option the loss is another
         without = {key: value for key, value in draft.config.items() if key not in flags}
         weights = {name: p.detach() for name, p in draft.named_parameters()}
@@ -218,18 +219,18 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(monke
     lengths = (150, 7, 300, 129)
     mask = torch.cat([(torch.rand(n) < 0.9).long() for n in lengths])
     document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    plan = plan_slots(supervised_slots(mask, document_ids, 3), lengths)
+    plan = slots.plan_slots(slots.supervised_slots(mask, document_ids, 3), lengths)
     position_ids = torch.cat([torch.arange(n) for n in lengths])
     k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
-    blocks = plan.blocks.split([-(-n // deal_batches.BLOCK) for n in plan.counts], dim=1)
+    blocks = plan.blocks.split([-(-n // slots.BLOCK) for n in plan.counts], dim=1)
     for live, spans, block in zip(plan.live.split(plan.counts), plan.spans, blocks, strict=True):
         q, own = torch.randn(len(live), 4, 16), [torch.randn(len(live), 2, 3, 16) for _ in range(2)]
         begin = live - position_ids[live]
         results = []
         for flex in (flex_attention, flex_in_plain_torch):
-            monkeypatch.setattr(train_eagle3, "flex_attention", flex)
-            results.append(train_eagle3.flex_slots(q, k, v, own, live, begin, block))
-        results.append(train_eagle3.SlotAttention.apply(q, k, v, live, spans, *own))
+            monkeypatch.setattr(attention, "flex_attention", flex)
+            results.append(attention.flex_slots(q, k, v, own, live, begin, block))
+        results.append(attention.SlotAttention.apply(q, k, v, live, spans, *own))
         assert torch.allclose(results[0], results[1], atol=1e-5)
         assert torch.allclose(results[2], results[1], atol=1e-5)
 
@@ -238,9 +239,7 @@ def test_compare_compiles_to_the_same_numbers():
     """On GPUs it is compiled into one kernel; the compiler takes the same code here."""
     torch.manual_seed(0)
     arguments = 4 * torch.randn(5, 300), torch.randn(5, 300).softmax(-1), torch.rand(5)
-    for got, expected in zip(
-        train_eagle3.compiled(train_eagle3.compare)(*arguments), train_eagle3.compare(*arguments), strict=True
-    ):
+    for got, expected in zip(attention.compiled(losses.compare)(*arguments), losses.compare(*arguments), strict=True):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -267,10 +266,10 @@ def test_statement_tells_ropes_and_alignment_apart():
 
 def test_packed_equals_one_by_one():
     draft, _, documents, draft_ids = case()
-    packed, packed_sums, packed_correct = objective(draft, **inputs(documents, draft_ids, torch.float64))
+    packed, packed_sums, packed_correct = train_eagle3.objective(draft, **inputs(documents, draft_ids, torch.float64))
     packed.backward()
     together = gradients(draft)
-    singles = [objective(draft, **inputs([document], draft_ids, torch.float64)) for document in documents]
+    singles = [train_eagle3.objective(draft, **inputs([document], draft_ids, torch.float64)) for document in documents]
     sum(loss for loss, _, _ in singles).backward()
     assert float(packed) == pytest.approx(sum(float(loss) for loss, _, _ in singles), rel=1e-12)
     assert torch.equal(packed_correct, torch.cat([correct for _, _, correct in singles], dim=1))
@@ -284,7 +283,7 @@ def test_supervised_slots_equal_the_rule():
     for lengths in ((1,), (2, 1), (9, 3, 30), (5, 4)):
         masks = [(torch.rand(n) < 0.8).long() for n in lengths]
         document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        got = supervised_slots(torch.cat(masks), document_ids, 6)
+        got = slots.supervised_slots(torch.cat(masks), document_ids, 6)
         expected = [[statement.supervised(m.tolist(), j, i) for m in masks for j in range(len(m))] for i in range(6)]
         assert got.tolist() == expected
         assert (got[1:] <= got[:-1]).all(), "a dead chain came back to life"
@@ -292,7 +291,7 @@ def test_supervised_slots_equal_the_rule():
 
 def test_first_draft_after_a_prompt_and_the_end_of_turn_are_supervised():
     mask = [0, 0, 0, 1, 1, 1, 0, 0]  # x[3] is the first token of the reply, x[5] its end-of-turn
-    live = supervised_slots(torch.tensor(mask), torch.zeros(8), 3)
+    live = slots.supervised_slots(torch.tensor(mask), torch.zeros(8), 3)
     assert live[0].nonzero().flatten().tolist() == [2, 3]  # drafting x[4] and x[5]; x[3] is the target's own
     assert live[1].nonzero().flatten().tolist() == [2]
     assert not live[2].any()
@@ -301,11 +300,11 @@ def test_first_draft_after_a_prompt_and_the_end_of_turn_are_supervised():
 def test_dead_slots_and_unsupervised_text_behind_a_reply_change_nothing():
     draft, _, documents, draft_ids = case(lengths=(20,))
     documents[0]["mask"][15:] = 0
-    base = objective(draft, **inputs(documents, draft_ids, torch.float64))[0]
+    base = train_eagle3.objective(draft, **inputs(documents, draft_ids, torch.float64))[0]
     documents[0]["auxiliary"][15:] = 7.0
     documents[0]["ids"][15:] = 3
     documents[0]["last"][15:] = 0.0
-    assert float(objective(draft, **inputs(documents, draft_ids, torch.float64))[0]) == float(base)
+    assert float(train_eagle3.objective(draft, **inputs(documents, draft_ids, torch.float64))[0]) == float(base)
 
 
 def test_acceptance_walk_by_hand():
@@ -314,9 +313,9 @@ def test_acceptance_walk_by_hand():
     accepted = [9, 2, 9, 9, 0, 2, 9, 9, 9, 9, 9]
     # slot 1 accepts x[3] and x[4], the target adds x[5]; slot 4 accepts none, x[6] is the target's;
     # slot 5 accepts x[7] and x[8].
-    assert acceptance_walk(accepted, mask) == [2, 0, 2]
-    assert acceptance_walk([1, 0, 0], [1, 1, 1]) == [1]  # supervised from the first token on: slot 0 is the first
-    assert acceptance_walk([], []) == []
+    assert slots.acceptance_walk(accepted, mask) == [2, 0, 2]
+    assert slots.acceptance_walk([1, 0, 0], [1, 1, 1]) == [1]  # supervised from the first token on: slot 0 is the first
+    assert slots.acceptance_walk([], []) == []
 
 
 def test_metric_values_are_sums_over_sums():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from test_examples import run
 
-from export_eagle3 import check_draft
+from core import draft_files
 
 
 @pytest.mark.slow
@@ -30,7 +30,7 @@ def test_llama3_offline_recipe_with_a_small_target(tmp_path):
     assert "0 of 40 rows to write" in again
     printed = run("run_llama3_offline.sh", 900, **variables, STAGES="train")
     assert "40 of 40 rows are there" in printed and "head and embedding alone" in printed and "=== 1" not in printed
-    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
     assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
 
 

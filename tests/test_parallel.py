@@ -12,8 +12,7 @@ import transformers
 from test_train_eagle3 import arguments, weights
 
 import train_eagle3
-from deal_batches import Steps, measure_rows
-from prepare_data import open_data
+from core import dataloader
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -97,8 +96,12 @@ def start(folder, ranks, runs):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
-        capture_output=True, text=True, timeout=400, check=False, env=tiny.environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+        env=tiny.environment(),
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     assert f"exit {[[0] * len(runs)] * ranks}" in result.stdout.splitlines(), result.stdout[-2000:]
     return result.stdout
@@ -112,13 +115,13 @@ def outcome(folder):
 
 @pytest.mark.slow
 def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(work):
-    split = open_data(work / "prepared" / "data")[0]["train"]
+    split = dataloader.open_data(work / "prepared" / "data")[0]["train"]
     for world in (2, 4):
-        ranks = [Steps(split, 0, SEQUENCES, rank, world, 1) for rank in range(world)]
+        ranks = [dataloader.Steps(split, 0, SEQUENCES, rank, world, 1) for rank in range(world)]
         slots = [[sum(int(mask[1:-1].sum()) for batch, *_ in steps[step] for _, mask in batch) for steps in ranks]
                  for step in range(STEPS)]  # fmt: skip
         assert any(0 in each and sum(each) for each in slots)
-    lengths = measure_rows(split)[0]
+    lengths = dataloader.measure_rows(split)[0]
     assert lengths.max() > 15 * lengths.min()
 
 
@@ -126,10 +129,13 @@ def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(wor
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        (1, RUNS[1]), (4, RUNS[4][1:2]), (2, RUNS[2]), (4, RUNS[4][:1] + RUNS[4][2:]),
+        (1, RUNS[1]),
+        (4, RUNS[4][1:2]),
+        (2, RUNS[2]),
+        (4, RUNS[4][:1] + RUNS[4][2:]),
     ],
     ids=["1", "two groups of 2", "2", "4"],
-)  # fmt: skip
+)
 def test_any_number_of_ranks_and_any_sharding_give_the_same_training(work, ranks, runs):
     start(work, ranks, runs)
     for target, stage, flags in runs:

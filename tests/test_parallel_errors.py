@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-import run_ranks
 import train_eagle3
+from core import dataloader, hidden_states, ranks
 
 BELOW_A_FILE, NOWHERE = tiny.REPOSITORY / "README.md" / "below", "/proc/nothing/can/be/made/here"
 NVME = {"device": "nvme", "nvme_path": "/proc/no/such/disk"}
@@ -24,7 +24,7 @@ def work(tmp_path_factory):
     DeepSpeed configurations that cannot work.
     """
     folder = tmp_path_factory.mktemp("errors")
-    run_ranks.start_distributed(20)
+    ranks.start_distributed(20)
     config = tiny.llama_config(hidden_size=96, num_attention_heads=12, num_key_value_heads=6, head_dim=8)
     config.save_pretrained(folder / "target")
     (folder / "target" / "nothing.safetensors").write_text("")
@@ -89,9 +89,9 @@ def test_one_line_with_the_numbers_and_nothing_loaded(work, tmp_path, monkeypatc
 
 
 def check(work, tmp_path, capsys, monkeypatch, flags, expected):
-    monkeypatch.setattr(train_eagle3, "start_distributed", lambda *args: torch.device("cpu"))  # of the one true rank
-    monkeypatch.setattr(train_eagle3, "open_target", lambda *args, **options: pytest.fail("the target is loaded"))
-    monkeypatch.setattr(train_eagle3, "open_data", lambda folder: pytest.fail("the data are read"))
+    monkeypatch.setattr(ranks, "start_distributed", lambda *args: torch.device("cpu"))  # of the one true rank
+    monkeypatch.setattr(hidden_states, "open_target", lambda *args, **options: pytest.fail("the target is loaded"))
+    monkeypatch.setattr(dataloader, "open_data", lambda folder: pytest.fail("the data are read"))
     with pytest.raises(SystemExit) as stop:
         train_eagle3.main(train_eagle3.parse_args(arguments(work, tmp_path / "out", flags)))
     printed = capsys.readouterr().err
@@ -104,9 +104,11 @@ def check(work, tmp_path, capsys, monkeypatch, flags, expected):
 
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [("--target_sharding zero3 --target_offload nvme --target_offload_path {work}", "target_offload_path"),
-     ("--deepspeed_config {work}/here.json", "here.json: nvme_path of offload_optimizer,")],
-)  # fmt: skip
+    [
+        ("--target_sharding zero3 --target_offload nvme --target_offload_path {work}", "target_offload_path"),
+        ("--deepspeed_config {work}/here.json", "here.json: nvme_path of offload_optimizer,"),
+    ],
+)
 def test_disk_without_the_library_that_reads_it(work, tmp_path, monkeypatch, capsys, flags, name):
     zero = {"stage": 3, "offload_optimizer": NVME | {"nvme_path": str(work)}}
     (work / "here.json").write_text(json.dumps({"zero_optimization": zero}))
@@ -137,8 +139,12 @@ def test_two_ranks_end_together_with_one_line_each_time(work, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
-        capture_output=True, text=True, timeout=120, check=False, env=tiny.environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=tiny.environment(),
+    )
     assert f"exit {[[2] * len(runs)] * 2}" in result.stdout.splitlines(), result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == len(several), result.stderr

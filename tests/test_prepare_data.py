@@ -16,8 +16,7 @@ from chat_templates import FAMILIES, family_tokenizer, names_of
 from tokenizers import processors
 
 import prepare_data
-import read_conversations
-from prepare_data import make_chat, open_data, prepare, read_token_freq, tokenise
+from core import common, conversations, dataloader, target_files, vocabulary
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
 SECOND = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "that is all"}]
@@ -31,7 +30,7 @@ def no_hub(monkeypatch):
 
 
 def chat_for(family, name=None, max_length=2048, only_last=False):
-    return make_chat(family_tokenizer(family), name or family, max_length, only_last)
+    return prepare_data.make_chat(family_tokenizer(family), name or family, max_length, only_last)
 
 
 def line(row):
@@ -40,7 +39,7 @@ def line(row):
 
 def runs(row, chat):
     """The text of each maximal run of supervised tokens."""
-    ids, mask, *_ = tokenise(line(row), chat)
+    ids, mask, *_ = prepare_data.tokenise(line(row), chat)
     assert len(ids) == len(mask) <= chat.max_length
     return runs_of(ids, mask, chat.tokenizer)
 
@@ -55,8 +54,8 @@ def runs_of(ids, mask, tokenizer):
 
 
 def cause(row, chat):
-    with pytest.raises(read_conversations.Rejected) as rejected:
-        tokenise(line(row), chat)
+    with pytest.raises(conversations.Rejected) as rejected:
+        prepare_data.tokenise(line(row), chat)
     return rejected.value.args[0]
 
 
@@ -98,15 +97,15 @@ CALLING = [
 
 def test_the_prompt_that_opens_a_thought_is_not_supervised_but_stands_before_it():
     chat = chat_for("deepseek-r1-distill")
-    ids, mask, *_ = tokenise(line(chat_row(USER, THOUGHT)), chat)
+    ids, mask, *_ = prepare_data.tokenise(line(chat_row(USER, THOUGHT)), chat)
     assert chat.tokenizer.decode(ids[mask == 0]).endswith("<｜Assistant｜><think>\n")
 
 
 def test_reasoning_that_the_template_drops_is_put_back_behind_the_generation_prompt():
     tokenizer = family_tokenizer("qwen")
     tokenizer.chat_template = tokenizer.chat_template.replace("(loop.last or reasoning)", "false")
-    chat = make_chat(tokenizer, "qwen", 2048, False)
-    ids, mask, *_ = tokenise(line(chat_row(USER, TAGGED)), chat)
+    chat = prepare_data.make_chat(tokenizer, "qwen", 2048, False)
+    ids, mask, *_ = prepare_data.tokenise(line(chat_row(USER, TAGGED)), chat)
     assert runs_of(ids, mask, tokenizer) == ["<think>\ntwo and two\n</think>\n\nfour<|im_end|>"]
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\ntwo and two\n</think>\n\nfour<|im_end|>")
 
@@ -115,9 +114,9 @@ def test_reasoning_that_the_template_drops_is_put_back_behind_the_generation_pro
 def test_a_token_across_the_start_of_a_reply_is_not_supervised_where_prefixes_encode_differently(trim_offsets):
     tokenizer = family_tokenizer("qwen", ["assistant\n \n five", "a\n \n b\n \n c"] * 50)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    chat = make_chat(tokenizer, "qwen", 2048, False)
+    chat = prepare_data.make_chat(tokenizer, "qwen", 2048, False)
     reply = {"role": "assistant", "content": " \n five"}
-    ids, mask, *_ = tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
+    ids, mask, *_ = prepare_data.tokenise(line(chat_row(USER, reply, USER, REPLY)), chat)
     text = tokenizer.apply_chat_template([USER, reply, USER, REPLY], tokenize=False)
     prefix = tokenizer(text[: text.index(" \n five")], add_special_tokens=False)["input_ids"]
     assert prefix != ids[: len(prefix)].tolist()  # so that spans from encoded prefixes would be wrong
@@ -129,7 +128,7 @@ def test_characters_of_several_bytes_and_tokens(trim_offsets):
     answer = "naïve 日本語 👩‍👩‍👧 end  \n\n 😀"
     tokenizer = family_tokenizer("qwen")
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-    chat = make_chat(tokenizer, "qwen", 2048, False)
+    chat = prepare_data.make_chat(tokenizer, "qwen", 2048, False)
     row = chat_row({"role": "user", "content": "é😀"}, {"role": "assistant", "content": answer}, USER, REPLY)
     assert runs(row, chat)[0] == answer + "<|im_end|>"
 
@@ -147,14 +146,14 @@ def test_offsets_cover_blanks_even_if_the_tokenizer_trims_them():
     tokenizer = family_tokenizer("qwen")
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     assert tokenizer.backend_tokenizer.encode("a  hi").offsets[1] == (2, 2)
-    assert make_chat(tokenizer, "qwen", 2048, False).encoder.encode("a  hi").offsets[1] == (1, 2)
+    assert prepare_data.make_chat(tokenizer, "qwen", 2048, False).encoder.encode("a  hi").offsets[1] == (1, 2)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_another_prompt_leaves_the_supervised_tokens_unchanged(family):
     chat, supervised = chat_for(family, names_of(family)[0]), []
     for prompt in ("hi", "Something 😀 else\n\nassistant\n", "<think> user <|system|>"):
-        ids, mask, *_ = tokenise(line(chat_row({"role": "user", "content": prompt}, REPLY, *SECOND)), chat)
+        ids, mask, *_ = prepare_data.tokenise(line(chat_row({"role": "user", "content": prompt}, REPLY, *SECOND)), chat)
         supervised.append(ids[mask == 1].tolist())
     assert supervised[0] == supervised[1] == supervised[2]
 
@@ -177,10 +176,10 @@ def test_every_form_of_a_conversation_gives_the_same_tokens():
         {"messages": [*messages, {"role": "user", "content": "never answered"}]},
         {"text": chat.tokenizer.apply_chat_template(messages, tokenize=False)},
     ]
-    ids, mask, *_ = tokenise(line(forms[0]), chat)
+    ids, mask, *_ = prepare_data.tokenise(line(forms[0]), chat)
     forms.append({"input_ids": ids.tolist(), "loss_mask": mask.tolist()})
     for form in forms:
-        other_ids, other_mask, *_ = tokenise(line(form), chat)
+        other_ids, other_mask, *_ = prepare_data.tokenise(line(form), chat)
         assert other_ids.tolist() == ids.tolist() and other_mask.tolist() == mask.tolist(), form
 
 
@@ -190,7 +189,7 @@ def test_rows_that_lose_their_reasoning_are_counted(tmp_path, capsys):
     rows = [chat_row(USER, {**REPLY, "reasoning_content": "they greet"})] * 2 + [chat_row(USER, REPLY)]
     rows.append(chat_row(USER, {**REPLY, "reasoning_content": "an earlier one"}, *SECOND))
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    config = prepare(path, tmp_path / "out", tmp_path / "target", num_proc=1)
+    config = prepare_data.prepare(path, tmp_path / "out", tmp_path / "target", num_proc=1)
     assert config["splits"]["train"]["reasoning_left_out"] == 2
     assert "train: 2 rows without the reasoning of their last reply" in capsys.readouterr().out
 
@@ -212,7 +211,9 @@ def test_reasoning_fields_and_tools_as_text():
             "<|channel|>analysis<|message|>two and two<|end|>"
         )
     chat = chat_for("qwen")
-    as_list, as_text = (tokenise(line(chat_row(USER, REPLY, tools=t)), chat)[0] for t in (TOOLS, json.dumps(TOOLS)))
+    as_list, as_text = (
+        prepare_data.tokenise(line(chat_row(USER, REPLY, tools=t)), chat)[0] for t in (TOOLS, json.dumps(TOOLS))
+    )
     assert as_list.tolist() == as_text.tolist() and "adds" in chat.tokenizer.decode(as_list)
 
 
@@ -221,13 +222,15 @@ def test_only_the_last_turn():
     assert runs(chat_row(*messages), chat_for("llama3", only_last=True)) == ["that is all<|eot_id|>"]
     chat = chat_for("llama3", only_last=True)
     row = {"input_ids": [9, 9, 9, 9, 9, 9], "loss_mask": [1, 1, 0, 1, 1, 0]}
-    assert tokenise(line(row), chat)[1].tolist() == [0, 0, 0, 1, 1, 0]
+    assert prepare_data.tokenise(line(row), chat)[1].tolist() == [0, 0, 0, 1, 1, 0]
 
 
 def test_truncation_is_at_the_right_and_needs_a_supervised_token():
-    ids, mask, cut, _ = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3"))
+    ids, mask, cut, _ = prepare_data.tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3"))
     first = int(np.flatnonzero(mask)[0])
-    short, short_mask, cut, _ = tokenise(line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3", max_length=first + 2))
+    short, short_mask, cut, _ = prepare_data.tokenise(
+        line(chat_row(USER, REPLY, *SECOND)), chat_for("llama3", max_length=first + 2)
+    )
     assert short.tolist() == ids[: first + 2].tolist() and short_mask.sum() == 2 and cut == len(ids) - first - 2
     assert cause(chat_row(USER, REPLY), chat_for("llama3", max_length=first)) == "no supervised token"
 
@@ -284,7 +287,7 @@ def test_a_turn_that_the_template_leaves_out_is_noticed():
     tokenizer = family_tokenizer("llama3")
     skipping = "{%- set messages = messages | rejectattr('name', 'defined') | list %}"
     tokenizer.chat_template = skipping + tokenizer.chat_template
-    chat = make_chat(tokenizer, "llama3", 2048, False)
+    chat = prepare_data.make_chat(tokenizer, "llama3", 2048, False)
     assert runs(chat_row(USER, REPLY, *SECOND), chat) == ["hello there<|eot_id|>", "that is all<|eot_id|>"]
     assert cause(chat_row(USER, {**REPLY, "name": "aside"}, *SECOND), chat) == "turns not marked"
 
@@ -306,7 +309,7 @@ def test_a_template_that_marks_no_end_of_a_call_supervises_no_output_of_a_tool()
     template = template.replace(r"'\n<|stop|>", r"'<|yield|>' if message.tool_calls else '\n<|stop|>")
     template = template.replace("message.content.split", "(message.content or message.tool_calls | tojson).split")
     tokenizer = tiny.train_tokenizer(tiny.TEXTS, 400, special, template, bos_token="<|turn|>", eos_token="<|stop|>")
-    chat = make_chat(tokenizer, "auto", 2048, False)
+    chat = prepare_data.make_chat(tokenizer, "auto", 2048, False)
     assert cause(chat_row(*CALLING), chat) == "turns not marked"
     assert runs(chat_row(USER, REPLY), chat) == ["hello there\n<|stop|>"]
 
@@ -317,7 +320,7 @@ def test_rejected_rows_are_named_with_line_and_cause(tmp_path, target):
         lines += [line(row), line(chat_row(USER, REPLY))]
     path = tmp_path / "mixed.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n\n\n")  # blank lines at the end are no rows
-    config = prepare(path, tmp_path / "out", target, max_rejected_ratio=0.6, num_proc=2)
+    config = prepare_data.prepare(path, tmp_path / "out", target, max_rejected_ratio=0.6, num_proc=2)
     rejected = [json.loads(text) for text in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [(row["line"], row["cause"]) for row in rejected] == [(2 * i + 2, bad[0]) for i, bad in enumerate(BAD)]
     assert {row["file"] for row in rejected} == {str(path)} and set(rejected[0]) == {"line", "file", "cause", "detail"}
@@ -331,7 +334,7 @@ def test_unusable_files_end_with_one_line(tmp_path, target, capsys):
         path = tmp_path / "rows.jsonl"
         if content is not None:
             path.write_bytes(content)
-        return fails(capsys, prepare, path, tmp_path / "out", target, **options)
+        return fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, **options)
 
     assert "no such file" in stop(None)
     assert "is empty" in stop(b"")
@@ -349,7 +352,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
 
     def stop(output="out", **options):
-        return fails(capsys, prepare, path, tmp_path / output, target, **options)
+        return fails(capsys, prepare_data.prepare, path, tmp_path / output, target, **options)
 
     assert "vicuna: known are llama3" in stop(chat_template="vicuna")
     assert "max_rejected_ratio 2 must" in stop(max_rejected_ratio=2)
@@ -366,7 +369,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
 
 def test_template_that_does_not_fit(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
-    error = fails(capsys, prepare, path, tmp_path / "out", target, chat_template="qwen")
+    error = fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, chat_template="qwen")
     assert r"'<|im_start|>assistant\n'" in error and r"<|begin_of_text|><|start_header_id|>user" in error
     assert "--chat_template llama3 or auto" in error
 
@@ -380,12 +383,17 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
     tokens = {"input_ids": [9, 9], "loss_mask": [0, 1]}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, chat_row(USER, REPLY)])
     missing = "no chat template in the tokenizer (first: line "
-    assert missing + "2)" in fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare")
+    assert missing + "2)" in fails(capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare")
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, {"text": text}])
-    assert prepare(path, tmp_path / "out", tmp_path / "bare")["splits"]["train"]["supervised_tokens"] > 5
-    assert missing + "2)" in fails(capsys, prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto")
+    assert prepare_data.prepare(path, tmp_path / "out", tmp_path / "bare")["splits"]["train"]["supervised_tokens"] > 5
+    assert missing + "2)" in fails(
+        capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto"
+    )
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens])
-    assert prepare(path, tmp_path / "out", tmp_path / "bare", chat_template="auto")["splits"]["train"]["rows"] == 1
+    assert (
+        prepare_data.prepare(path, tmp_path / "out", tmp_path / "bare", chat_template="auto")["splits"]["train"]["rows"]
+        == 1
+    )
 
 
 # ---------------------------------------------------------------------------- presets
@@ -396,9 +404,9 @@ def test_sharegpt_from_a_local_copy(tmp_path, target):
     folder = tmp_path / "copy"
     folder.mkdir()
     (folder / "ShareGPT_V4.3_unfiltered_cleaned_split.json").write_text(json.dumps(rows))
-    config = prepare("sharegpt", tmp_path / "out", target, dataset_path=folder)
+    config = prepare_data.prepare("sharegpt", tmp_path / "out", target, dataset_path=folder)
     assert config["splits"]["train"]["rows"] == 19
-    data = open_data(tmp_path / "out")[0]["train"]
+    data = dataloader.open_data(tmp_path / "out")[0]["train"]
     assert data[18] == data[0]  # the cut conversation, without the turn that was cut off
     rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
     assert rejected["line"] == 20 and rejected["cause"] == "roles out of order" and rejected["file"] == "sharegpt"
@@ -430,25 +438,27 @@ def test_ultrachat_from_a_local_copy(tmp_path, target, capsys):
     part("train_gen-00000-of-00001-a6c9fb894be3e50b.parquet", 7)
     options = {"dataset_path": tmp_path / "copy"}
     assert "no data/test_sft-" in fails(
-        capsys, prepare, "ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options
+        capsys, prepare_data.prepare, "ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options
     )
     part("test_sft-00000-of-00001-f7dfac4afe5b93f4.parquet", 1)
-    prepare("ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options)
-    data, _ = open_data(tmp_path / "out")
+    prepare_data.prepare("ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options)
+    data, _ = dataloader.open_data(tmp_path / "out")
     assert len(data["train"]) == 5 and len(data["validation"]) == 1
 
 
 def test_a_preset_without_hub_and_copy_ends_with_one_line(tmp_path, target, capsys):
-    assert "--dataset_path" in fails(capsys, prepare, "ultrachat", tmp_path / "out", target)
-    assert "no ShareGPT" in fails(capsys, prepare, "sharegpt", tmp_path / "out", target, dataset_path=tmp_path)
+    assert "--dataset_path" in fails(capsys, prepare_data.prepare, "ultrachat", tmp_path / "out", target)
+    assert "no ShareGPT" in fails(
+        capsys, prepare_data.prepare, "sharegpt", tmp_path / "out", target, dataset_path=tmp_path
+    )
 
 
 def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
-    lines = read_conversations.pydoc_lines()
+    lines = conversations.pydoc_lines()
     rows = [json.loads(row) for row in lines]
     assert len(rows) > 2000 and sum(len(row["conversations"]) > 2 for row in rows) > 100
     chat = chat_for("llama3")
-    assert all(tokenise(row, chat)[1].any() for row in lines[::100])
+    assert all(prepare_data.tokenise(row, chat)[1].any() for row in lines[::100])
     answers = " ".join(message["content"] for row in rows for message in row["conversations"])
     assert "collections.OrderedDict" in answers and "Serialize ``obj`` to a JSON" in answers
     code = "import hashlib, read_conversations as r; print(hashlib.sha256(b''.join(r.pydoc_lines())).hexdigest())"
@@ -462,7 +472,7 @@ def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatc
     def tokenise_and_note(raw, chat):
         with open(tmp_path / "processes", "a") as file:
             file.write(f"{os.getpid()} ")
-        return tokenise(raw, chat)
+        return prepare_data.tokenise(raw, chat)
 
     def processes():
         return set((tmp_path / "processes").read_text().split()) - {str(os.getpid())}
@@ -471,13 +481,13 @@ def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatc
     monkeypatch.setattr(prepare_data, "tokenise", tokenise_and_note)
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(301, turns=2))
     options = {"validation_ratio": 0.1, "num_samples": 250}
-    first = prepare(path, tmp_path / "one", target, num_proc=96, **options)
+    first = prepare_data.prepare(path, tmp_path / "one", target, num_proc=96, **options)
     assert not processes()  # too few rows to start any
     monkeypatch.setattr(prepare_data, "MIN_ROWS_PER_PROCESS", 100)
-    second = prepare(path, tmp_path / "two", target, num_proc=96, **options)
+    second = prepare_data.prepare(path, tmp_path / "two", target, num_proc=96, **options)
     assert len(processes()) == 2
     assert first == second
-    one, two = (open_data(tmp_path / name)[0] for name in ("one", "two"))
+    one, two = (dataloader.open_data(tmp_path / name)[0] for name in ("one", "two"))
     assert len(one["train"]) == 225 and len(one["validation"]) == 25
     for split in one:
         assert one[split].to_dict() == two[split].to_dict()
@@ -490,15 +500,15 @@ def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatc
 
 def test_counts_are_of_the_supervised_tokens_of_train(tmp_path, target):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(40, turns=2))
-    config = prepare(path, tmp_path / "out", target, validation_ratio=0.25, max_length=199)
+    config = prepare_data.prepare(path, tmp_path / "out", target, validation_ratio=0.25, max_length=199)
     expected, tokens, truncated = {}, 0, 0
-    for row in open_data(tmp_path / "out")[0]["train"]:
+    for row in dataloader.open_data(tmp_path / "out")[0]["train"]:
         assert row["length"] == len(row["input_ids"]) == len(row["loss_mask"]) <= 199
         tokens, truncated = tokens + row["length"], truncated + (row["length"] == 199)
         for token, supervised in zip(row["input_ids"], row["loss_mask"], strict=True):
             expected[token] = expected.get(token, 0) + supervised
     expected = {token: count for token, count in expected.items() if count}
-    assert read_token_freq(tmp_path / "out" / "token_freq.pt") == expected
+    assert vocabulary.read_token_freq(tmp_path / "out" / "token_freq.pt") == expected
     train = config["splits"]["train"]
     assert (train["tokens"], train["supervised_tokens"]) == (tokens, sum(expected.values()))
     assert train["longest"] == 199 and 0 < truncated == train["truncated"] < 30
@@ -506,7 +516,7 @@ def test_counts_are_of_the_supervised_tokens_of_train(tmp_path, target):
 
 def test_read_token_freq(tmp_path, capsys):
     torch.save({1: torch.tensor(3)}, tmp_path / "dict.pt")
-    assert read_token_freq(tmp_path / "dict.pt") == {1: 3}
+    assert vocabulary.read_token_freq(tmp_path / "dict.pt") == {1: 3}
     torch.save({1: Path("x")}, tmp_path / "code.pt")
     torch.save({1: -2}, tmp_path / "negative.pt")
     torch.save({}, tmp_path / "none.pt")
@@ -515,21 +525,21 @@ def test_read_token_freq(tmp_path, capsys):
     for name, message in (("code", "not a plain dict"), ("negative", "negative"), ("none", "none in it"),
                           ("list", "not a plain dict"), ("junk", "not a plain dict"),
                           ("absent", "FileNotFoundError")):  # fmt: skip
-        assert message in fails(capsys, read_token_freq, tmp_path / f"{name}.pt")
+        assert message in fails(capsys, vocabulary.read_token_freq, tmp_path / f"{name}.pt")
 
 
 def test_fingerprint_follows_every_ingredient(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(12, turns=2))
     other = write_family(tmp_path / "other", "llama3")
-    tokenizer = prepare_data.load_tokenizer(other)
+    tokenizer = target_files.load_tokenizer(other)
     tokenizer.chat_template += "{#- says the same in another way -#}"
     tokenizer.save_pretrained(other)
     seen = []
 
     def build(**options):
         options = {"dataset": path, "target_model_path": target, **options}
-        config = prepare(output_path=tmp_path / "out", **options)
-        assert open_data(tmp_path / "out")[1] == config
+        config = prepare_data.prepare(output_path=tmp_path / "out", **options)
+        assert dataloader.open_data(tmp_path / "out")[1] == config
         seen.append(config["fingerprint"])
         return "reused" in capsys.readouterr().out
 
@@ -553,36 +563,36 @@ def test_fingerprint_follows_every_ingredient(tmp_path, target, capsys):
 
 def test_a_killed_build_never_looks_complete(tmp_path, target, monkeypatch, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
-    prepare(path, tmp_path / "out", target)
-    before = open_data(tmp_path / "out")[1]
+    prepare_data.prepare(path, tmp_path / "out", target)
+    before = dataloader.open_data(tmp_path / "out")[1]
     monkeypatch.setattr(torch, "save", lambda *args: os._exit(9))  # in the middle of the next build
     if (child := os.fork()) == 0:
-        prepare(path, tmp_path / "out", target, max_length=64)
+        prepare_data.prepare(path, tmp_path / "out", target, max_length=64)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert open_data(tmp_path / "out")[1] == before
+    assert dataloader.open_data(tmp_path / "out")[1] == before
     monkeypatch.undo()
-    prepare(path, tmp_path / "out", target, max_length=64)
+    prepare_data.prepare(path, tmp_path / "out", target, max_length=64)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["data_config.json", "dataset_dict.json", "token_freq.pt", "train"])
 def test_open_data_names_what_is_missing(name, tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
-    prepare(path, tmp_path / "out", target)
+    prepare_data.prepare(path, tmp_path / "out", target)
     (tmp_path / "out" / name).rename(tmp_path / "elsewhere")
-    assert f"{name} is missing" in fails(capsys, open_data, tmp_path / "out")
+    assert f"{name} is missing" in fails(capsys, dataloader.open_data, tmp_path / "out")
 
 
 def test_open_data_refuses_another_version(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
-    config = prepare(path, tmp_path / "out", target)
+    config = prepare_data.prepare(path, tmp_path / "out", target)
     (tmp_path / "out" / "data_config.json").write_text(json.dumps({**config, "format_version": 0}))
-    assert "format version 0" in fails(capsys, open_data, tmp_path / "out")
+    assert "format version 0" in fails(capsys, dataloader.open_data, tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------- command line
 def test_flags(capsys):
-    argv = read_conversations.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
+    argv = common.normalise_argv(["--a-b=c-d", "--x-y", "-1", "--old", "e-f"], {"old": "new"})
     assert argv == ["--a_b=c-d", "--x_y", "-1", "--new", "e-f"]
     required = ["--dataset", "a", "--target-model-path", "b", "--output_path", "c"]
     assert prepare_data.parse_args(required).train_only_last_turn is False
@@ -603,10 +613,10 @@ def test_flags(capsys):
 
 
 def test_write_atomic_replaces_the_whole_file(tmp_path):
-    read_conversations.write_atomic(tmp_path / "a", "long text")
-    read_conversations.write_atomic(tmp_path / "a", b"b")
+    common.write_atomic(tmp_path / "a", "long text")
+    common.write_atomic(tmp_path / "a", b"b")
     assert (tmp_path / "a").read_bytes() == b"b" and len(list(tmp_path.iterdir())) == 1
-    assert read_conversations.hash_file(tmp_path / "a").startswith("3e23e816")
+    assert common.hash_file(tmp_path / "a").startswith("3e23e816")
 
 
 def test_command_line(tmp_path, target):
@@ -626,6 +636,6 @@ def test_a_tokenizer_that_has_only_tiktokens_file_is_refused(tmp_path, capsys):
     """As in Kimi's repositories, of which transformers would make another tokenizer or none."""
     tiny.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "tiktoken.model").write_bytes(b"IQ== 0\n")
-    prepare_data.load_tokenizer(tmp_path)
+    target_files.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    assert "is a tiktoken.model: add a tokenizer.json" in fails(capsys, prepare_data.load_tokenizer, tmp_path)
+    assert "is a tiktoken.model: add a tokenizer.json" in fails(capsys, target_files.load_tokenizer, tmp_path)

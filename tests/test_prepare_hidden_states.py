@@ -20,11 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import prepare_data
 import prepare_hidden_states
 import train_eagle3
-from load_target import default_layer_ids
-from prepare_data import open_data, prepare
-from prepare_hidden_states import Store, store_settings
+from core import common, dataloader, hidden_states, target_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
 LAYERS, WIDTH, STEPS = [2, 4, 5], 64, 3
@@ -84,8 +83,14 @@ def work(tmp_path_factory):
 
 
 def make_data(folder, name, train="train.jsonl", target="target"):
-    prepare(folder / train, folder / name, folder / target, validation_dataset=folder / "validation.jsonl", num_proc=1,
-            max_rejected_ratio=1.0)  # fmt: skip
+    prepare_data.prepare(
+        folder / train,
+        folder / name,
+        folder / target,
+        validation_dataset=folder / "validation.jsonl",
+        num_proc=1,
+        max_rejected_ratio=1.0,
+    )
 
 
 def writing(work, output, *flags):
@@ -186,7 +191,7 @@ def no_target(monkeypatch):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(hidden_states, "SHARD_BYTES", 200_000)
 
 
 # --- what is written ---
@@ -237,7 +242,7 @@ def assert_stored(found, expected, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_written_states_are_those_of_transformers(work, dtype):
-    data, _ = open_data(work / "data")
+    data, _ = dataloader.open_data(work / "data")
     expected = expected_rows(work / "target", data)
     assert any(not len(states[2]) for states in expected.values()), "a row of which nothing is read"
     assert any(0 < len(states[2]) < len(states[0]) - 5 for states in expected.values())
@@ -251,8 +256,11 @@ def test_several_files_and_tied_targets(work, tmp_path, tied, size):
     assert tied or len(list((tmp_path / "target").glob("*.safetensors"))) > 2
     shutil.copytree(work / "data", tmp_path / "data")
     write(tmp_path, tmp_path / "out", "--hidden_states_dtype", "float32", "--batch_size", 1)
-    assert_stored(read_folder(tmp_path / "out"), expected_rows(tmp_path / "target", open_data(work / "data")[0]),
-                  "float32")  # fmt: skip
+    assert_stored(
+        read_folder(tmp_path / "out"),
+        expected_rows(tmp_path / "target", dataloader.open_data(work / "data")[0]),
+        "float32",
+    )
 
 
 def test_rows_that_share_a_forward_equal_those_alone_to_rounding(work, tmp_path, small_shards):
@@ -276,9 +284,10 @@ def assert_states_close(folder, other):
 def test_the_size_that_is_printed_before_is_what_is_written(work, tmp_path, capsys, dtype):
     write(work, tmp_path / "out", "--hidden_states_dtype", dtype)
     printed = capsys.readouterr().out
-    count, all_of, gigabytes, a_token = re.search(r"([\d,]+) of ([\d,]+) rows to write: (\S+) GB, ([\d,]+) bytes a",
-                                                  printed).groups()  # fmt: skip
-    data, _ = open_data(work / "data")
+    count, all_of, gigabytes, a_token = re.search(
+        r"([\d,]+) of ([\d,]+) rows to write: (\S+) GB, ([\d,]+) bytes a", printed
+    ).groups()
+    data, _ = dataloader.open_data(work / "data")
     tokens = sum(sum(data[split]["length"]) for split in data)
     written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert int(count) == int(all_of) == 26
@@ -296,7 +305,7 @@ def test_states_that_are_not_finite_are_reported_and_not_written(work, tmp_path,
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][RARE] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    data, _ = open_data(work / "data")
+    data, _ = dataloader.open_data(work / "data")
     expected = {}
     for row, (ids, mask, aux, last) in expected_rows(folder, data).items():
         if aux.isfinite().all() and last.isfinite().all():
@@ -318,16 +327,16 @@ def test_states_that_are_not_finite_are_reported_and_not_written(work, tmp_path,
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_number_that_is_not_finite_keeps_a_row_out(tmp_path, capsys, dtype):
     """Wherever among the tokens that are read it is."""
-    store, generator = Store(tmp_path, {"layers": LAYERS}, create=dtype), torch.Generator().manual_seed(0)
+    store, generator = hidden_states.Store(tmp_path, {"layers": LAYERS}, create=dtype), torch.Generator().manual_seed(0)
     ids, mask = torch.arange(40), torch.tensor([0] * 10 + [1] * 30)
     for number, wrong in enumerate([0.0, *[float("nan"), float("inf"), -float("inf")] * 20]):
         states = [torch.randn(40, width * WIDTH, generator=generator) for width in (3, 1)]
         part = states[number % 2].flatten()[15 * WIDTH : 35 * WIDTH]  # tokens that are read of either
         part[int(torch.randint(len(part), (), generator=generator))] = wrong
-        tensors = prepare_hidden_states.to_stored(ids, mask, *states, DTYPES[dtype])
+        tensors = hidden_states.to_stored(ids, mask, *states, DTYPES[dtype])
         assert store.add(f"train/{number}", tensors) == (wrong == 0)
         assert (f"row train/{number}: hidden states are not finite" in capsys.readouterr().err) == (wrong != 0)
-    nothing = prepare_hidden_states.to_stored(ids, 0 * mask, *states, DTYPES[dtype])
+    nothing = hidden_states.to_stored(ids, 0 * mask, *states, DTYPES[dtype])
     assert store.add("train/none", nothing) and list(store.new) == ["train/0", "train/none"]
 
 
@@ -337,7 +346,7 @@ def test_overflow_of_float16_is_not_written(work, tmp_path, capsys):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][RARE] *= 1e6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    data, _ = open_data(work / "data")
+    data, _ = dataloader.open_data(work / "data")
     bad = [row for row, (*_, aux, last) in expected_rows(folder, data).items()
            if max(x.abs().max() if len(x) else 0 for x in (aux, last)) > 65520]  # fmt: skip
     for dtype, lacking in (("float16", bad), ("fp8", [])):
@@ -345,8 +354,18 @@ def test_overflow_of_float16_is_not_written(work, tmp_path, capsys):
         assert sorted([*read_folder(tmp_path / dtype), *lacking]) == sorted(all_rows(data))
     assert bad and f"row {bad[0]}: hidden states are not finite in float16" in capsys.readouterr().err
     # The training that generates does not keep them either.
-    train(tmp_path, tmp_path / "run", "--num_epochs", 1, "--hidden_states_path", tmp_path / "cached",
-          "--on_generate", "cache", "--hidden_states_dtype", "float16")  # fmt: skip
+    train(
+        tmp_path,
+        tmp_path / "run",
+        "--num_epochs",
+        1,
+        "--hidden_states_path",
+        tmp_path / "cached",
+        "--on_generate",
+        "cache",
+        "--hidden_states_dtype",
+        "float16",
+    )
     assert sorted([*read_folder(tmp_path / "cached"), *bad]) == sorted(all_rows(data))
 
 
@@ -373,13 +392,13 @@ def test_what_is_there_is_not_written_again(work, tmp_path, small_shards, capsys
     kept = {path: path.read_bytes() for path in shards[::2]}
     for path in shards[1::2]:
         path.unlink()
-    lacking = set(all_rows(open_data(work / "data")[0])) - read_folder(out).keys()
+    lacking = set(all_rows(dataloader.open_data(work / "data")[0])) - read_folder(out).keys()
     capsys.readouterr()
     write(work, out, "--batch_size", 3)
     assert f"{len(lacking)} of 26 rows to write" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in kept} == kept and same(out, whole)
     rows = [row for shard in json.loads((out / "index.json").read_text())["shards"].values() for row in shard]
-    assert sorted(rows) == sorted(all_rows(open_data(work / "data")[0]))
+    assert sorted(rows) == sorted(all_rows(dataloader.open_data(work / "data")[0]))
 
 
 def test_max_disk_and_a_disk_that_is_too_small(work, tmp_path, no_target, monkeypatch, capsys):
@@ -393,7 +412,7 @@ def test_max_disk_and_a_disk_that_is_too_small(work, tmp_path, no_target, monkey
 
 def test_full_disk_while_writing(work, tmp_path, monkeypatch, capsys):
     """One line; what was written stays; it goes on once there is room. At every size, down to no room for the index."""
-    monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(hidden_states, "SHARD_BYTES", 60_000)
     whole = write(work, tmp_path / "whole")
     room = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: room)  # somebody else fills it meanwhile
@@ -413,19 +432,19 @@ def test_full_disk_while_writing(work, tmp_path, monkeypatch, capsys):
             while file.write(bytes(4096)):
                 pass
         assert "cannot be written" in refused(capsys, write, work, disk / "other")
-        prepare_hidden_states.open_shard.cache_clear()  # they are mapped
+        hidden_states.open_shard.cache_clear()  # they are mapped
 
 
 def test_no_room_for_the_index(work, tmp_path, monkeypatch, capsys):
     """The rows are all there then: the next start writes the index alone."""
-    whole, write_atomic = work / "bfloat16", prepare_hidden_states.write_atomic
+    whole, write_atomic = work / "bfloat16", common.write_atomic
 
     def full(path, text):
         if "train/0" in text:
             raise OSError(28, "No space left on device")
         write_atomic(path, text)
 
-    monkeypatch.setattr(prepare_hidden_states, "write_atomic", full)
+    monkeypatch.setattr(common, "write_atomic", full)
     line = refused(capsys, write, work, tmp_path / "out", "--batch_size", 1)
     assert "No space left" in line and "make room and start again" in line
     monkeypatch.undo()
@@ -437,13 +456,13 @@ def test_no_room_for_the_index(work, tmp_path, monkeypatch, capsys):
 @SLOW
 def test_full_disk_while_training_caches(work, tmp_path, monkeypatch, capsys):
     """The training goes on as if nothing were kept."""
-    monkeypatch.setattr(prepare_hidden_states, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(hidden_states, "SHARD_BYTES", 60_000)
     flags = "--num_epochs", 2, "--hidden_states_dtype", "float32"
     with tiny.small_disk(tmp_path / "disk", 200) as (disk, _):
         lines = train(work, tmp_path / "a", *flags, "--hidden_states_path", disk / "out", "--on_generate", "cache")
         assert capsys.readouterr().err.count("hidden states are not kept from here on") == 1
         assert hidden(disk / "out") == [] and 0 < len(read_folder(disk / "out")) < 26
-        prepare_hidden_states.open_shard.cache_clear()  # they are mapped
+        hidden_states.open_shard.cache_clear()  # they are mapped
     assert identical(lines, train(work, tmp_path / "b", "--num_epochs", 2))
 
 
@@ -484,8 +503,10 @@ def test_a_folder_of_anything_else_is_refused_by_name(work, tmp_path, no_target,
 
 
 def open_store(work, folder):
-    model, (data, config) = work / "target", open_data(work / "data")
-    return Store(folder, store_settings(model, default_layer_ids(8), config)), all_rows(data)
+    model, (data, config) = work / "target", dataloader.open_data(work / "data")
+    return hidden_states.Store(
+        folder, hidden_states.store_settings(model, target_files.default_layer_ids(8), config)
+    ), all_rows(data)
 
 
 def test_any_flipped_byte_and_any_truncation_is_noticed(work, tmp_path, small_shards):
@@ -516,7 +537,7 @@ def test_any_flipped_byte_and_any_truncation_is_noticed(work, tmp_path, small_sh
                 (folder / victim.name).unlink()
             else:
                 (folder / victim.name).write_bytes(content[:end])
-            prepare_hidden_states.open_shard.cache_clear()
+            hidden_states.open_shard.cache_clear()
             store, names = open_store(work, folder)
             lost = []
             for row in names:
@@ -542,8 +563,12 @@ def launch(ranks, runs, folder, shard_bytes=200_000, timeout=400):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*start, folder / "wrapper.py", str(shard_bytes), json.dumps(runs)],
-        capture_output=True, text=True, timeout=timeout, check=False, env=tiny.environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=tiny.environment(),
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return json.loads(re.search(r"^exit (.*)", result.stdout, re.MULTILINE)[1]), result.stdout, result.stderr
 
@@ -596,8 +621,9 @@ def test_killed_ten_times_while_writing(work, tmp_path):
     def start(output, count=20_000):
         runs = json.dumps([["write", writing(work, output, *flags)]])
         command = [sys.executable, tmp_path / "wrapper.py", str(count), runs]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                start_new_session=True, env=variables)  # fmt: skip
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=variables
+        )
 
     whole = start(tmp_path / "whole")
     assert "exit [0]" in whole.communicate(timeout=300)[0]
@@ -669,10 +695,13 @@ def test_offline_in_larger_micro_batches(work, tmp_path, no_target, monkeypatch,
 
 def test_hybrid_caches_in_the_first_epoch_and_reads_in_the_second(work, tmp_path, online, small_shards, monkeypatch):
     """float32: all equals online. The second epoch generates nothing, though it is a new one of the same run."""
-    counts, run = [], prepare_hidden_states.Source.expect
-    asked = lambda source, batches, data: counts.append((data.name, any(  # noqa: E731
-        reason for batch in batches for _, reason, _ in batch["stored"]))) or run(source, batches, data)  # fmt: skip
-    monkeypatch.setattr(prepare_hidden_states.Source, "expect", asked)
+    counts, run = [], hidden_states.Source.expect
+
+    def asked(source, batches, data):
+        counts.append((data.name, any(reason for batch in batches for _, reason, _ in batch["stored"])))
+        return run(source, batches, data)
+
+    monkeypatch.setattr(hidden_states.Source, "expect", asked)
     flags = "--on_generate", "cache", "--hidden_states_dtype", "float32"
     assert identical(train(work, tmp_path / "a", *offline(tmp_path / "states", "generate", *flags)), online)
     assert counts == [("train", True)] * 5 + [("validation", True)] * 6 + [("train", False)] * 5 + [
@@ -686,12 +715,21 @@ def test_a_single_epoch_keeps_every_row(work, tmp_path, validation, no_target, m
     monkeypatch.undo()
     data = work / "data"
     if not validation:
-        prepare(work / "train.jsonl", tmp_path / "data", work / "target", num_proc=1, max_rejected_ratio=1.0)
+        prepare_data.prepare(
+            work / "train.jsonl", tmp_path / "data", work / "target", num_proc=1, max_rejected_ratio=1.0
+        )
         data = tmp_path / "data"
-    train(work, tmp_path / "out", *offline(tmp_path / "states", "generate", "--on_generate", "cache"),
-          "--num_epochs", 1, "--data_path", data)  # fmt: skip
+    train(
+        work,
+        tmp_path / "out",
+        *offline(tmp_path / "states", "generate", "--on_generate", "cache"),
+        "--num_epochs",
+        1,
+        "--data_path",
+        data,
+    )
     there = read_folder(tmp_path / "states")
-    assert there.keys() == set(all_rows(open_data(data)[0]))
+    assert there.keys() == set(all_rows(dataloader.open_data(data)[0]))
     if validation:
         assert same(tmp_path / "states", work / "bfloat16")
     # Both epochs of a hybrid run are what an offline epoch is, rounding included.
@@ -767,7 +805,7 @@ def test_training_survives_damage(work, tmp_path, online, small_shards, capsys, 
     else:
         victim.unlink()
     wrong = {"flipped": "damaged", "cut": "damaged", "gone": "missing"}[damage]
-    prepare_hidden_states.open_shard.cache_clear()
+    hidden_states.open_shard.cache_clear()
     line = refused(capsys, train, work, tmp_path / "raise", *offline(whole))
     if damage == "gone":
         assert f"{whole} lacks {len(own)} of 26 rows" in line

@@ -16,8 +16,7 @@ import tiny
 from chat_templates import family_tokenizer, marked
 
 import prepare_data
-import regenerate_data
-from prepare_data import open_data
+from core import dataloader, regeneration, target_files
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
 CALL = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -100,7 +99,9 @@ def server():
 def waits(monkeypatch):
     """The seconds of back-off that were waited, without waiting."""
     waited = []
-    monkeypatch.setattr(regenerate_data.time, "sleep", lambda seconds: waited.append(seconds) if seconds >= 1 else None)
+    monkeypatch.setattr(
+        regeneration.server.time, "sleep", lambda seconds: waited.append(seconds) if seconds >= 1 else None
+    )
     return waited
 
 
@@ -113,7 +114,7 @@ def target(tmp_path_factory):
 
 def settings(server, **options):
     """The flags of REGENERATE_FLAGS."""
-    values = {name: default for name, _, default, *_ in regenerate_data.REGENERATE_FLAGS}
+    values = {name: default for name, _, default, *_ in regeneration.REGENERATE_FLAGS}
     values |= {"regenerate_endpoint": server.url, "regenerate_concurrency": 8, "template_options": {}}
     return type("Flags", (), values | {f"regenerate_{name}": value for name, value in options.items()})
 
@@ -121,7 +122,7 @@ def settings(server, **options):
 def answer(server, path, messages, **options):
     """The rows of the file that one pass over these conversations gives, row by row, without their number."""
     raw = [json.dumps(row if isinstance(row, dict) else {"messages": row}).encode() for row in messages]
-    regenerate_data.answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, path, "m", settings(server, **options))
+    regeneration.answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, path, "m", settings(server, **options))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row.pop("row") for row in rows] == list(range(1, len(raw) + 1))
     return rows
@@ -205,7 +206,7 @@ def test_an_answer_that_is_cut_ends_the_conversation(server, tmp_path):
 
 
 def test_what_was_cut_has_no_end_to_learn(target):
-    chat = prepare_data.make_chat(prepare_data.load_tokenizer(target), "qwen", 2048, False)
+    chat = prepare_data.make_chat(target_files.load_tokenizer(target), "qwen", 2048, False)
     for reply, end in (
         ({"content": "hel"}, "⟦<think>\n\n</think>\n\nhel⟧<|im_end|>\n"),
         (REPLY, "hello there<|im_end|>⟧\n"),
@@ -222,11 +223,11 @@ def test_rows_that_cannot_be_answered_are_named(server, tmp_path):
     server.reply = reply
     for call in ({"function": "add"}, {"function": None}, {"function": {"name": None}}, {}):
         row = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
-        assert regenerate_data.answer_row(json.dumps({"messages": row}).encode(), None, "keep")[0] == {
+        assert regeneration.answer_row(json.dumps({"messages": row}).encode(), None, "keep")[0] == {
             "rejected_for": ["malformed message", "a call of tool_calls has no name"]
         }
     for tools in ([None], [1], "[null]", {"name": "add"}):
-        (found, _) = regenerate_data.answer_row(json.dumps({"messages": [USER, REPLY], "tools": tools}).encode(), 0, "")
+        (found, _) = regeneration.answer_row(json.dumps({"messages": [USER, REPLY], "tools": tools}).encode(), 0, "")
         assert found["rejected_for"][0] == "malformed tools", tools
     rows = [{"text": "rendered"}, [USER], [{"role": "user", "content": "long"}, REPLY], [USER, REPLY]]
     found = answer(server, tmp_path / "a.jsonl", rows)
@@ -287,7 +288,7 @@ def test_one_row_for_which_the_server_fails_is_set_aside(server, tmp_path, waits
     rows = answer(server, tmp_path / "a.jsonl", conversations(20), retries=1, concurrency=2)
     assert [row for row in rows if "rejected_for" in row] == [rows[3]] and rows[3]["rejected_for"][
         0
-    ] == regenerate_data.REFUSED
+    ] == regeneration.REFUSED
 
 
 def stopped(capsys, function, *arguments, **options):
@@ -361,7 +362,7 @@ def test_killed_again_and_again_it_neither_loses_nor_repeats_a_row(server, tmp_p
 def test_two_writers_and_a_line_that_is_none_are_refused(server, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     with open(path, "ab") as file:
-        regenerate_data.fcntl.flock(file, regenerate_data.fcntl.LOCK_EX)
+        regeneration.fcntl.flock(file, regeneration.fcntl.LOCK_EX)
         assert "another process writes" in stopped(capsys, answer, server, path, conversations(1))
     path.write_bytes(b'{"row": 1}\nnonsense\n')
     assert "byte 11 begins a line that is no answer" in stopped(capsys, answer, server, path, conversations(1))
@@ -375,8 +376,8 @@ def test_prepared_data_hold_the_targets_own_replies(server, target, tmp_path, ca
     config = prepare_data.main(prepare_data.parse_args(words))
     assert {name: part["rows"] for name, part in config["splits"].items()} == {"train": 6, "validation": 2}
     assert {request["model"] for request in server.requests} == {"served"} and len(server.requests) == 16
-    tokenizer = prepare_data.load_tokenizer(target)
-    for split in open_data(tmp_path / "out")[0].values():
+    tokenizer = target_files.load_tokenizer(target)
+    for split in dataloader.open_data(tmp_path / "out")[0].values():
         for row in split:
             text = marked(row["input_ids"], row["loss_mask"], tokenizer)
             assert text.count("⟦answer 1 ") == 1 and "answer 3 " in text and text.count("⟦") == 2
@@ -449,7 +450,7 @@ def test_refused_rows_count_as_rejected(server, target, tmp_path, capsys):
 
 
 def test_a_server_that_is_not_there_is_named():
-    with pytest.raises(regenerate_data.ServerFailed, match="nowhere fails for it, 1 times, at last with .*refused"):
-        regenerate_data.keep_asking(
-            "nowhere", "it", 0, lambda: regenerate_data.request_answer("http://127.0.0.1:9", "x")
+    with pytest.raises(regeneration.server.ServerFailed, match="nowhere fails for it, 1 times, at last with .*refused"):
+        regeneration.server.keep_asking(
+            "nowhere", "it", 0, lambda: regeneration.server.request_answer("http://127.0.0.1:9", "x")
         )

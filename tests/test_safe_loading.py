@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file
 from test_docs import SCRIPTS, flags_of
 
-from build_vocab_mapping import load_mapping, save_mapping
-from evaluate_eagle3 import read_prompts
-from export_eagle3 import check_draft, read_draft
-from load_target import load_head, load_target, read_target_config
-from prepare_data import load_tokenizer, open_data, prepare
+import build_vocab_mapping
+import evaluate_draft
+import prepare_data
+from core import dataloader, draft_files, target_files, target_model, vocabulary
 
 # --- by the sources ---
 
@@ -31,7 +30,7 @@ UNSAFE = {  # whatever their arguments are; torch's, NumPy's and transformers' a
     "pandas.read_pickle", "pd.read_pickle", "importlib.import_module", "runpy.run_path", "os.system",
 }  # fmt: skip
 TRUST = ("trust_remote_code", "args.trust_remote_code", "False")  # a parameter or a flag: the user's decision; or no
-SHARDS = "save_checkpoint.py"  # DeepSpeed unpickles its own shards: only there, and only from an output folder
+SHARDS = "core/checkpoints.py"  # DeepSpeed unpickles its own shards: only there, and only from an output folder
 
 
 def unsafe_loads(source, name="x.py"):
@@ -63,30 +62,52 @@ def unsafe_loads(source, name="x.py"):
 
 def test_no_source_loads_what_could_run_code():
     files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=tiny.REPOSITORY, capture_output=True, text=True,
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"],
+        cwd=tiny.REPOSITORY,
+        capture_output=True,
+        text=True,
         check=True,
-    ).stdout.split()  # fmt: skip
+    ).stdout.split()
     files = [file for file in files if not file.startswith("tests/") and (tiny.REPOSITORY / file).exists()]
-    assert {"export_eagle3.py", "benchmarks/step.py", "examples/make_tiny_target.py"} <= set(files)
+    assert {"export_draft.py", "benchmarks/step.py", "examples/make_tiny_target.py"} <= set(files)
     found = [line for file in files for line in unsafe_loads((tiny.REPOSITORY / file).read_text(), file)]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("line", [
-    "import pickle", "from joblib import load", "import dill as pickle",
-    "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)",
-    "np.load(path)", "np.load(path, allow_pickle=True)", "yaml.load(file)", "eval(text)", "pd.read_pickle(path)",
-    "AutoModel.from_pretrained(path)", "AutoModel.from_pretrained(path, trust_remote_code=True)",
-    "load_dataset(path, trust_remote_code=True)", "engine.load_checkpoint(path)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "import dill as pickle",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(file)",
+        "eval(text)",
+        "pd.read_pickle(path)",
+        "AutoModel.from_pretrained(path)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "load_dataset(path, trust_remote_code=True)",
+        "engine.load_checkpoint(path)",
+    ],
+)
 def test_each_of_these_would_be_found(line):
     assert len(unsafe_loads(line)) == 1
 
 
-@pytest.mark.parametrize("line", [
-    "torch.load(path, map_location='cpu', weights_only=True)", "np.load(path, allow_pickle=False)", "model.eval()",
-    "AutoModel.from_pretrained(path, trust_remote_code=args.trust_remote_code)", "json.loads(text)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path, map_location='cpu', weights_only=True)",
+        "np.load(path, allow_pickle=False)",
+        "model.eval()",
+        "AutoModel.from_pretrained(path, trust_remote_code=args.trust_remote_code)",
+        "json.loads(text)",
+    ],
+)
 def test_none_of_these_would_be_found(line):
     assert unsafe_loads(line) == []
 
@@ -155,12 +176,11 @@ def test_a_drafts_pickle_does_not_run(boom, tmp_path, capfd):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     for data in armed({"fc.weight": torch.ones(2, 6)}, boom):
         (folder / "pytorch_model.bin").write_bytes(data)
-        assert "cannot be read: it holds more than tensors" in refused(capfd, read_draft, folder)
-        assert "cannot be read: it holds more than tensors" in check_draft(folder)[0]
+        assert "cannot be read: it holds more than tensors" in refused(capfd, draft_files.read_draft, folder)
+        assert "cannot be read: it holds more than tensors" in draft_files.check_draft(folder)[0]
 
 
 def test_token_counts_and_mappings_do_not_run(boom, tmp_path, capfd):
-    import build_vocab_mapping
 
     def build(*argv):
         build_vocab_mapping.main(build_vocab_mapping.parse_args([str(word) for word in argv]))
@@ -169,15 +189,19 @@ def test_token_counts_and_mappings_do_not_run(boom, tmp_path, capfd):
     for data in armed({3: 4}, boom):
         (tmp_path / "counts.pt").write_bytes(data)
         assert "not a plain dict" in refused(capfd, build, "--token_freq_path", tmp_path / "counts.pt", *flags)
-    save_mapping(tmp_path, np.arange(2), np.isin(np.arange(9), [0, 2]))
+    vocabulary.save_mapping(tmp_path, np.arange(2), np.isin(np.arange(9), [0, 2]))
     for name in ("d2t", "t2d"):
         shutil.copy(tmp_path / f"{name}.npy", tmp_path / "kept.npy")
         np.save(tmp_path / f"{name}.npy", np.array([Bomb(boom)], dtype=object), allow_pickle=True)
-        assert f"{name}.npy cannot be read" in refused(capfd, load_mapping, tmp_path / "d2t.npy", tmp_path / "t2d.npy")
+        assert f"{name}.npy cannot be read" in refused(
+            capfd, vocabulary.load_mapping, tmp_path / "d2t.npy", tmp_path / "t2d.npy"
+        )
         (tmp_path / f"{name}.npy").write_bytes(pickle.dumps(Bomb(boom)))
-        assert f"{name}.npy cannot be read" in refused(capfd, load_mapping, tmp_path / "d2t.npy", tmp_path / "t2d.npy")
+        assert f"{name}.npy cannot be read" in refused(
+            capfd, vocabulary.load_mapping, tmp_path / "d2t.npy", tmp_path / "t2d.npy"
+        )
         shutil.move(tmp_path / "kept.npy", tmp_path / f"{name}.npy")
-    load_mapping(tmp_path / "d2t.npy", tmp_path / "t2d.npy", 9)
+    vocabulary.load_mapping(tmp_path / "d2t.npy", tmp_path / "t2d.npy", 9)
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +224,11 @@ def test_a_targets_pickle_does_not_run(boom, target, tmp_path):
     (folder / "model.safetensors").unlink()
     for data in armed(tensors, boom):
         (folder / "pytorch_model.bin").write_bytes(data)
-        for load in (load_target, load_head):
+        for load in (target_model.load, target_model.load_head):
             with pytest.raises((SystemExit, pickle.UnpicklingError)):
                 load(folder, "cpu")
     torch.save(tensors, folder / "pytorch_model.bin")
-    assert torch.equal(load_target(folder, "cpu").embedding, tensors["model.embed_tokens.weight"])
+    assert torch.equal(target_model.load(folder, "cpu").embedding, tensors["model.embed_tokens.weight"])
 
 
 MODULE = """
@@ -227,16 +251,16 @@ def test_code_of_a_target_runs_only_when_trusted(target, tmp_path, capfd, monkey
     classes = {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}
     folder = copy_of(target, tmp_path / "target", model_type="strange", auto_map=classes)
     (folder / "strange.py").write_text(MODULE.format(boom=str(boom)))
-    assert "config.json cannot be read" in refused(capfd, read_target_config, folder)
-    assert "config.json cannot be read" in refused(capfd, load_target, folder)
+    assert "config.json cannot be read" in refused(capfd, target_files.read_target_config, folder)
+    assert "config.json cannot be read" in refused(capfd, target_model.load, folder)
     assert not boom.exists()
-    assert read_target_config(folder, trust_remote_code=True)[0].model_type == "strange"
+    assert target_files.read_target_config(folder, trust_remote_code=True)[0].model_type == "strange"
     boom.rmdir()  # it is there now
 
     tokens = json.loads((folder / "tokenizer_config.json").read_text())
     tokens |= {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "strange.Tokenizer"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-    assert "cannot load the tokenizer" in refused(capfd, load_tokenizer, folder)
+    assert "cannot load the tokenizer" in refused(capfd, target_files.load_tokenizer, folder)
     assert not boom.exists()
 
 
@@ -248,22 +272,23 @@ def test_a_chat_template_runs_in_its_sandbox(boom, target, tmp_path, capfd):
     (folder / "tokenizer_config.json").write_text(json.dumps({**tokens, "chat_template": escape}))
     (folder / "chat_template.jinja").write_text(escape)
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
-    assert "SecurityError" in refused(capfd, read_prompts, rows, load_tokenizer(folder), 1)
+    assert "SecurityError" in refused(capfd, evaluate_draft.read_prompts, rows, target_files.load_tokenizer(folder), 1)
     capfd.readouterr()
     with pytest.raises(SystemExit):
-        prepare(rows, tmp_path / "data", folder, chat_template="auto")
+        prepare_data.prepare(rows, tmp_path / "data", folder, chat_template="auto")
     assert "SecurityError" in capfd.readouterr().err
 
 
 def test_the_token_counts_of_prepared_data_do_not_run(boom, target, tmp_path, capfd):
     """A prepared folder may come from elsewhere, too: Arrow, JSON and one pickle, which the vocabulary is read from."""
-    from build_vocab_mapping import choose_mapping
 
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
-    prepare(rows, tmp_path / "data", target, chat_template="llama3")
+    prepare_data.prepare(rows, tmp_path / "data", target, chat_template="llama3")
     for data in armed({3: 4}, boom):
         (tmp_path / "data" / "token_freq.pt").write_bytes(data)
-        open_data(tmp_path / "data")
-        assert "not a plain dict" in refused(capfd, choose_mapping, 100, 400, tmp_path / "data" / "token_freq.pt")
+        dataloader.open_data(tmp_path / "data")
+        assert "not a plain dict" in refused(
+            capfd, vocabulary.choose_mapping, 100, 400, tmp_path / "data" / "token_freq.pt"
+        )
     suffixes = {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()}
     assert suffixes <= {".arrow", ".json", ".jsonl", ".pt"}, "another kind of file to look at"

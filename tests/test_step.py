@@ -25,7 +25,7 @@ sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 import step
 
 import train_eagle3
-from prepare_data import open_data
+from core import attention, dataloader, optimization
 
 ZERO = {name: str(tiny.REPOSITORY / "ds_configs" / f"{name}.json") for name in ("zero2", "zero3")}
 EVERY = ("--total_steps", 4, "--draft_global_batch_size", 4, "--weight_decay", 0)  # so that only a gradient moves
@@ -72,7 +72,7 @@ def bare(work, output, *flags):
 
 def longest(work):
     """Tokens of the longest row of data/."""
-    return open_data(work / "data")[1]["splits"]["train"]["longest"]
+    return dataloader.open_data(work / "data")[1]["splits"]["train"]["longest"]
 
 
 def metrics(output):
@@ -98,8 +98,12 @@ def ranks(work, tmp_path_factory):
     several = [argv + ["--dist_timeout", "1"] for argv in runs.values()]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
-        capture_output=True, text=True, timeout=240, check=False, env=tiny.environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=tiny.environment(),
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     assert f"exit {[[0] * len(runs)] * 2}" in result.stdout.splitlines()
     return folder
@@ -109,13 +113,13 @@ def ranks(work, tmp_path_factory):
 
 
 def test_a_token_budget_gives_the_gradients_of_one_sequence_at_a_time(work, tmp_path, monkeypatch):
-    counts, optimizer_step = [], train_eagle3.optimizer_step
+    counts, optimizer_step = [], optimization.optimizer_step
 
     def counting(engine, target, batches, *rest):
         counts.append(len(batches))
         return optimizer_step(engine, target, batches, *rest)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", counting)
+    monkeypatch.setattr(optimization, "optimizer_step", counting)
     budgets, found = {"one": 0, "longest": longest(work), "larger": 5 * longest(work) // 2}, {}
     for name, budget in budgets.items():
         flags = *EVERY, "--total_steps", 5, "--total_seq_len", budget, "--batch_size", 3
@@ -248,7 +252,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernel", [("cpu",), ()], ids=["kernel", "plain"])
 def test_nothing_of_tokens_times_tokens_or_tokens_times_vocabulary_exists(kernel, monkeypatch):
-    monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", kernel)
+    monkeypatch.setattr(attention, "MASKED_KERNEL", kernel)
     vocabulary, columns, heads = 801, 301, 4
     for times, steps in ((1, 4), (2, 4), (2, 1)):  # what is as wide as a vocabulary does not grow with the length
         lengths = [900 * times, 500 * times, 100 * times]
@@ -353,9 +357,9 @@ def flex_by_mask(q, k, v, block_mask, enable_gqa, return_aux):
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("backend", ["sdpa", "sdpa without a kernel", "flex_attention"])
 def test_the_objective_never_waits_for_the_device(backend, checkpointing, monkeypatch):
-    monkeypatch.setattr(train_eagle3, "flex_attention", flex_by_mask)
+    monkeypatch.setattr(attention, "flex_attention", flex_by_mask)
     if backend == "sdpa without a kernel":
-        monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())
+        monkeypatch.setattr(attention, "MASKED_KERNEL", ())
     masks = [step.tail(150, 90), step.tail(40, 50), [0] * 9, [1, 1, 1, 0] * 10]
     case = make_case(masks, 4, 60, f"--attention_backend={backend.split()[0]}")
     case["draft"].midlayer.gradient_checkpointing = checkpointing == "true"
@@ -366,7 +370,7 @@ def test_the_objective_never_waits_for_the_device(backend, checkpointing, monkey
 
 def test_an_optimizer_step_never_waits_for_the_device(work, tmp_path, monkeypatch):
     """Apart from what transformers does in the target's layers and DeepSpeed in the backward pass and the update."""
-    optimizer_step, seen = train_eagle3.optimizer_step, []
+    optimizer_step, seen = optimization.optimizer_step, []
 
     def watched(engine, target, batches, d2t, args):
         seen.append(len(batches))
@@ -375,7 +379,7 @@ def test_an_optimizer_step_never_waits_for_the_device(work, tmp_path, monkeypatc
                 patch.setattr(owner, name, unwatched(getattr(owner, name)))
             return optimizer_step(engine, target, batches, d2t, args)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", watched)
+    monkeypatch.setattr(optimization, "optimizer_step", watched)
     run(work, tmp_path / "out", *EVERY, "--draft_micro_batch_size", 2)
     assert seen == [2] * 4
 
@@ -408,7 +412,7 @@ def operations(case, side):
 
 def test_only_what_the_loss_needs_is_multiplied(monkeypatch):
     """Doubling the prompts adds little, and few supervised tokens are little work; for the dense form neither holds."""
-    monkeypatch.setattr(train_eagle3, "MASKED_KERNEL", ())  # the kernel's products are not counted
+    monkeypatch.setattr(attention, "MASKED_KERNEL", ())  # the kernel's products are not counted
     sizes, done = ["--hidden_size=64", "--intermediate_size=256", "--head_dim=16", "--vocab_size=4000"], []
     for masks in ([step.tail(128, 50)] * 4, [[0] * 64 + step.tail(128, 50)] * 4, [step.tail(512, 15)]):
         case = make_case(masks, 7, 2000, *sizes)

@@ -103,8 +103,12 @@ def test_a_rank_holds_its_share_and_no_more(folder, ranks):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
         [*launch, __file__, str(folder), json.dumps(CASES[ranks])],
-        capture_output=True, text=True, timeout=300, check=False, env=tiny.environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=tiny.environment(),
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     for rank, found in enumerate(json.loads((folder / "counted.json").read_text())):
         for (name, way, allowed), (held, still, most, *states) in zip(CASES[ranks], found, strict=True):

@@ -20,10 +20,9 @@ import pytest
 import tiny
 from google.protobuf.message import DecodeError
 
-import record_run
+import prepare_data
 import train_eagle3
-from prepare_data import prepare
-from record_run import Record, tracked
+from core import run_record
 
 TRACKERS = ["swanlab", "wandb", "tensorboard", "mlflow", "trackio"]
 OFFLINE = {"SWANLAB_MODE": "offline", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -38,8 +37,15 @@ def work(tmp_path_factory):
     tiny.write_target(folder / "target")
     tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3, 2))
-    prepare(folder / "train.jsonl", folder / "data", folder / "target", validation_dataset=folder / "validation.jsonl",
-            chat_template="llama3", max_length=512, num_proc=1)  # fmt: skip
+    prepare_data.prepare(
+        folder / "train.jsonl",
+        folder / "data",
+        folder / "target",
+        validation_dataset=folder / "validation.jsonl",
+        chat_template="llama3",
+        max_length=512,
+        num_proc=1,
+    )
     return folder
 
 
@@ -159,7 +165,7 @@ def check_values(name, output):
     """A tracker has every value of metrics.jsonl, once, and no others."""
     expected, until = {}, time.monotonic() + 10
     for row in rows_of(output):
-        expected |= {(row["step"], key): value for key, value in tracked(row).items()}
+        expected |= {(row["step"], key): value for key, value in run_record.tracked(row).items()}
     values = {}
     while values.keys() != expected.keys() and time.monotonic() < until:  # some write in a process of their own
         time.sleep(0.05)
@@ -206,14 +212,17 @@ def test_a_resumed_run_is_in_the_tracker_without_gap_or_duplicate(resumed, name)
 @pytest.mark.slow
 def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(work, tmp_path):
     """kill -9 behind step 5, two rows after the checkpoint of step 4."""
-    output, program = tmp_path / "out", (
-        "import os, signal, train_eagle3; step, done = train_eagle3.optimizer_step, []\n"
-        "def counted(*args):\n"
-        "    if len(done) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    done.append(1); return step(*args)\n"
-        "train_eagle3.optimizer_step = counted\n"
-        "train_eagle3.main(train_eagle3.parse_args())"
-    )  # fmt: skip
+    output, program = (
+        tmp_path / "out",
+        (
+            "import os, signal, train_eagle3; step, done = train_eagle3.optimizer_step, []\n"
+            "def counted(*args):\n"
+            "    if len(done) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    done.append(1); return step(*args)\n"
+            "train_eagle3.optimizer_step = counted\n"
+            "train_eagle3.main(train_eagle3.parse_args())"
+        ),
+    )
     argv = arguments(work, output, "--report_to", ",".join(TRACKERS), "--total_steps", 7)
     with pytest.MonkeyPatch.context() as patch:
         offline(patch)
@@ -234,13 +243,13 @@ def test_an_evaluation_made_up_for_is_in_the_tracker(record, tmp_path, monkeypat
         pytest.importorskip("swanboard", reason="swanboard, of swanlab's local mode, is not installed")
         monkeypatch.setenv("SWANLAB_MODE", "local")
         monkeypatch.setenv("SWANLAB_LOG_DIR", str(tmp_path))  # it sets that itself, which is undone so
-    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
+    monkeypatch.setattr(run_record, "TRACKER_SECONDS", 60)
     for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it keeps the folder that it was imported with
     for step in (0, 2):
         if step:
             time.sleep(1)  # folders are named by the second
-        run = record(record_run.TRACKERS[name.partition("_")[0]], step=step, log_dir=tmp_path / "logs", run_name="tiny")
+        run = record(run_record.TRACKERS[name.partition("_")[0]], step=step, log_dir=tmp_path / "logs", run_name="tiny")
         if step:
             run.row("validation", step, 0.2, {"loss": 5.0, "passes": 4})
         for later in range(step + 1, step + 4):
@@ -254,7 +263,7 @@ def test_trainings_that_share_a_log_dir_hide_nothing_of_one_another(tmp_path):
     for name in (None, "tiny"):
         for key, count in (("0123456789abcdef", 5), ("fedcba9876543210", 3)):
             args = SimpleNamespace(run_name=name, log_dir=tmp_path)
-            log, close = record_run.open_tensorboard(args, settings_of() | {"run_id": key})
+            log, close = run_record.open_tensorboard(args, settings_of() | {"run_id": key})
             for step in range(1, count + 1):
                 log({"train/loss": float(count * step)}, step)
             close()
@@ -279,7 +288,7 @@ def test_wandbs_server_is_not_sent_the_steps_that_it_has(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: given.update(options) or run))
     offline(monkeypatch, WANDB_PROJECT="mine")
     args = SimpleNamespace(run_name="name", log_dir=tmp_path / "logs")
-    log, close = record_run.open_wandb(args, settings_of(2))
+    log, close = run_record.open_wandb(args, settings_of(2))
     for step in range(1, 6):
         log({"train/loss": 1.0}, step)
     close()
@@ -295,7 +304,7 @@ def test_trackios_server_is_not_sent_the_steps_that_it_has(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "trackio", fake)
     monkeypatch.setitem(sys.modules, "trackio.sqlite_storage", storage)
     offline(monkeypatch, TRACKIO_SPACE_ID="me/space")
-    log, _ = record_run.open_trackio(SimpleNamespace(run_name=None, log_dir=tmp_path), settings_of(2))
+    log, _ = run_record.open_trackio(SimpleNamespace(run_name=None, log_dir=tmp_path), settings_of(2))
     for step in range(1, 6):
         log({"train/loss": 1.0}, step)
     assert sent == [3, 4, 5] and given["name"] == "0123456789abcdef" and given["resume"] == "allow"
@@ -311,7 +320,7 @@ def test_mlflow_takes_the_run_that_a_service_has_begun(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "job")
     for step in (1, 2):  # the second time it is resumed, and offered both
         args = SimpleNamespace(run_name=None, log_dir=tmp_path / "logs")
-        log, close = record_run.open_mlflow(args, settings_of(step - 1))
+        log, close = run_record.open_mlflow(args, settings_of(step - 1))
         for row in range(1, step + 1):
             log({"train/loss": 1.0 / row}, row)
         close()
@@ -331,18 +340,18 @@ def record(work, tmp_path, monkeypatch):
     """record(*openers, step=0): a Record in tmp_path with these trackers, named t0, t1, ..."""
     if not train_eagle3.dist.is_initialized():
         train_eagle3.dist.init_process_group("gloo", rank=0, world_size=1, store=train_eagle3.dist.HashStore())
-    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 0.5)
+    monkeypatch.setattr(run_record, "TRACKER_SECONDS", 0.5)
     left = []
-    noted = lambda *call: left.append(call) if call[0] is record_run.leave else None  # noqa: E731 (tqdm registers too)
-    monkeypatch.setattr(record_run.atexit, "register", noted)
+    noted = lambda *call: left.append(call) if call[0] is run_record.leave else None  # noqa: E731 (tqdm registers too)
+    monkeypatch.setattr(run_record.atexit, "register", noted)
 
     def make(*openers, step=0, **more):
         names = [f"t{i}" for i in range(len(openers))]
         for name, opener in zip(names, openers, strict=True):
-            monkeypatch.setitem(record_run.TRACKERS, name, opener)
+            monkeypatch.setitem(run_record.TRACKERS, name, opener)
         given = {"output_dir": tmp_path, "log_dir": tmp_path, "report_to": names, "run_name": None, "total_steps": 9}
         args = SimpleNamespace(**given | more)
-        record = Record(args, settings_of(step) | {"continues": str(tmp_path) if step else None})
+        record = run_record.Record(args, settings_of(step) | {"continues": str(tmp_path) if step else None})
         record.left = left
         return record
 
@@ -388,8 +397,8 @@ def test_swanlabs_local_mode_fails_with_a_line(record, monkeypatch, capsys, vers
         return SimpleNamespace(version=version)
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    monkeypatch.setattr(record_run, "TRACKER_SECONDS", 60)
-    run = record(record_run.open_swanlab)
+    monkeypatch.setattr(run_record, "TRACKER_SECONDS", 60)
+    run = record(run_record.open_swanlab)
     run.row("train", 1, 0.1, {"loss": 1.0})
     run.close()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "fails" in line]
@@ -397,7 +406,7 @@ def test_swanlabs_local_mode_fails_with_a_line(record, monkeypatch, capsys, vers
 
 
 def test_training_with_a_tracker_that_fails_ends_well(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train_eagle3.TRACKERS, "tensorboard", refuse)
+    monkeypatch.setitem(run_record.TRACKERS, "tensorboard", refuse)
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
     train(work, tmp_path / "out", "--total_steps", 1, "--report_to", "tensorboard,trackio")
     printed = capsys.readouterr().err
@@ -421,7 +430,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(record, capsys, where):
     never.set()
     assert time.monotonic() - start < 5 and [row[0] for row in rows[:-1]] == [*range(1, 101)]
     printed = capsys.readouterr().err
-    assert "t0: not done 0.5 s after the training" in printed and run.left == [(record_run.leave, 0)]
+    assert "t0: not done 0.5 s after the training" in printed and run.left == [(run_record.leave, 0)]
     assert ("t0 is not open after 0.5 s" in printed) == (where == "open")
 
 
@@ -446,13 +455,22 @@ train_eagle3.run_together(train_eagle3.main, train_eagle3.parse_args())
 
 @pytest.mark.parametrize(
     ("how", "line"),
-    [("server", "error: the server is gone"),
-     pytest.param("nan", "error: 2 steps in a row are not finite", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("server", "error: the server is gone"),
+        pytest.param("nan", "error: 2 steps in a row are not finite", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_fails_says_so_though_a_tracker_hangs(work, tmp_path, how, line):
     argv = arguments(work, tmp_path / "out", "--report_to", "trackio", "--total_steps", 3, "--max_bad_steps", 2)
-    done = subprocess.run([sys.executable, "-c", FAILING, how, *argv], cwd=tiny.REPOSITORY, timeout=100,
-                          env=tiny.environment(), capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, how, *argv],
+        cwd=tiny.REPOSITORY,
+        timeout=100,
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and line in done.stderr.splitlines()[-1], done.stderr[-3000:]
     assert "trackio: not done 1 s after the training" in done.stderr and "closed" in done.stdout
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-import evaluate_eagle3
+import evaluate_draft
+import prepare_data
 import train_eagle3
-from export_eagle3 import check_draft
+from core import draft_files, foreign_flags, hidden_states, optimization
 
 STEPS = 3  # of the training-time test, in all runs here
 
@@ -26,8 +27,17 @@ def work(tmp_path_factory):
     tiny.write_target(folder / "target")
     tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(5, 2))
-    run(folder, folder / "first", "--total_steps", "1", "--dataset_train_split", folder / "train.jsonl",
-        "--dataset_validation_split", folder / "validation.jsonl", data=False)  # fmt: skip
+    run(
+        folder,
+        folder / "first",
+        "--total_steps",
+        "1",
+        "--dataset_train_split",
+        folder / "train.jsonl",
+        "--dataset_validation_split",
+        folder / "validation.jsonl",
+        data=False,
+    )
     shutil.copytree(folder / "first" / "data", folder / "data")
     return folder
 
@@ -59,13 +69,25 @@ def furthest(a, b):
 
 
 def test_run_leaves_checkpoints_metrics_and_settings(work, tmp_path, capsys):
-    rows = run(work, tmp_path / "out", "--num_epochs", 2, "--log_steps", 2, "--draft_vocab_size", 200,
-               "--report_to", "tensorboard", "--draft_global_batch_size", 4)  # fmt: skip
+    rows = run(
+        work,
+        tmp_path / "out",
+        "--num_epochs",
+        2,
+        "--log_steps",
+        2,
+        "--draft_vocab_size",
+        200,
+        "--report_to",
+        "tensorboard",
+        "--draft_global_batch_size",
+        4,
+    )
     printed, out = capsys.readouterr().out, tmp_path / "out"
     per_epoch = -(-22 // 4)
     assert f"steps       {per_epoch} an epoch, {2 * per_epoch} in all" in printed
     for name in (f"step_{per_epoch:08d}", f"step_{2 * per_epoch:08d}", "final", "latest"):
-        assert check_draft(out / name) == [], name
+        assert draft_files.check_draft(out / name) == [], name
     assert (out / "latest").resolve().name == f"step_{2 * per_epoch:08d}"
     assert not [path for path in out.iterdir() if path.name.startswith(".")], "something half-built was left behind"
     assert furthest(weights(out / "final"), weights(out / "latest")) == 0
@@ -111,18 +133,28 @@ def test_training_lowers_the_loss_and_a_draft_can_be_continued(work, tmp_path):
     rows = run(work, tmp_path / "a", "--total_steps", 30, "--learning_rate", "3e-3", "--draft_vocab_size", 300)
     assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
     (tmp_path / "counts.pt").write_text("not read, as the draft has a mapping of its own")
-    more = run(work, tmp_path / "b", "--total_steps", 1, "--resume_from_checkpoint", tmp_path / "a" / "final",
-               "--draft_vocab_size", 100, "--token_freq_path", tmp_path / "counts.pt")  # fmt: skip
+    more = run(
+        work,
+        tmp_path / "b",
+        "--total_steps",
+        1,
+        "--resume_from_checkpoint",
+        tmp_path / "a" / "final",
+        "--draft_vocab_size",
+        100,
+        "--token_freq_path",
+        tmp_path / "counts.pt",
+    )
     assert more[0]["loss"] < 0.9 * rows[0]["loss"]
     a, b = (weights(tmp_path / name / "final") for name in "ab")
     assert torch.equal(a["d2t"], b["d2t"]), "the mapping of the draft that is continued must stay"
 
 
 def speculative(work, draft, output):
-    """evaluate_eagle3.py on the validation prompts: its figures, and its texts as a file of training data."""
+    """evaluate_draft.py on the validation prompts: its figures, and its texts as a file of training data."""
     argv = ["--target_model_path", work / "target", "--draft_model_path", draft, "--prompts", work / "validation.jsonl",
             "--max_new_tokens", 40, "--num_draft_tokens", STEPS, "--output", output]  # fmt: skip
-    evaluate_eagle3.main(evaluate_eagle3.parse_args([str(part) for part in argv]))
+    evaluate_draft.main(evaluate_draft.parse_args([str(part) for part in argv]))
     return json.loads((output / "evaluation.json").read_text()), output / "generations.jsonl"
 
 
@@ -131,11 +163,33 @@ def test_training_code_and_speculative_decoding_measure_the_same(work, tmp_path)
     """evaluate() on the target's own texts gives the acceptance length and the passes that were measured on them."""
     _, texts = speculative(work, work / "first" / "final", tmp_path / "before")
     flags = ("--dataset_train_split", texts, "--dataset_validation_split", texts)
-    run(work, tmp_path / "draft", "--total_steps", 50, "--learning_rate", "5e-3", "--eval_interval", 99,
-        "--save_interval", 99, *flags, data=False)  # fmt: skip
+    run(
+        work,
+        tmp_path / "draft",
+        "--total_steps",
+        50,
+        "--learning_rate",
+        "5e-3",
+        "--eval_interval",
+        99,
+        "--save_interval",
+        99,
+        *flags,
+        data=False,
+    )
     measured, _ = speculative(work, tmp_path / "draft" / "final", tmp_path / "after")
-    rows = run(work, tmp_path / "again", "--total_steps", 1, "--learning_rate", 0, *flags,
-               "--resume_from_checkpoint", tmp_path / "draft" / "final", data=False)  # fmt: skip
+    rows = run(
+        work,
+        tmp_path / "again",
+        "--total_steps",
+        1,
+        "--learning_rate",
+        0,
+        *flags,
+        "--resume_from_checkpoint",
+        tmp_path / "draft" / "final",
+        data=False,
+    )
     assert measured["acceptance_length"] > 1.2, "nothing accepted shows nothing"
     assert rows[-1]["passes"] == measured["passes"]
     assert rows[-1]["acceptance_length"] == pytest.approx(measured["acceptance_length"], rel=1e-9)
@@ -143,11 +197,12 @@ def test_training_code_and_speculative_decoding_measure_the_same(work, tmp_path)
 
 def test_dry_run_saves_the_initial_draft(work, tmp_path):
     run(work, tmp_path / "dry", "--dry_run", "--total_steps", 2)
-    assert check_draft(tmp_path / "dry" / "step_00000000") == []
+    assert draft_files.check_draft(tmp_path / "dry" / "step_00000000") == []
     assert sorted(path.name for path in (tmp_path / "dry").iterdir()) == ["latest", "run.json", "step_00000000"]
     direct = run(work, tmp_path / "direct", "--total_steps", 2)
-    continued = run(work, tmp_path / "continued", "--total_steps", 2,
-                    "--resume_from_checkpoint", tmp_path / "dry" / "latest")  # fmt: skip
+    continued = run(
+        work, tmp_path / "continued", "--total_steps", 2, "--resume_from_checkpoint", tmp_path / "dry" / "latest"
+    )
     assert [row["loss"] for row in direct] == [row["loss"] for row in continued]
     assert furthest(weights(tmp_path / "direct" / "final"), weights(tmp_path / "continued" / "final")) == 0
 
@@ -189,7 +244,7 @@ def test_bf16_and_stage_0_train_as_well(work, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(engine))
         rows = run(work, tmp_path / name, "--total_steps", 4, "--deepspeed_config", tmp_path / f"{name}.json")
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=0.02)
-        assert check_draft(tmp_path / name / "final") == []
+        assert draft_files.check_draft(tmp_path / name / "final") == []
     assert furthest(weights(tmp_path / "stage0" / "final"), weights(tmp_path / "plain" / "final")) < 1e-5
 
 
@@ -211,7 +266,7 @@ def test_aliases_and_kebab_case():
     assert (args.target_model_path, args.dataset_train_split, args.learning_rate) == ("M", "T.jsonl", 3e-4)
     assert (args.num_epochs, args.ttt_length, args.output_dir, args.total_steps) == (5, 4, "o", 9)
     assert args.report_to == ["tensorboard", "swanlab"] and args.resume is False
-    assert set(train_eagle3.ALIASES.values()) <= set(vars(args))
+    assert set(foreign_flags.ALIASES.values()) <= set(vars(args))
 
 
 def test_learning_rate_follows_the_well_known_schedules():
@@ -219,7 +274,7 @@ def test_learning_rate_follows_the_well_known_schedules():
         argv = f"--target_model_path M --learning_rate 2.0 --scheduler_type {kind} --scheduler_total_steps {steps}"
         argv = f"{argv} --scheduler_warmup_steps {warmup}".split()
         args = train_eagle3.parse_args(argv)
-        return [train_eagle3.learning_rate_at(step, args) for step in range(steps)]
+        return [optimization.learning_rate_at(step, args) for step in range(steps)]
 
     for kind, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
         for warmup in (0, 4):
@@ -242,7 +297,7 @@ def recorded_gradients(work, tmp_path, monkeypatch, *flags):
     """Full gradients of the first optimizer step, by name."""
     from deepspeed.utils import safe_get_full_grad
 
-    found, build = {}, train_eagle3.build_engine
+    found, build = {}, optimization.build_engine
 
     def build_engine(args, draft, device):
         engine = build(args, draft, device)
@@ -257,7 +312,7 @@ def recorded_gradients(work, tmp_path, monkeypatch, *flags):
         return engine
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_eagle3, "build_engine", build_engine)
+        patch.setattr(optimization, "build_engine", build_engine)
         run(work, tmp_path, "--total_steps", 1, "--draft_global_batch_size", 4, *flags)
     return found
 
@@ -299,8 +354,12 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
-        capture_output=True, text=True, timeout=540, check=False, env=tiny.environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+        env=tiny.environment(),
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     codes = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("exit "))[5:])
     assert codes == [[0, 0, 0, 0, 0, 2, 2]] * 2
@@ -384,7 +443,7 @@ def test_bad_input_is_one_line_with_exit_code_2_before_any_model_loads(work, cas
     def no_target(*args, **kwargs):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(train_eagle3, "open_target", no_target)
+    monkeypatch.setattr(hidden_states, "open_target", no_target)
     for name, (flags, expected) in cases.items():
         argv = arguments(work, tmp_path / "out", *flags, data=False)
         capfd.readouterr()
@@ -402,7 +461,7 @@ def test_data_prepared_on_the_fly_take_the_flags_of_their_preparation(work, tmp_
         given.update(options)
         raise InterruptedError
 
-    monkeypatch.setattr(train_eagle3, "prepare", stop)
+    monkeypatch.setattr(prepare_data, "prepare", stop)
     flags = "--dataset_train_split", work / "train.jsonl", "--build_dataset_num_proc", 3, "--max_length", 99
     with pytest.raises(InterruptedError):
         run(work, tmp_path / "out", *flags, "--chat_template", "auto", data=False)

@@ -27,14 +27,8 @@ from test_load_target import FAMILIES, SIZES, write_model
 from transformers import AutoModelForCausalLM
 
 import prepare_data
-import prepare_hidden_states
-import regenerate_data
 import train_eagle3
-from ask_vllm import Extracted
-from deal_batches import tokens_read
-from export_eagle3 import check_draft
-from load_target import load_head, load_target
-from prepare_hidden_states import Source
+from core import dataloader, draft_files, hidden_states, regeneration, slots, target_model, vllm_states
 
 LAYERS = [2, 4, 5]  # of the tiny target, and its last one is 8
 HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # which vLLM's CPU build can compute
@@ -132,9 +126,12 @@ def work(tmp_path_factory):
     tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(7, 1) + tiny.conversations(2, 3))
     tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3, 2))
     prepare_data.prepare(
-        str(folder / "train.jsonl"), str(folder / "data"), str(folder / "target"), num_proc=1,
+        str(folder / "train.jsonl"),
+        str(folder / "data"),
+        str(folder / "target"),
+        num_proc=1,
         validation_dataset=str(folder / "validation.jsonl"),
-    )  # fmt: skip
+    )
     expected = run(folder, folder / "memory")
     return SimpleNamespace(folder=folder, expected=expected, model=Model(folder / "target"))
 
@@ -155,7 +152,7 @@ def waits(monkeypatch):
     """The seconds of back-off that were waited, without waiting."""
     waited, sleep = [], time.sleep
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: waited.append(s) if s >= 1 else sleep(s))
-    monkeypatch.setattr(regenerate_data, "time", clock)
+    monkeypatch.setattr(regeneration, "time", clock)
     return waited
 
 
@@ -195,7 +192,7 @@ def refused(capsys, work, output, *flags):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_training_through_a_server_equals_the_target_in_memory(work, server, tmp_path, monkeypatch, kept):
-    monkeypatch.setattr(prepare_hidden_states, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(target_model, "load", lambda *_, **__: pytest.fail("the target was loaded"))
     server.delay = 0.01
     store = ("--on_generate", "cache", "--hidden_states_dtype", "float32", "--hidden_states_path", tmp_path / "store")
     rows = run(work.folder, tmp_path / "out", "--vllm_endpoint", server.url, *(store if kept else ()))
@@ -210,7 +207,7 @@ def test_training_through_a_server_equals_the_target_in_memory(work, server, tmp
 
 def test_requests_of_the_next_step_are_sent_before_this_one_is_given():
     asked, given = [], []
-    source = Source.__new__(Source)
+    source = hidden_states.Source.__new__(hidden_states.Source)
     source.server = SimpleNamespace(ask=lambda row, ids: asked.append((row, ids)))
     data = SimpleNamespace(name="train", row=lambda row: (torch.tensor([row]), None))
     items = [(None, [{"stored": [(2 * step, "missing", 0), (2 * step + 1, "", 3)]}]) for step in range(3)]
@@ -243,7 +240,7 @@ def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
     assert len(counts) == 12 and set(counts.values()) == {2}, "each row once an epoch, whichever rank asks"
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and server.url in errors[0], errors
-    assert check_draft(tmp_path / "dies" / "latest") == []
+    assert draft_files.check_draft(tmp_path / "dies" / "latest") == []
 
 
 # --- a server that is another, slow, wrong or gone ---
@@ -253,8 +250,9 @@ def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
 def test_server_that_dies_leaves_a_checkpoint(work, server, tmp_path, capsys, waits, save_steps):
     """One that has been saved at this step before, too."""
     server.lives = 9 + 3 + 4  # in the second epoch
-    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 2,
-                    "--save_steps", save_steps)  # fmt: skip
+    error = refused(
+        capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 2, "--save_steps", save_steps
+    )
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["split"] == "train"]
     assert steps and steps[-1] < 6
@@ -262,7 +260,7 @@ def test_server_that_dies_leaves_a_checkpoint(work, server, tmp_path, capsys, wa
     assert server.url in error and "row train/" in error and "3 times" in error
     assert error.endswith(f"the draft is saved in {tmp_path / 'out' / f'step_{steps[-1]:08d}'}")
     assert waits[:1] == [1] and set(waits) == {1, 2} and waits.count(1) >= waits.count(2)
-    assert check_draft(tmp_path / "out" / "latest") == []
+    assert draft_files.check_draft(tmp_path / "out" / "latest") == []
     assert (tmp_path / "out" / "latest").resolve().name == f"step_{steps[-1]:08d}"
     assert json.loads((tmp_path / "out" / "latest" / "trainer_state.json").read_text())["step"] == steps[-1]
 
@@ -295,7 +293,7 @@ def test_other_tokens_are_refused_at_once(work, server, tmp_path, capsys, waits)
     server.shift = 1
     error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url)
     assert server.url in error and "row train/" in error and "of other tokens" in error
-    assert check_draft(tmp_path / "out" / "step_00000000") == [] and not waits
+    assert draft_files.check_draft(tmp_path / "out" / "step_00000000") == [] and not waits
 
 
 def test_server_of_another_model_or_length_is_refused_before_anything_is_trained(work, server, tmp_path, capsys):
@@ -341,7 +339,7 @@ def test_endpoint_is_for_missing_rows_that_are_generated(work, server, tmp_path,
 def extracted(work, tmp_path):
     """A folder as speculators writes it."""
     folder = tmp_path / "extracted"
-    data, _ = prepare_data.open_data(work.folder / "data")
+    data, _ = dataloader.open_data(work.folder / "data")
     for split, below in (("train", ""), ("validation", "validation")):
         (folder / below).mkdir(exist_ok=True)
         for number, row in enumerate(data[split]):
@@ -354,7 +352,7 @@ def extracted(work, tmp_path):
 
 
 def test_files_of_the_extractor_equal_the_target_in_memory(work, extracted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_hidden_states, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(target_model, "load", lambda *_, **__: pytest.fail("the target was loaded"))
     flags = ("--hidden_states_path", extracted)
     same(run(work.folder, tmp_path / "out", *flags, "--on_missing", "raise"), work.expected)
     assert "12 of 12 rows are there" in capsys.readouterr().out
@@ -366,24 +364,24 @@ def test_files_of_the_extractor_equal_the_target_in_memory(work, extracted, tmp_
 
 
 def test_files_of_the_extractor_that_are_damaged_are_generated(work, extracted, tmp_path):
-    data, _ = prepare_data.open_data(work.folder / "data")
+    data, _ = dataloader.open_data(work.folder / "data")
     files = [extracted / f"hs_{number}.safetensors" for number in range(4)]
     files[0].write_bytes(files[0].read_bytes()[:-100])
     tensors = load_file(files[1])
     save_file({**tensors, "token_ids": tensors["token_ids"] + 1}, files[1])
     save_file({**load_file(files[2]), "hidden_states": torch.zeros(3, 4, 64)}, files[2])
     files[3].unlink()
-    store = Extracted(extracted, data, (4, 64))
+    store = vllm_states.VllmFiles(extracted, data, (4, 64))
     reasons = [store.read(f"train/{number}")[1] for number in range(5)]
     assert reasons == ["damaged", "of other tokens", "of shape (3, 4, 64)", "missing", ""]
     same(run(work.folder, tmp_path / "out", "--hidden_states_path", extracted), work.expected)
 
 
 def test_rows_of_the_extractor_hold_what_is_read(work, extracted):
-    data, _ = prepare_data.open_data(work.folder / "data")
+    data, _ = dataloader.open_data(work.folder / "data")
     row = data["validation"][1]
-    tensors, _ = Extracted(extracted, data, (4, 64)).read("validation/1")
-    plain, (count, teachers) = work.model.states(row["input_ids"]), tokens_read(torch.tensor(row["loss_mask"]))
+    tensors, _ = vllm_states.VllmFiles(extracted, data, (4, 64)).read("validation/1")
+    plain, (count, teachers) = work.model.states(row["input_ids"]), slots.tokens_read(torch.tensor(row["loss_mask"]))
     assert torch.equal(tensors["aux_hidden_states"], torch.cat(plain[:count, :3].unbind(1), dim=-1))
     assert torch.equal(tensors["last_hidden_states"], plain[teachers, 3])
     assert tensors["input_ids"].tolist() == row["input_ids"] and tensors["loss_mask"].tolist() == row["loss_mask"]
@@ -396,7 +394,7 @@ def test_rows_of_the_extractor_hold_what_is_read(work, extracted):
 def test_head_and_norm_alone_are_those_of_the_whole_target(name, tmp_path):
     kind, options, scaling, _ = FAMILIES[name]
     write_model(tmp_path, getattr(transformers, kind)(**{**SIZES, **options}))
-    alone, whole = load_head(tmp_path, "cpu"), load_target(tmp_path)
+    alone, whole = target_model.load_head(tmp_path, "cpu"), target_model.load(tmp_path)
     assert alone.model is None and (alone.head.scale, alone.head.softcap) == scaling
     assert torch.equal(alone.embedding, whole.embedding) and not alone.embedding.requires_grad
     inputs, last = [], torch.arange(3, 9)
@@ -430,7 +428,7 @@ def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     said = (tmp_path / "out" / "server.log").read_text()
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:] + said
-    assert check_draft(tmp_path / "out" / "draft" / "final") == []
+    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
     assert "head and embedding alone" in result.stdout and "complete: " in result.stdout
     line = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert line["layers"] == [2, 4, 5, 8] and line["max_len"] == 512
@@ -495,9 +493,22 @@ def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsy
         assert list((tmp_path / "shared").iterdir()) == []
         stop = threading.Timer(10, server.terminate)
         stop.start()
-        error = refused(capsys, work, tmp_path / "dies", "--vllm_endpoint", url, "--max_retries", 1,
-                        "--num_epochs", 5000, "--eval_interval", 5000, "--save_interval", 5000)  # fmt: skip
-        assert url in error and check_draft(tmp_path / "dies" / "latest") == []
+        error = refused(
+            capsys,
+            work,
+            tmp_path / "dies",
+            "--vllm_endpoint",
+            url,
+            "--max_retries",
+            1,
+            "--num_epochs",
+            5000,
+            "--eval_interval",
+            5000,
+            "--save_interval",
+            5000,
+        )
+        assert url in error and draft_files.check_draft(tmp_path / "dies" / "latest") == []
     finally:
         server.terminate()
         server.wait(60)

@@ -8,14 +8,13 @@ import time
 
 import pytest
 
-from load_target import saved_dtype
-from run_ranks import Watch, remove_old_locks
+from core import ranks, target_model
 
 
 @pytest.fixture
 def watch():
     """Rank 0's watch without a process group: what `hear` needs."""
-    watch = Watch.__new__(Watch)
+    watch = ranks.Watch.__new__(ranks.Watch)
     watch.limit, watch.peers, watch.token, watch.words = 5, [], "0123", "rank 0 has died"
     watch.sending, watch.ended = threading.Lock(), []
     watch.end = watch.ended.append
@@ -74,7 +73,7 @@ def test_lock_of_a_build_that_was_killed_is_removed_and_of_one_under_way_is_not(
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    remove_old_locks()
+    ranks.remove_old_locks()
     assert not old.exists() and fresh.exists()
     assert capsys.readouterr().err == f"{old} was left by a build that was interrupted: removed\n"
 
@@ -85,5 +84,5 @@ def test_the_saved_dtype_is_the_weights_own_where_the_configuration_names_none(t
     from transformers import LlamaConfig
 
     save_file({"a": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2).bfloat16()}, tmp_path / "model.safetensors")
-    assert saved_dtype(tmp_path, LlamaConfig()) == torch.bfloat16
-    assert saved_dtype(tmp_path, LlamaConfig(dtype="float16")) == torch.float16
+    assert target_model.saved_dtype(tmp_path, LlamaConfig()) == torch.bfloat16
+    assert target_model.saved_dtype(tmp_path, LlamaConfig(dtype="float16")) == torch.float16

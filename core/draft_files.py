@@ -1,21 +1,8 @@
-"""The draft checkpoint: config.json + model.safetensors, written, read and checked for completeness.
+"""draft_files."""
 
-In:  a draft in the flat form (ours, SpecForge's, ModelOpt's, EAGLE's own releases) or in the speculators form.
-Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads.
-
-The engines do not check: vLLM runs with an absent tensor and drafts junk, SGLang leaves it uninitialised and ignores
-names that it does not know. So nothing is written or read here that is not whole.
-
-    python export_eagle3.py --check output/final
-    python export_eagle3.py output/final --format speculators --output served \\
-        --target_model_path meta-llama/Llama-3.1-8B-Instruct
-    python export_eagle3.py someone_elses_draft --format flat --output flat
-"""
-
-import argparse
 import json
+import math
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -23,30 +10,86 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from build_vocab_mapping import mapping_problems, target_ids
-from load_target import default_layer_ids, dense_layer, read_target_tensor, resolve_target
-from read_conversations import fail, normalise_argv, open_to_all, write_atomic
+from core import common, target_files, vocabulary
+
+
+def dense_layer(text, whole):
+    """(intermediate size, heads, key-value heads, size of a head) of a plain layer that suits a target with these text
+    and whole configurations: the sizes of its own layers where these are plain.
+
+    Experts: what the family's dense layers have, else the experts that work on a token taken together. Latent attention
+    (MLA) keeps one small vector a token for all heads; with as many heads, a plain layer would keep as much a token as
+    all 61 layers of DeepSeek-V3. So heads of 128 that fill the hidden size, in 8 groups; their number is a power of
+    two, so that the ranks of a server divide it.
+    """
+
+    def first(*names, default=None):
+        values = (getattr(config, name, None) for config in (text, whole) for name in names)
+        values = (max(value, default=None) if isinstance(value, list | tuple) else value for value in values)
+        return next((value for value in values if value is not None), default)
+
+    if getattr(text, "is_heterogeneous", False):  # Gemma 4's layers that see all have other heads than its sliding ones
+        text = text.per_layer_config[0]
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    inner, mixed = first("intermediate_size", "ffn_dim", "n_inner"), first("intermediate_size_mlp")
+    expert, active = first("moe_intermediate_size", "expert_ffn_hidden_size"), first("num_experts_per_tok", default=0)
+    if mixed:  # Llama 4's dense layers; intermediate_size is that of its experts
+        inner = mixed
+    elif inner and active and not expert:  # intermediate_size is that of the experts
+        inner *= active
+    elif not inner:
+        inner = active * expert + first("shared_expert_intermediate_size", default=0) if expert else 4 * hidden
+    if first("kv_lora_rank"):
+        heads = 2 ** math.ceil(math.log2(max(hidden / 128, 1)))
+        return inner, heads, min(8, heads), 128
+    return inner, heads, first("num_key_value_heads", default=heads), first("head_dim", default=hidden // heads)
+
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+
 DTYPES = ("bfloat16", "float16", "float32")
+
 MAPPING = {"d2t": torch.int64, "t2d": torch.bool}
+
 EMBEDDING = "embed_tokens.weight"
+
 AUXILIARY = "eagle_aux_hidden_state_layer_ids"
+
 SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "vocab_size", "draft_vocab_size",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "vocab_size",
+    "draft_vocab_size",
+)
+
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
+
 # What a draft has no choice in. More layers would be served differently by each engine, biases are dropped by SGLang,
 # and a tied head would be the target's embeddings instead of the trained one.
 FIXED = {
     "architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "attention_bias": False,
     "tie_word_embeddings": False,
 }  # fmt: skip
+
 REQUIRED = (
-    "architectures", "model_type", *SIZES, "attention_bias", "tie_word_embeddings", "rms_norm_eps", "rope_theta",
-    "hidden_act", "torch_dtype", "bos_token_id", "eos_token_id",
-)  # fmt: skip
+    "architectures",
+    "model_type",
+    *SIZES,
+    "attention_bias",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "hidden_act",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+)
+
 # The meaning of a key that a foreign draft's config does not have: every engine reads it through transformers'
 # LlamaConfig, and speculators stores only what differs from that. Nothing here changes what such a draft computes.
 LLAMA_DEFAULTS = {
@@ -55,22 +98,27 @@ LLAMA_DEFAULTS = {
     "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
 # Where the families keep the input embeddings [V, H].
 EMBEDDING_NAMES = (
-    "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
-    "embed_tokens.weight", "model.tok_embeddings.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight",
-)  # fmt: skip
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+    "embed_tokens.weight",
+    "model.tok_embeddings.weight",
+    "transformer.wte.weight",
+    "gpt_neox.embed_in.weight",
+)
+
 SPECULATORS_VERSION, ADDED = "0.5.0", "the target's"
+
 # Rope types that all engines compute alike, and the numbers they need; a target's of another type becomes plain RoPE.
 ROPE_TYPES = {
     "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+
 ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # of yarn, read by all
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Deriving a draft's configuration from its target's
 
 
 def _derived_rope(text):
@@ -123,7 +171,7 @@ def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_
         config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
     config |= {key: value for key, value in given.items() if value is not None}
     if problems := _size_problems(config):  # what follows computes with them
-        fail(f"{source}: {'; '.join(problems)}")
+        common.fail(f"{source}: {'; '.join(problems)}")
     if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config |= {
@@ -135,27 +183,27 @@ def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_
     sizes = {"hidden_size": config.get("target_hidden_size", config["hidden_size"]), "vocab_size": config["vocab_size"]}
     for key, size in sizes.items():
         if size != derived[key]:
-            fail(f"{source} is another target's: its {key} is {size}, this target's {derived[key]}")
+            common.fail(f"{source} is another target's: its {key} is {size}, this target's {derived[key]}")
     if needs_embedding(config):
         asked = {k: config[k] for k in ("hidden_size", "target_hidden_size", "embed_requires_grad") if k in config}
-        fail(f"{source}: {json.dumps(asked)[1:-1]}: training an embedding table is not available yet")
+        common.fail(f"{source}: {json.dumps(asked)[1:-1]}: training an embedding table is not available yet")
     if not 0 < config["draft_vocab_size"] <= config["vocab_size"]:
-        fail(f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{config['vocab_size']}, the target's")
-    default = default_layer_ids(text.num_hidden_layers)
+        common.fail(
+            f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{config['vocab_size']}, the target's"
+        )
+    default = target_files.default_layer_ids(text.num_hidden_layers)
     layers = layer_ids or auxiliary_layers(config) or default
     if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
         whose = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
-        fail(f"{whose} {layers}: they must ascend within 1..{text.num_hidden_layers}, the target's layers")
+        common.fail(f"{whose} {layers}: they must ascend within 1..{text.num_hidden_layers}, the target's layers")
     if config.get("num_aux_hidden_states", len(layers)) != len(layers):
-        fail(f"{source}: num_aux_hidden_states {config['num_aux_hidden_states']} for the auxiliary layers {layers}")
+        common.fail(
+            f"{source}: num_aux_hidden_states {config['num_aux_hidden_states']} for the auxiliary layers {layers}"
+        )
     config = with_auxiliary_layers(config, layers, default)
     if problems := check_config(config):
-        fail(f"{source}: {'; '.join(problems)}")
+        common.fail(f"{source}: {'; '.join(problems)}")
     return config, layers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Auxiliary layers: written only if they are not the engines' default, and then twice
 
 
 def auxiliary_layers(config):
@@ -204,10 +252,6 @@ def _auxiliary_problems(config):
     if own is not None and len(own) != count:
         problems.append(f"{AUXILIARY} has {len(own)} layers, num_aux_hidden_states says {count}")
     return problems
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a whole draft is
 
 
 def needs_embedding(config):
@@ -325,12 +369,8 @@ def check_tensors(config, tensors):
         if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
             problems.append(f"{name} has {bad} of {tensor.numel()} values that are not finite")
     if set(MAPPING) <= set(tensors) & set(expected):
-        problems += mapping_problems(tensors["d2t"].numpy(), tensors["t2d"].numpy())
+        problems += vocabulary.mapping_problems(tensors["d2t"].numpy(), tensors["t2d"].numpy())
     return problems
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 def _read_config(folder):
@@ -459,7 +499,7 @@ def _as_ours(config, tensors):
     """config and tensors of a foreign draft in our form; its predictions stay the same."""
     d2t, full = tensors.get("d2t"), config["draft_vocab_size"] == config["vocab_size"]
     if d2t is not None and "t2d" not in tensors and d2t.dtype == torch.int64:  # ModelOpt leaves it out: it follows
-        tensors = {**tensors, "t2d": torch.isin(torch.arange(config["vocab_size"]), target_ids(d2t))}
+        tensors = {**tensors, "t2d": torch.isin(torch.arange(config["vocab_size"]), vocabulary.target_ids(d2t))}
     if full and set(MAPPING) <= set(tensors) and not tensors["d2t"].any() and tensors["t2d"].all():
         tensors = {name: tensor for name, tensor in tensors.items() if name not in MAPPING}
     # Engines convert while loading: a config that names another dtype than all tensors have is no fault of the weights,
@@ -483,14 +523,10 @@ def read_draft(folder, model_dir=None):
     """
     config, tensors, problems = _load(folder, strict=False)
     if problems:
-        fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
+        common.fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
     if model_dir and EMBEDDING in tensors and not needs_embedding(config):
         check_embedding(folder, tensors, find_embedding(model_dir))
     return config, tensors
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 def _write(folder, config, tensors, **metadata):
@@ -499,17 +535,17 @@ def _write(folder, config, tensors, **metadata):
     temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-        open_to_all(temporary)
+        common.open_to_all(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         written = load_file(temporary)
         if different := [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]:
-            fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
+            common.fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
         (folder / "config.json").unlink(missing_ok=True)  # never an old config beside new weights
         os.replace(temporary, folder / "model.safetensors")
     finally:
         temporary.unlink(missing_ok=True)
-    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    common.write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _cast(config, tensors):
@@ -528,7 +564,7 @@ def _whole(config, tensors):
         tensors = _cast(config, tensors)
         problems = check_tensors(config, tensors)
     if problems:
-        fail(f"no draft written, it is not whole: {'; '.join(problems)}")
+        common.fail(f"no draft written, it is not whole: {'; '.join(problems)}")
     return tensors
 
 
@@ -549,7 +585,7 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
     """
     if EMBEDDING not in tensors:
         if embed_tokens is None:
-            fail(f"the speculators form needs {EMBEDDING}: give the target's embeddings")
+            common.fail(f"the speculators form needs {EMBEDDING}: give the target's embeddings")
         tensors = {**tensors, EMBEDDING: embed_tokens}
     tensors = _whole(config, tensors)
     theirs = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "num_aux_hidden_states"}
@@ -586,7 +622,7 @@ def write_speculators(folder, config, tensors, **target):
 
 def read_embedding(model_dir):
     """The input embeddings [V, Ht] of a target folder, read alone."""
-    return read_target_tensor(model_dir, EMBEDDING_NAMES)
+    return target_files.read_target_tensor(model_dir, EMBEDDING_NAMES)
 
 
 def find_embedding(model_dir):
@@ -604,93 +640,7 @@ def check_embedding(folder, tensors, embedding):
     """End the program if a draft's tensors hold a table of that shape that is not `embedding` [V, H], the target's."""
     own = tensors.get(EMBEDDING)
     if own is not None and embedding is not None and own.shape == embedding.shape and not is_embedding(own, embedding):
-        fail(f"{folder} is another target's, or was trained with a table of its own, which is not available yet: its "
-             f"{EMBEDDING} is not this target's; without that tensor it starts with this target's")  # fmt: skip
-
-
-def parse_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = fail  # one line, without the usage
-    parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
-    parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if not whole")
-    export = parser.add_argument_group("export")
-    export.add_argument("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
-    export.add_argument("--output", help="folder to write")
-    target = "folder or hub id of the target; needed for speculators; flat: a table that is its own is left out"
-    tokens = "tokens an engine drafts, speculators (default: %(default)s)"
-    export.add_argument("--target_model_path", help=target)
-    export.add_argument("--speculative_tokens", type=int, default=5, help=tokens)
-    return parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
-
-
-def check(folder):
-    """Print what a draft folder holds, or every problem on stderr; returns the exit code 0 or 1."""
-    config, tensors, problems = _load(folder, strict=True)
-    if problems:
-        print("\n".join(problems), file=sys.stderr)
-        return 1
-    width = max(map(len, tensors))
-    for name, tensor in sorted(tensors.items()):
-        print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {str(tensor.dtype)[6:]}")
-    parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in MAPPING)
-    layers = auxiliary_layers(config) or "default (2, L//2, L-3)"
-    print(f"hidden {config['hidden_size']}, heads {config['num_attention_heads']}/{config['num_key_value_heads']} of "
-          f"{config['head_dim']}, draft vocabulary {config['draft_vocab_size']:,} of {config['vocab_size']:,}, "
-          f"positions {config['max_position_embeddings']:,}, rope theta {config['rope_theta']:g}, "
-          f"{config['torch_dtype']}, auxiliary layers {layers}")  # fmt: skip
-    for note in serving_notes(config):
-        print(f"note: {note}")
-    print(f"complete: {len(tensors)} tensors, {parameters:,} parameters")
-    return 0
-
-
-def _has_targets_table(args, tensors):
-    """Whether the embedding table of the draft to export was added to it, or is the target's if that is given."""
-    path = Path(args.checkpoint) / "model.safetensors"
-    if path.exists() and (safe_open(path, "pt").metadata() or {}).get("embed_tokens") == ADDED:
-        return True
-    given = args.target_model_path
-    return bool(given) and is_embedding(tensors[EMBEDDING], read_embedding(resolve_target(given)))
-
-
-def export(args):
-    if not (args.checkpoint and args.format and args.output):
-        fail("give a checkpoint folder, --format flat|speculators and --output FOLDER; or --check FOLDER")
-    if Path(args.output).resolve() == Path(args.checkpoint).resolve():
-        fail(f"--output {args.output} is the checkpoint itself: choose another folder")
-    if args.format == "speculators" and not args.target_model_path:
-        fail("--format speculators needs --target_model_path: the form names the target and holds its embeddings")
-    if args.speculative_tokens < 1:
-        fail(f"--speculative_tokens {args.speculative_tokens} must be at least 1")
-    config, tensors = read_draft(args.checkpoint)
-    if EMBEDDING in tensors and not needs_embedding(config) and _has_targets_table(args, tensors):
-        del tensors[EMBEDDING]
-    if args.format == "flat":
-        write_draft(args.output, config, tensors)
-    else:
-        own = EMBEDDING in tensors
-        model_dir = resolve_target(args.target_model_path, weights=not own)
-        architectures = json.loads((model_dir / "config.json").read_text()).get("architectures") or []
-        embedding = None if own else read_embedding(model_dir)
-        write_speculators(
-            args.output, config, tensors, target_model_path=args.target_model_path, target_architectures=architectures,
-            embed_tokens=embedding, speculative_tokens=args.speculative_tokens,
-        )  # fmt: skip
-    for note in serving_notes(config):
-        print(f"note: {note}")
-    print(f"written to {args.output} ({args.format} form)")
-
-
-def main(args):
-    if args.check is None:
-        export(args)
-        return
-    folder = args.check or args.checkpoint
-    if not folder or not Path(folder).is_dir():
-        fail(f"--check {folder or ''}: no such folder" if folder else "--check needs a folder")
-    sys.exit(check(folder))
-
-
-if __name__ == "__main__":
-    main(parse_args())
+        common.fail(
+            f"{folder} is another target's, or was trained with a table of its own, which is not available yet: its "
+            f"{EMBEDDING} is not this target's; without that tensor it starts with this target's"
+        )

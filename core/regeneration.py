@@ -1,32 +1,20 @@
-"""Have the target answer again: the assistant turns of conversations replaced by its own, turn by turn.
-
-In:  rows of JSON, and a server that runs the target and speaks OpenAI's protocol (/v1/chat/completions).
-Out: FOLDER/train.jsonl and validation.jsonl, a row for each answered one, in the order of the input:
-     {"row": its line in the input, "messages", "tools"}, or {"row", "rejected_for": [cause, detail]}; about.json beside
-     each says of which model, input and settings. Answers are appended as they come and not asked for again.
-
-prepare_data.py calls this with --regenerate_endpoint; it is not run itself.
-"""
+"""regeneration."""
 
 import contextlib
 import fcntl
-import http.client
 import json
 import os
 import queue
 import sys
-import time
-import urllib.error
-import urllib.request
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
 
-from read_conversations import REASONING_FIELDS, Rejected, fail, read_conversation, write_atomic
+from core import common, conversations, server
 
-LONGEST_PAUSE = 60  # seconds between two attempts
 MANY = 8  # rows for which the server fails, one after another, so that it is taken for gone
+
 REFUSED = "refused by the server"
 
 # (name, type, default, help, least value if any): see read_conversations.parse_flags
@@ -41,67 +29,6 @@ REGENERATE_FLAGS = [
     ("regenerate_timeout", float, 600, "seconds that the server may take for an answer", 1),
     ("regenerate_retries", int, 6, "times that it is asked again, after 1, 2, 4, ... 60 seconds", 0),
 ]
-
-
-# ---------------------------------------------------------------------------- asking a server
-class ServerFailed(Exception):
-    """What is wanted cannot be had from a server; the message names both. status: with which it refused, or None."""
-
-    status = None
-
-
-def request_answer(endpoint, path, body=None, timeout=60):
-    """The JSON that the server answers to a GET, or to a POST of body; OSError, HTTPException or ValueError if none."""
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1/{path}", data, headers)
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
-        return json.load(answer)
-
-
-def keep_asking(server, what, retries, work):
-    """work()'s result, tried again after 1, 2, 4, ... seconds. ServerFailed, at once if asking again cannot help.
-
-    server: its flag and URL, for the message; what: that which is wanted of it.
-    """
-    for attempt in range(retries + 1):
-        time.sleep(min(2 ** (attempt - 1), LONGEST_PAUSE) if attempt else 0)
-        try:
-            return work()
-        except ServerFailed as error:
-            raise ServerFailed(f"{server}, {what}: {error}") from error
-        except urllib.error.HTTPError as error:
-            said = str(error)
-            with contextlib.suppress(OSError, http.client.HTTPException):  # the connection may end in the middle
-                said += f": {error.read(300).decode(errors='replace')}"
-            if error.code < 500 and error.code not in (408, 429):
-                failed = ServerFailed(f"{server} refuses {what}: {said}")
-                failed.status = error.code
-                raise failed from error
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
-            said = f"{type(error).__name__} {error}"  # the last three: an answer of another form
-    raise ServerFailed(f"{server} fails for {what}, {attempt + 1} times, at last with {said}")
-
-
-def find_served(flag, endpoint, targets, retries, timeout, remedy):
-    """What the server's list of models says of the target, by its names and folders `targets`; ends the program if it
-    has others only. flag: which gave the endpoint; remedy: what the line then proposes.
-    """
-    server, places = f"{flag} {endpoint}", {Path(target).resolve() for target in targets}
-
-    def listed():
-        return {model["id"]: model for model in request_answer(endpoint, "models", timeout=timeout)["data"]}
-
-    try:
-        models = keep_asking(server, "the list of its models", retries, listed)
-    except ServerFailed as error:
-        fail(error)
-    for model in models.values():
-        if any(model.get(key) and Path(model[key]).resolve() in places for key in ("id", "root")):
-            return model
-    fail(f"{server} serves {', '.join(models)}, not the target {targets[0]}: {remedy}")
 
 
 # ---------------------------------------------------------------------------- one conversation
@@ -143,7 +70,10 @@ def read_reply(answer, reasoning):
     """(message, tokens) of a chat completion. content is None if it was cut before there was any."""
     choice = answer["choices"][0]
     reply, cut = choice["message"], choice.get("finish_reason") == "length"
-    content, thoughts = reply.get("content") or "", [reply[key] for key in REASONING_FIELDS if reply.get(key)]
+    content, thoughts = (
+        reply.get("content") or "",
+        [reply[key] for key in conversations.REASONING_FIELDS if reply.get(key)],
+    )
     if content.lstrip().startswith("<think>") and "</think>" not in content:  # cut in the middle of a thought
         content = ""
     message = {"role": "assistant", "content": content}
@@ -171,10 +101,10 @@ def answer_row(raw, ask, reasoning):
         try:
             row = json.loads(raw.decode() or "{}")
         except (ValueError, RecursionError) as error:
-            raise Rejected("not JSON", error) from None
+            raise conversations.Rejected("not JSON", error) from None
         if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
-            raise Rejected("no conversation to regenerate", type(row).__name__)
-        messages, tools = read_conversation(row)
+            raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
+        messages, tools = conversations.read_conversation(row)
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()]
         for message in messages:
             if message["role"] != "assistant":
@@ -192,10 +122,10 @@ def answer_row(raw, ask, reasoning):
         while answered and answered[-1]["role"] != "assistant":
             answered.pop()
         if not answered:
-            raise Rejected("no answer", "cut before there was one, or empty")
-    except Rejected as rejected:
+            raise conversations.Rejected("no answer", "cut before there was one, or empty")
+    except conversations.Rejected as rejected:
         return {"rejected_for": [rejected.args[0], str(rejected.args[1])[:200]]}, total
-    except ServerFailed as error:
+    except server.ServerFailed as error:
         if error.status not in (400, 413, 422):  # those concern this row alone: as a rule it is too long
             raise
         return {"rejected_for": [REFUSED, str(error)[:200]]}, total
@@ -214,7 +144,7 @@ def read_answers(file):
         try:
             found[json.loads(line)["row"]] = (offset, len(line))
         except (ValueError, TypeError, KeyError):
-            fail(f"{file.name}: byte {offset} begins a line that is no answer: remove it, or the file")
+            common.fail(f"{file.name}: byte {offset} begins a line that is no answer: remove it, or the file")
         offset += len(line)
     file.seek(0, os.SEEK_END)
     return found
@@ -264,15 +194,17 @@ def open_answers(args, target, output, inputs):
             if wrong := [
                 f"{key} {there.get(key)}, now {value}" for key, value in about.items() if there.get(key) != value
             ]:
-                fail(f"{stored}: its answers are of {'; '.join(wrong)}: choose another --regenerate_path, or delete it")
-    model = args.regenerate_model or find_served(
+                common.fail(
+                    f"{stored}: its answers are of {'; '.join(wrong)}: choose another --regenerate_path, or delete it"
+                )
+    model = args.regenerate_model or server.find_served(
         "regenerate_endpoint", args.regenerate_endpoint, [target], args.regenerate_retries, args.regenerate_timeout,
         "if one of them is it, name it with --regenerate_model",
     )["id"]  # fmt: skip
     for split, content in inputs.items():
         folder.mkdir(parents=True, exist_ok=True)
         about = settings_of(args, target) | {"input": content}
-        write_atomic(folder / f"{split}.about.json", json.dumps(about, indent=2) + "\n")
+        common.write_atomic(folder / f"{split}.about.json", json.dumps(about, indent=2) + "\n")
     return folder, model, args
 
 
@@ -282,7 +214,7 @@ def ask_all(lines, read, pending, model, args):
     ServerFailed if the server refuses everything, or fails for several rows and answers none in between. A row for
     which it fails alone is set aside, as those that it refuses are.
     """
-    server, arrived = f"regenerate_endpoint {args.regenerate_endpoint}", queue.SimpleQueue()
+    name, arrived = f"regenerate_endpoint {args.regenerate_endpoint}", queue.SimpleQueue()
 
     def work(row, raw):
         def ask(messages, tools):
@@ -291,11 +223,11 @@ def ask_all(lines, read, pending, model, args):
             body |= {"chat_template_kwargs": args.template_options} if args.template_options else {}
             if args.regenerate_temperature is not None:
                 body["temperature"] = args.regenerate_temperature
-            return keep_asking(server, f"row {row}", args.regenerate_retries, lambda: complete(body, args))
+            return server.keep_asking(name, f"row {row}", args.regenerate_retries, lambda: complete(body, args))
 
         try:
             return row, *answer_row(raw, ask, args.regenerate_reasoning)
-        except ServerFailed as error:
+        except server.ServerFailed as error:
             return row, error, 0
 
     busy, failed, pending = 0, [], iter(pending)
@@ -314,7 +246,7 @@ def ask_all(lines, read, pending, model, args):
             for result in results:
                 if isinstance(result, Exception):
                     raise result
-                if isinstance(result[1], ServerFailed):
+                if isinstance(result[1], server.ServerFailed):
                     failed.append(result)
                     continue
                 yield result
@@ -331,7 +263,7 @@ def ask_all(lines, read, pending, model, args):
 
 def complete(body, args):
     """A chat completion; ValueError if the answer is none."""
-    answer = request_answer(args.regenerate_endpoint, "chat/completions", body, args.regenerate_timeout)
+    answer = server.request_answer(args.regenerate_endpoint, "chat/completions", body, args.regenerate_timeout)
     try:
         message = answer["choices"][0]["message"]
         right = isinstance(message.get("content"), str | None)
@@ -354,13 +286,19 @@ def answer_rows(lines, read, path, model, args):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            fail(f"{path}: another process writes answers there")
+            common.fail(f"{path}: another process writes answers there")
         found, tokens = read_answers(file), 0
         refused = {row for row, place in found.items() if REFUSED.encode() in read_answer(file, place)[:80]}
         pending = [index for index, row in enumerate(lines) if row not in found or row in refused]
         done = len(lines) - len(pending)
-        bar = tqdm(total=len(lines), initial=done, unit=" conversations", desc=f"answers, {path.stem}",
-                   dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)  # fmt: skip
+        bar = tqdm(
+            total=len(lines),
+            initial=done,
+            unit=" conversations",
+            desc=f"answers, {path.stem}",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+        )
         try:
             with bar:
                 for answer in ask_all(lines, read, pending, model, args):
@@ -374,8 +312,10 @@ def answer_rows(lines, read, path, model, args):
                     found[row], tokens = (file.seek(0, os.SEEK_END), len(line)), tokens + count
                     file.write(line)
                     bar.update()
-        except ServerFailed as error:
-            fail(f"{error}; {len(found):,} of {len(lines):,} rows are there, the same command goes on with the others")
+        except server.ServerFailed as error:
+            common.fail(
+                f"{error}; {len(found):,} of {len(lines):,} rows are there, the same command goes on with the others"
+            )
         sort_answers(path, file, found)
 
 

@@ -1,10 +1,4 @@
-"""Ranks: how they start, wait for one another, read DeepSpeed's configuration, and end when one of them is lost.
-
-In:  the variables of a launcher (deepspeed, torchrun), of a service, or none for one rank; ds_configs/*.json.
-Out: the process group; a line that names the rank that died, hangs or failed.
-
-load_target.py, prepare_hidden_states.py, train_eagle3.py and evaluate_eagle3.py import this file; it is not run itself.
-"""
+"""ranks."""
 
 import atexit
 import contextlib
@@ -28,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
-from read_conversations import fail
+from core import common
 
 
 def start_distributed(timeout, local_rank=-1):
@@ -44,7 +38,9 @@ def start_distributed(timeout, local_rank=-1):
             port = str(free.getsockname()[1])
         os.environ.update(zip((*names, "LOCAL_RANK"), ("0", "1", "127.0.0.1", port, "0"), strict=True))
     elif missing:
-        fail(f"RANK is set, but not {', '.join(missing)}: set all of {', '.join(names)}, or none of them for one rank")
+        common.fail(
+            f"RANK is set, but not {', '.join(missing)}: set all of {', '.join(names)}, or none of them for one rank"
+        )
     cuda = torch.cuda.is_available()
     if local_rank < 0:  # some services set RANK alone: ranks are dealt to a node's devices in turn
         local_rank = int(os.environ["RANK"]) % torch.cuda.device_count() if cuda else 0
@@ -117,8 +113,11 @@ class Watch:
                 peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
                 peer.sendall(f"{self.token}\n".encode())
             except OSError as error:
-                print(f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
-                      "a rank that is lost will show only after dist_timeout", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
+                    "a rank that is lost will show only after dist_timeout",
+                    file=sys.stderr,
+                )
                 return
             threading.Thread(target=self.hear, args=[peer], daemon=True).start()
         while True:
@@ -170,7 +169,7 @@ class Watch:
         os._exit(1)
 
 
-def run_together(main, args):
+def run_watched(main, args):
     """Run main(args). A rank that fails says why, as it would alone; the others end with a line that names it."""
     try:
         main(args)
@@ -191,7 +190,7 @@ def run_together(main, args):
 
 
 @contextlib.contextmanager
-def noted_signals():
+def stop_signals():
     """A list that gets the name of each signal that asks for an end meanwhile: SIGTERM, SIGINT or SIGUSR1.
 
     The training ends when its step is done. A second Ctrl-C ends it at once.
@@ -227,20 +226,20 @@ def read_deepspeed_config(path, decided, device):
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        fail(f"deepspeed_config {path} cannot be read: {error}")
+        common.fail(f"deepspeed_config {path} cannot be read: {error}")
     if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
-        fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
+        common.fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
     for key, (flag, value) in decided.items():
         if config.get(key, "auto") not in ("auto", value):
-            fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
+            common.fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
         config[key] = value
     for key in {"optimizer", "scheduler"} & config.keys():
-        fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
+        common.fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
     zero = config.get("zero_optimization", {})
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "nvme":
             if zero.get("stage") != 3:
-                fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
+                common.fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
             check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
     half = config.setdefault("bf16", {})
     if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
@@ -255,11 +254,11 @@ def check_disk(name, folder):
     try:
         tempfile.TemporaryFile(dir=folder or os.devnull).close()
     except OSError as error:
-        fail(f"{name} {folder} cannot be written: {error.strerror}; give a folder on the NVMe disk")
+        common.fail(f"{name} {folder} cannot be written: {error.strerror}; give a folder on the NVMe disk")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
-        fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
+        common.fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
 
 
 def on_first_rank(work):
@@ -296,7 +295,7 @@ def check_shared(name, folder, patience=10):
         os.unlink(path)
     if lacking := ", ".join(sorted({host for host in every if host})):
         message = f"{name} {folder} is another folder on {lacking}: checkpoints need one that all nodes share"
-        on_first_rank(functools.partial(fail, message))
+        on_first_rank(functools.partial(common.fail, message))
 
 
 def on_each_node(work):

@@ -1,17 +1,11 @@
-"""Deal the prepared data out: which rank reads which sequences in which micro-batch, and what is supervised there.
+"""dataloader."""
 
-In:  a folder written by prepare_data.py; the number of ranks and the sizes of batches.
-Out: per rank and optimizer step its micro-batches: whole sequences behind one another without padding, the slots that
-     are supervised at each step of the training-time test, and the target's forwards that have to come before.
-
-train_eagle3.py and others import this file; it is not run itself.
-"""
-
-import bisect
 import functools
 import itertools
+import json
 import math
 import signal
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +13,30 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-QUERY_CHUNK = 128  # slots whose attention is formed at a time
-BLOCK = 128  # slots and keys of a block of FlexAttention
+from core import common, slots
+
+FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
+
+
+# ---------------------------------------------------------------------------- reading what this script wrote
+def open_data(folder):
+    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
+    from datasets import DatasetDict
+
+    for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
+        if not Path(folder, name).exists():
+            common.fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")
+    config = json.loads(Path(folder, "data_config.json").read_text())
+    if (version := config.get("format_version")) != FORMAT_VERSION:
+        common.fail(
+            f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again"
+        )
+    return DatasetDict.load_from_disk(str(folder)), config
+
+
 COLUMNS = ("input_ids", "loss_mask")
+
 STATES = ("aux_hidden_states", "last_hidden_states")  # of a row on the disk
-HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
 
 
 @functools.lru_cache(maxsize=2)
@@ -45,7 +58,7 @@ def measure_rows(split):
     return tuple(np.concatenate(parts).astype(np.int64) for parts in (lengths, supervised))
 
 
-def fill(rows, count, sizes, room, work):
+def pack(rows, count, sizes, room, work):
     """rows in `count` lists of sizes up to `room` in all: each in turn into that of least work; None if none fits."""
     lists, load, free = [[] for _ in range(count)], np.zeros(count), np.full(count, room)
     for row in rows:
@@ -59,7 +72,7 @@ def fill(rows, count, sizes, room, work):
     return lists
 
 
-def deal(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
+def assign(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
     """Micro-batches of every rank in an optimizer step on these rows: [rank][micro-batch], each a list of row numbers.
 
     lengths (tokens), work (any unit): arrays by row number. A micro-batch has at most micro_batch_size rows or, if
@@ -71,16 +84,16 @@ def deal(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
     one, nothing = np.ones_like(lengths), np.zeros_like(work)
     sizes, room = (lengths, total_seq_len) if total_seq_len else (one, micro_batch_size)
     most = len(rows) if total_seq_len else math.ceil(len(rows) / (room * world_size)) * room  # rows of a rank
-    shares = fill(sorted(place, key=lambda row: -work[row]), world_size, one, most, work)  # heaviest first
+    shares = pack(sorted(place, key=lambda row: -work[row]), world_size, one, most, work)  # heaviest first
     # First-fit decreasing, as among lists without work the first with room is taken, tells how many a rank needs. The
     # same number of lists is then filled evenly if that fits as well.
-    packs = [fill(sorted(share, key=lambda row: -lengths[row]), len(rows), sizes, room, nothing) for share in shares]
+    packs = [pack(sorted(share, key=lambda row: -lengths[row]), len(rows), sizes, room, nothing) for share in shares]
     count = max(sum(map(bool, lists)) for lists in packs)
-    dealt = [fill(share, count, sizes, room, work) or tight[:count] for share, tight in zip(shares, packs, strict=True)]
+    dealt = [pack(share, count, sizes, room, work) or tight[:count] for share, tight in zip(shares, packs, strict=True)]
     return [[sorted(part, key=place.get) for part in lists] for lists in dealt]
 
 
-def deal_forwards(dealt, rank, batch_size, together=1, in_step=1):
+def assign_forwards(dealt, rank, batch_size, together=1, in_step=1):
     """The target's forwards that `rank` takes part in before each micro-batch: [micro-batch][forward] of (rows, first,
     end), where rows[first:end] are the rank's own, batch_size of them in the order of its micro-batches.
 
@@ -129,7 +142,7 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step):
         epoch, index = divmod(step, len(self))
         rows = epoch_order(len(self.split), self.seed, epoch)[index * self.size : (index + 1) * self.size]
-        dealt = deal(rows, self.lengths, self.work, *self.dealing)
+        dealt = assign(rows, self.lengths, self.work, *self.dealing)
         dealt = [[part or [-1] for part in lists] for lists in dealt]
         if self.store:
             return [(*self.stored(part), part) for part in dealt[self.rank]]
@@ -137,7 +150,7 @@ class Steps(torch.utils.data.Dataset):
         return [
             ([read(row) for row in part],
              [([read(row)[0] for row in several], *mine) for several, *mine in forwards], part)
-            for part, forwards in zip(dealt[self.rank], deal_forwards(dealt, self.rank, *self.forwards), strict=True)
+            for part, forwards in zip(dealt[self.rank], assign_forwards(dealt, self.rank, *self.forwards), strict=True)
         ]  # fmt: skip
 
     def stored(self, rows):
@@ -159,96 +172,6 @@ class Steps(torch.utils.data.Dataset):
         return row["input_ids"], row["loss_mask"]
 
 
-def positions_of(lengths, device=None):
-    """Position ids [sum(lengths)] int64 that restart with every sequence."""
-    return torch.cat([torch.arange(n, device=device) for n in lengths])
-
-
-def supervised_slots(loss_mask, document_ids, steps):
-    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
-
-    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
-    token that the target itself produced and ends with the reply; once dead it stays dead.
-    """
-
-    def ahead(n):
-        """loss_mask n tokens further on, 0 beyond the document."""
-        inside = torch.zeros_like(loss_mask, dtype=torch.bool)
-        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
-        return inside & loss_mask.bool().roll(-n)
-
-    alive, rows = ahead(1), []
-    for i in range(steps):
-        alive = alive & ahead(2 + i)
-        rows.append(alive)
-    return torch.stack(rows)
-
-
-def acceptance_walk(accepted, loss_mask):
-    """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
-
-    accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
-    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
-    """
-    passes, start = [], 0
-    for supervised, run in itertools.groupby(loss_mask):
-        end = start + len(list(run))
-        slot = max(start - 1, 0)
-        while supervised and slot + 2 < end:
-            passes.append(accepted[slot])
-            slot += accepted[slot] + 1
-        start = end
-    return passes
-
-
-class Plan(NamedTuple):
-    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
-
-    Rows are the live slots of step 0, then of step 1, and so on: R in all.
-    """
-
-    counts: list  # K ints n_i: live slots of each step
-    live: torch.Tensor  # [R]: the slots, ascending in each step
-    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
-    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
-    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
-    teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
-    order: torch.Tensor  # [R]: rows by the token of their teacher
-    places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
-    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
-
-
-def plan_slots(supervised, lengths):
-    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
-    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
-    starts = torch.tensor(bounds)
-    live = [row.nonzero().flatten() for row in supervised]
-    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
-    spans, blocks = [], []
-    for slots in live:
-        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
-        pieces = zip(first_tokens, borders, strict=True)
-        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
-                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
-        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
-        head = torch.arange(0, len(slots), BLOCK)
-        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
-        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
-        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
-        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
-        full = torch.minimum(-(-begin[tail] // BLOCK), end)
-        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
-    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
-    teachers, places = tokens.unique_consecutive(return_inverse=True)
-    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
-    while first < len(teachers):
-        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
-        chunks.append((first, end, row, ends[end - 1]))
-        first, row = end, ends[end - 1]
-    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
-    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
-
-
 class Place(NamedTuple):
     """Where a tensor was."""
 
@@ -267,8 +190,8 @@ def collate(micro_batches, steps):
         input_ids, masks = zip(*sequences, strict=True)
         lengths, loss_mask = [len(ids) for ids in input_ids], torch.cat(masks)
         document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        plan = plan_slots(supervised_slots(loss_mask, document_ids, steps), lengths)
-        batch = {"input_ids": torch.cat(input_ids), "position_ids": positions_of(lengths), "loss_mask": loss_mask}
+        plan = slots.plan_slots(slots.supervised_slots(loss_mask, document_ids, steps), lengths)
+        batch = {"input_ids": torch.cat(input_ids), "position_ids": slots.positions_of(lengths), "loss_mask": loss_mask}
         batch |= {"lengths": lengths, "rows": rows, **plan._asdict()}
         if states and isinstance(states[0][0], int):
             batch |= join_stored(states, sequences)
@@ -307,36 +230,12 @@ def join_stored(states, sequences):
     for (number, tensors, reason), (input_ids, loss_mask) in zip(states, sequences, strict=True):
         wrong.append((number, reason, start))
         if tensors:
-            count, teachers = tokens_read(loss_mask)
+            count, teachers = slots.tokens_read(loss_mask)
             tensors |= {"aux_at": torch.arange(start, start + count), "last_at": start + teachers}
             for name, tensor in tensors.items():
                 joined.setdefault(name, []).append(tensor)
         start += len(input_ids)
     return {"stored": wrong, **{name: torch.cat(parts) for name, parts in joined.items()}}
-
-
-def tokens_read(loss_mask):
-    """(n, teachers): training reads the auxiliary states of the first n tokens, and the last ones of teachers [U].
-
-    loss_mask [T] of one sequence. Behind the last slot that is supervised no key is seen. A teacher is the token behind
-    a slot of step 0; later steps have the same ones, further on.
-    """
-    live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
-    return (int(live[-1]) + 1 if len(live) else 0), live + 1
-
-
-def measure_read(split):
-    """(n, number of teachers) of each row, as `tokens_read` says: int64 [rows] twice."""
-    counts, teachers = [], []
-    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
-        mask = batch["loss_mask"].combine_chunks()
-        values, row = mask.flatten().to_numpy(), mask.value_parent_indices().to_numpy()
-        first = np.cumsum(mask.value_lengths()) - mask.value_lengths()
-        live = np.flatnonzero(values[1:-1] & values[2:] & (row[:-2] == row[2:]))  # slots of step 0, of all rows
-        counts.append(np.zeros(len(mask), np.int64))
-        counts[-1][row[live]] = live + 1 - first[row[live]]  # of a row's slots the last one stays
-        teachers.append(np.bincount(row[live], minlength=len(mask)))
-    return np.concatenate(counts), np.concatenate(teachers)
 
 
 def read_steps(split, args, target, device, steps=None, name="train", **sizes):
@@ -354,11 +253,16 @@ def read_steps(split, args, target, device, steps=None, name="train", **sizes):
     steps = range(len(data)) if steps is None else steps
     for part in source.epochs(steps, len(data)) if source else [steps]:
         loader = DataLoader(
-            data, sampler=part, batch_size=None, num_workers=args.num_workers,
-            collate_fn=functools.partial(collate, steps=args.ttt_length), pin_memory=device.type == "cuda",
-            prefetch_factor=args.prefetch_factor if args.num_workers else None, worker_init_fn=outlive_signals,
+            data,
+            sampler=part,
+            batch_size=None,
+            num_workers=args.num_workers,
+            collate_fn=functools.partial(collate, steps=args.ttt_length),
+            pin_memory=device.type == "cuda",
+            prefetch_factor=args.prefetch_factor if args.num_workers else None,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # it would draw from the global one, more often in a resumed run
-        )  # fmt: skip
+        )
         for tensors, batches in source.ahead(loader, data) if source else loader:
             batches = put_back(tensors, batches, device)
             yield source.expect(batches, data) if source else batches

@@ -1,140 +1,26 @@
-"""Read conversations: rows of JSON Lines files and of presets, as messages with roles. What all scripts share is here.
+"""conversations."""
 
-In:  a preset or a JSON Lines file with rows {"conversations" or "messages": [{"role", "content"} or {"from", "value"},
-     ...], "tools"}; presets come from the hub, or from a local copy of its repository.
-Out: lines of JSON, and of each of them messages with role, content, reasoning and tool_calls.
-
-prepare_data.py and the later stages import this file; it is not run itself.
-"""
-
-import argparse
 import ast
 import contextlib
 import functools
-import hashlib
 import json
-import os
 import re
 import sys
 import sysconfig
 from collections import namedtuple
 from pathlib import Path
-from typing import NoReturn
 
-import huggingface_hub
+from core import common
 
 ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human", "prompter"), "user")
+
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant")
+
 ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
+
 AFTER = {"": "system user", "system": "user", "user": "assistant", "assistant": "user tool", "tool": "tool assistant"}
+
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-
-# ---------------------------------------------------------------------------- conventions that all scripts share
-def fail(message) -> NoReturn:
-    """Report an error that the user can mend: one line on stderr, exit code 2, no traceback."""
-    print("error: " + " ".join(str(message).split("\n")), file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def normalise_argv(argv, aliases=None):
-    """Kebab-case flags to snake_case, then other trainers' names (aliases: {alias: name}); values stay untouched."""
-
-    def normalise(flag):
-        name = flag[1].replace("-", "_")
-        return "--" + (aliases or {}).get(name, name)
-
-    return [re.sub(r"\A--([^=]+)", normalise, word) for word in argv]
-
-
-def drop_foreign(argv, table, aliases=None):
-    """argv, none: the program's own, without other trainers' flags that change nothing here; ends the program with one
-    line about the others.
-
-    table: rows (pattern of names without no_, pattern of values that change nothing, what to write instead). A pattern
-    "true" or "false" stands for every spelling of it, and for the flag alone, with or without no_.
-    """
-    groups, kept, wrong = [], [], {}
-    for word in normalise_argv(sys.argv[1:] if argv is None else argv, aliases):  # a flag and its values
-        groups = [*groups, [word]] if word.startswith("--") or not groups else [*groups[:-1], [*groups[-1], word]]
-    for group in groups:
-        name, _, value = group[0].removeprefix("--").partition("=")
-        value = " ".join(filter(None, [value, *group[1:]])).lower()
-        known = table if group[0].startswith("--") else ()
-        row = next((row for row in known if re.fullmatch(row[0], name.removeprefix("no_"))), None)
-        if not row:
-            kept += group
-            continue
-        if row[1] in ("true", "false"):
-            with contextlib.suppress(argparse.ArgumentTypeError):
-                value = str(boolean(value or "true") != name.startswith("no_")).lower()
-        if not re.fullmatch(row[1], value) or not value:
-            wrong.setdefault(row[2], []).append(f"--{name}")
-    if wrong:
-        fail("; ".join(f"{', '.join(names)}: {text}" for text, names in wrong.items()))
-    return kept
-
-
-def boolean(text):
-    """Type of flags that take a value or none, which means true."""
-    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
-
-
-def parse_flags(description, groups, argv=None):
-    """The flags' values, for {title: [(name, type, default, help, least value if any)]}; ends with one line if wrong.
-
-    type: a tuple lists choices, [int] takes several values; default ... means required.
-    """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form, allow_abbrev=False)
-    parser.error = fail  # one line, without the usage
-    for title, rows in groups.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, text, *_ in rows:
-            # Of a path only the name: the help is the same wherever the repository lies.
-            shown = "none" if default is None else Path(default).name if str(default).startswith("/") else default
-            shown = "required" if default is ... else f"default: {shown}"
-            options = {"required": default is ..., "default": default, "help": f"{text} ({shown})"}
-            options |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            if isinstance(kind, list):
-                options |= {"type": kind[0], "nargs": "+"}
-            elif kind is boolean:
-                options |= {"nargs": "?", "const": True}
-            group.add_argument(f"--{name}", **options)
-    args = parser.parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
-    for name, *_, least in (row for rows in groups.values() for row in rows if len(row) == 5):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            fail(f"{name} is {getattr(args, name)}; it must be at least {least}")
-    return args
-
-
-def write_atomic(path, data):
-    """Write bytes or str so that a reader sees the old file or the whole new one, never a part."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def open_to_all(path):
-    """Let others read a file, as far as the storage keeps such modes: safetensors leaves its files to their owner."""
-    with contextlib.suppress(OSError):
-        os.chmod(path, 0o644)
-
-
-def hash_file(path):
-    """sha256 of the content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_of(value):
-    """sha256 of the value as JSON, in hex."""
-    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------- one row of JSON to messages
@@ -195,19 +81,10 @@ def read_message(turn):
     return message | {"content": content}
 
 
-def download(repo, patterns, repo_type="model", revision=None):
-    """Folder of those files of a hub repository that match; weights in sub-folders are second copies, so left out."""
-    which = {"allow_patterns": patterns, "ignore_patterns": ["*/*.safetensors", "*/*.bin"], "revision": revision}
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, **which))
-    except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
-        flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
-        fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")
-
-
 # ---------------------------------------------------------------------------- where rows come from: presets, files
 # Suites of tests, and programs that act on import or open windows: their docstrings explain nothing.
 NOT_DOCUMENTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "__main__", "idle_test", "lib2to3"}
+
 KINDS = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
 
 
@@ -290,7 +167,9 @@ def sciq(row):
 # hub: repositories; files: {split: patterns, of which the first that matches counts}; convert: from the columns to a
 # row that read_conversation reads; rejected: max_rejected_ratio, unless given.
 Preset = namedtuple("Preset", ("hub", "files", "convert", "rejected", "revision"), defaults=(0.01, None))
+
 PARQUET = {"train": ("data/train-*.parquet",)}
+
 PRESETS = {
     # Raw chats; assumed, so that only a wrong template or schema stops.
     "sharegpt": Preset(("Aeala/ShareGPT_Vicuna_unfiltered",),
@@ -328,22 +207,22 @@ def find_files(name, dataset_path, split):
     """Files behind the name of a preset or file; missing and empty ones end here, before anything is loaded."""
     if name not in PRESETS:
         if not (path := Path(name).expanduser()).is_file():
-            fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
+            common.fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
         if next(read_lines(path), None) is None:
-            fail(f"dataset {name} is empty: no row in it")
+            common.fail(f"dataset {name} is empty: no row in it")
         return [path]
     preset = PRESETS[name]
     if split not in preset.files:
-        fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
+        common.fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
     patterns, folders = list(preset.files[split]), [Path(dataset_path or "").expanduser()] if preset.hub else []
     if not dataset_path:
-        folders = [download(repo, patterns, "dataset", preset.revision) for repo in preset.hub]
+        folders = [common.download(repo, patterns, "dataset", preset.revision) for repo in preset.hub]
     files, least = [], 1 if not dataset_path else len(preset.hub)  # a copy has the files of all repositories
     for folder in folders:
         found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
         if len(found) < least:
             wanted = f"{len(found) or 'no'} {' or '.join(patterns)} in {folder}"
-            fail(f"preset {name}: {wanted}, as in {', '.join(preset.hub)} on the hub")
+            common.fail(f"preset {name}: {wanted}, as in {', '.join(preset.hub)} on the hub")
         files += found
     return files
 

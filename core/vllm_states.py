@@ -1,11 +1,4 @@
-"""Hidden states from a vLLM server that runs the target, and from the files that its extractor writes.
-
-In:  a server started as examples/run_llama3_vllm.sh does, which shares a folder with this machine; or a folder of files
-     hs_N.safetensors, N the row, as speculators names them.
-Out: hidden_states [T, layers, Ht] of a row: the auxiliary layers, and the last one before the final norm.
-
-prepare_hidden_states.py imports this file; it is not run itself.
-"""
+"""vllm_states."""
 
 import fcntl
 import functools
@@ -17,9 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from deal_batches import COLUMNS, STATES, tokens_read
-from read_conversations import fail
-from regenerate_data import ServerFailed, find_served, keep_asking, request_answer
+from core import common, dataloader, server, slots
 
 REQUESTS = 16  # to a server that are under way at once, of each rank
 
@@ -31,7 +22,7 @@ SERVER_FLAGS = [
 ]
 
 
-class Extracted:
+class VllmFiles:
     """Rows in files of vLLM's extractor, as speculators names them: hs_N.safetensors is row N of the train split, in
     the folder validation of that split. They are only read. They do not say of which target and layers they are.
     """
@@ -57,13 +48,13 @@ class Extracted:
     def read(self, row):
         """As Store.read, with last_hidden_states from before the final norm."""
         split, number = row.split("/")
-        input_ids, loss_mask = (torch.tensor(self.data[split][int(number)][name]) for name in COLUMNS)
+        input_ids, loss_mask = (torch.tensor(self.data[split][int(number)][name]) for name in dataloader.COLUMNS)
         states, wrong = read_extracted(self.path(split, number), input_ids.tolist(), self.shape)
         if wrong:
             return None, wrong
-        count, teachers = tokens_read(loss_mask)
+        count, teachers = slots.tokens_read(loss_mask)
         states = states[:count, :-1].flatten(1), states[teachers, -1]
-        return dict(zip((*COLUMNS, *STATES), (input_ids, loss_mask, *states), strict=True)), ""
+        return dict(zip((*dataloader.COLUMNS, *dataloader.STATES), (input_ids, loss_mask, *states), strict=True)), ""
 
 
 def read_extracted(path, input_ids, shape):
@@ -82,24 +73,30 @@ def read_extracted(path, input_ids, shape):
 
 def request(args, path, body=None):
     """The JSON that the server answers."""
-    return request_answer(args.vllm_endpoint, path, body, args.request_timeout)
+    return server.request_answer(args.vllm_endpoint, path, body, args.request_timeout)
 
 
 def ask_for(args, what, work):
     """work()'s result, tried max_retries times again. ServerFailed."""
-    return keep_asking(f"vllm_endpoint {args.vllm_endpoint}", what, args.max_retries, work)
+    return server.keep_asking(f"vllm_endpoint {args.vllm_endpoint}", what, args.max_retries, work)
 
 
 def served_model(args, model_dir, longest):
     """The name under which the server has the target; ends the program if it has another, or reads too few tokens."""
     named = args.target_model_path
-    model = find_served(
-        "vllm_endpoint", args.vllm_endpoint, [named, model_dir], args.max_retries, args.request_timeout,
+    model = server.find_served(
+        "vllm_endpoint",
+        args.vllm_endpoint,
+        [named, model_dir],
+        args.max_retries,
+        args.request_timeout,
         f"start it with that one, or if it is, with --served-model-name {named}",
-    )  # fmt: skip
+    )
     if longest >= (model.get("max_model_len") or longest + 1):  # one token is generated
-        fail(f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
-             f"{longest}: start it with --max-model-len {longest + 1}")  # fmt: skip
+        common.fail(
+            f"vllm_endpoint {args.vllm_endpoint} reads {model['max_model_len']} tokens, a row of the data has "
+            f"{longest}: start it with --max-model-len {longest + 1}"
+        )
     return model["id"]
 
 
@@ -126,7 +123,9 @@ class Server:
         answer = request(self.args, "completions", body)
         path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if not path:
-            raise ServerFailed("its answer names no file: start it with extract_hidden_states, as the README says")
+            raise server.ServerFailed(
+                "its answer names no file: start it with extract_hidden_states, as the README says"
+            )
         try:
             with open(f"{path}.lock") as lock:
                 while not locked(lock):
@@ -142,7 +141,9 @@ class Server:
         if wrong in ("missing", "damaged"):
             raise OSError(f"{path} is {wrong}")
         if wrong or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
-            raise ServerFailed(f"what it gives is {wrong or 'of other tokens'}, not {len(input_ids)} x {self.shape}")
+            raise server.ServerFailed(
+                f"what it gives is {wrong or 'of other tokens'}, not {len(input_ids)} x {self.shape}"
+            )
         return states
 
 

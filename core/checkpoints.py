@@ -1,15 +1,4 @@
-"""The complete checkpoint of a training: written whole or not at all, checked when read, for any number of ranks.
-
-In:  the DeepSpeed engine around the draft, and where the training is.
-Out: output_dir/step_00001000 with
-     config.json, model.safetensors   the draft, servable as it is
-     trainer_state.json               steps, position in the data, best so far; size and checksum of each other file
-     ranks.safetensors                of each rank: random number generators, metrics not yet logged
-     deepspeed/                       weights and optimizer in fp32, a shard of each rank (pickled by torch)
-     and the links output_dir/latest, output_dir/best.
-
-train_eagle3.py imports this file; it is not run itself.
-"""
+"""checkpoints."""
 
 import functools
 import itertools
@@ -31,17 +20,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from build_vocab_mapping import target_ids
-from export_eagle3 import write_draft
-from read_conversations import fail, write_atomic
-from run_ranks import on_first_rank
+from core import common, draft_files, ranks, vocabulary
 
 STATE, RANKS, SHARDS = "trainer_state.json", "ranks.safetensors", "deepspeed"
+
 GENERATORS = {"torch", "python", "numpy", "numpy_gauss", "cuda"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is in it
 
 
 @dataclass
@@ -73,10 +56,10 @@ def draft_tensors(engine, d2t):
         if dist.get_rank() != 0:
             return {}
         tensors = {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
-    vocabulary = draft.config["vocab_size"]
-    if draft.config["draft_vocab_size"] < vocabulary:
-        tensors |= {"d2t": d2t.cpu(), "t2d": torch.zeros(vocabulary, dtype=torch.bool)}
-        tensors["t2d"][target_ids(tensors["d2t"])] = True
+    vocab_size = draft.config["vocab_size"]
+    if draft.config["draft_vocab_size"] < vocab_size:
+        tensors |= {"d2t": d2t.cpu(), "t2d": torch.zeros(vocab_size, dtype=torch.bool)}
+        tensors["t2d"][vocabulary.target_ids(tensors["d2t"])] = True
     return tensors
 
 
@@ -109,10 +92,6 @@ def set_generators(states):
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(states["numpy_gauss"])))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 def sync(path):
@@ -154,7 +133,7 @@ def write_shards(engine, building):
     return problems
 
 
-def agree(problems):
+def first_problem(problems):
     """The first problem of any rank, or None."""
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, problems)
@@ -167,7 +146,7 @@ def write_checkpoint(engine, d2t, folder, state, mine):
     state: JSON that is the same for all ranks; mine: this rank's tensors by name. A checkpoint that is there already
     stays, as it is of the same step; anything else of its name is put aside.
     """
-    if on_first_rank(functools.partial(is_there, folder)):
+    if ranks.on_first_rank(functools.partial(is_complete, folder)):
         return None
     first, world = dist.get_rank() == 0, dist.get_world_size()
     building, every, problems = folder.with_name(f".{folder.name}.building"), [None] * world, []
@@ -177,25 +156,26 @@ def write_checkpoint(engine, d2t, folder, state, mine):
         try:
             shutil.rmtree(building, ignore_errors=True)
             (building / SHARDS).mkdir(parents=True)
-            write_draft(building, engine.module.config, tensors)
-            save_file({f"{rank}.{name}": x for rank, part in enumerate(every) for name, x in part.items()},
-                      building / RANKS)  # fmt: skip
+            draft_files.write_draft(building, engine.module.config, tensors)
+            save_file(
+                {f"{rank}.{name}": x for rank, part in enumerate(every) for name, x in part.items()}, building / RANKS
+            )
         except (OSError, SafetensorError, SystemExit) as error:  # the last with a line of its own
             problems.append(f"{building} cannot be written: {error}")
-    problem = agree(problems) or agree(write_shards(engine, building))
+    problem = first_problem(problems) or first_problem(write_shards(engine, building))
     if not problem:
-        problem = seal(building, folder, state)
+        problem = publish(building, folder, state)
     if first and problem:
         shutil.rmtree(building, ignore_errors=True)
     return problem
 
 
-def is_there(folder):
+def is_complete(folder):
     """Whether a whole checkpoint has this name. What else has it gets another one."""
     if not folder.exists():
         return False
     state = read_state(folder)
-    if state and not damage(folder, state):
+    if state and not find_damage(folder, state):
         return True
     aside = next(
         path for i in itertools.count() if not (path := folder.with_name(f"damaged_{i}_{folder.name}")).exists()
@@ -205,10 +185,10 @@ def is_there(folder):
     return False
 
 
-def seal(building, folder, state):
+def publish(building, folder, state):
     """Give a checkpoint that is written its name; the ranks bring its files to the disk and measure them together."""
     rank, problems, files = dist.get_rank(), [], {}
-    paths = on_first_rank(lambda: [path for path in building.rglob("*") if path.is_file()])
+    paths = ranks.on_first_rank(lambda: [path for path in building.rglob("*") if path.is_file()])
     every = [None] * dist.get_world_size()
     try:
         for path in paths[rank :: len(every)]:
@@ -217,18 +197,18 @@ def seal(building, folder, state):
     except OSError as error:
         problems.append(f"{path} cannot be written: {error}")
     dist.all_gather_object(every, files)
-    problem = agree(problems)
+    problem = first_problem(problems)
     if rank == 0 and not problem:
         files = {name: numbers for part in every for name, numbers in part.items()}
         try:
-            write_atomic(building / STATE, json.dumps({**state, "files": files}, indent=1) + "\n")
+            common.write_atomic(building / STATE, json.dumps({**state, "files": files}, indent=1) + "\n")
             for path in (building / SHARDS, building):
                 sync(path)
             building.rename(folder)
             sync(folder.parent)
         except OSError as error:
             problems.append(f"{building} cannot be written: {error}")
-    return problem or agree(problems)
+    return problem or first_problem(problems)
 
 
 def write_final(engine, d2t, folder, files):
@@ -240,9 +220,9 @@ def write_final(engine, d2t, folder, files):
         try:
             for path in (building, old):
                 shutil.rmtree(path, ignore_errors=True)
-            write_draft(building, engine.module.config, tensors)
+            draft_files.write_draft(building, engine.module.config, tensors)
             for name, text in files.items():
-                write_atomic(building / name, text)
+                common.write_atomic(building / name, text)
             if folder.exists():
                 folder.rename(old)
             building.rename(folder)
@@ -250,9 +230,9 @@ def write_final(engine, d2t, folder, files):
             shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(building, ignore_errors=True)
-            fail(f"{folder} cannot be written: {error}")
+            common.fail(f"{folder} cannot be written: {error}")
 
-    on_first_rank(write)
+    ranks.on_first_rank(write)
 
 
 def step_folder(output_dir, step):
@@ -298,7 +278,7 @@ def save_step(engine, d2t, args, progress, record=None):
     }  # fmt: skip
     mine = {name: torch.as_tensor(getattr(progress, name)).cpu() for name in ("sums", "chains", "tokens")}
     lost = record.keep() if record else ""
-    problem = agree([lost] if lost else []) or write_checkpoint(engine, d2t, folder, state, mine)
+    problem = first_problem([lost] if lost else []) or write_checkpoint(engine, d2t, folder, state, mine)
     if dist.get_rank() == 0 and problem:
         print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
     elif dist.get_rank() == 0:
@@ -311,14 +291,13 @@ def save_step(engine, d2t, args, progress, record=None):
     return None if problem else folder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def checkpoints(output_dir):
     """The folders step_*, the newest first."""
-    return sorted((path for path in Path(output_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)),
-                  key=lambda path: int(path.name[5:]), reverse=True)  # fmt: skip
+    return sorted(
+        (path for path in Path(output_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)),
+        key=lambda path: int(path.name[5:]),
+        reverse=True,
+    )
 
 
 def read_state(folder):
@@ -330,7 +309,7 @@ def read_state(folder):
         return None
 
 
-def damage(folder, state):
+def find_damage(folder, state):
     """What is wrong with a checkpoint's files; empty if nothing is."""
     for name, numbers in state["files"].items():
         try:
@@ -345,7 +324,7 @@ def find_checkpoint(folders):
     """(folder, state) of the first of these folders that is whole; those that are not are named. Twice None if none."""
     for folder in folders:
         state = read_state(folder)
-        wrong = damage(folder, state) if state else f"{STATE} cannot be read"
+        wrong = find_damage(folder, state) if state else f"{STATE} cannot be read"
         if not wrong:
             return folder, state
         print(f"{folder} is not a complete checkpoint, it is passed over: {wrong}", file=sys.stderr)
@@ -372,25 +351,33 @@ def find_state(args):
     rest = "or start from its weights without --resume"
     for name in ("seed", "draft_global_batch_size", "ttt_length"):
         if flags[name] != getattr(args, name):
-            fail(f"{folder} was trained with {name} {flags[name]}, not {getattr(args, name)}: they decide what its "
-                 f"remaining steps are; give the same, {rest}")  # fmt: skip
+            common.fail(
+                f"{folder} was trained with {name} {flags[name]}, not {getattr(args, name)}: they decide what its "
+                f"remaining steps are; give the same, {rest}"
+            )
     before, now = flags["engine"], args.engine
     if "nvme" in before["optimizer"]:
-        fail(f"{folder} was trained with optimizer states on nvme, of which DeepSpeed restores only a part: start from "
-             "its weights without --resume")  # fmt: skip
+        common.fail(
+            f"{folder} was trained with optimizer states on nvme, of which DeepSpeed restores only a part: start from "
+            "its weights without --resume"
+        )
     for name in ("precision", "optimizer"):
         if before[name] != now[name]:
-            fail(f"{folder} was trained with {name} {before[name]}, deepspeed_config means {now[name]}: give the same, "
-                 f"{rest}")  # fmt: skip
+            common.fail(
+                f"{folder} was trained with {name} {before[name]}, deepspeed_config means {now[name]}: give the same, "
+                f"{rest}"
+            )
     stages = {before["zero_stage"], now["zero_stage"]}
     if len(stages) > 1 and stages != {1, 2}:
         stage, other = before["zero_stage"], now["zero_stage"]
-        fail(f"{folder} was trained with ZeRO stage {stage}, deepspeed_config has stage {other}: DeepSpeed converts "
-             f"only 1 and 2 into one another; give one that fits, {rest}")  # fmt: skip
+        common.fail(
+            f"{folder} was trained with ZeRO stage {stage}, deepspeed_config has stage {other}: DeepSpeed converts "
+            f"only 1 and 2 into one another; give one that fits, {rest}"
+        )
     return state
 
 
-def remove_rests(output_dir):
+def remove_leftovers(output_dir):
     """Remove what an interruption left half-written or half-removed; while nobody writes."""
     for path in Path(output_dir).glob(".*.building"):
         path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
@@ -412,9 +399,9 @@ def read_shards(engine, args, state):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-                fail(f"{folder / SHARDS} cannot be converted for {dist.get_world_size()} ranks: {said[0]}")
+                common.fail(f"{folder / SHARDS} cannot be converted for {dist.get_world_size()} ranks: {said[0]}")
 
-        on_first_rank(convert)
+        ranks.on_first_rank(convert)
         engine._config.load_universal_checkpoint = True
         path, _ = engine.load_checkpoint(str(other), SHARDS)
         engine._config.load_universal_checkpoint = False
@@ -422,7 +409,7 @@ def read_shards(engine, args, state):
         if dist.get_rank() == 0:
             shutil.rmtree(other, ignore_errors=True)
     if not path:
-        fail(f"DeepSpeed finds nothing to load in {folder / SHARDS}")
+        common.fail(f"DeepSpeed finds nothing to load in {folder / SHARDS}")
 
 
 def read_ranks(folder, state):

@@ -1,24 +1,8 @@
-"""The target model: how ranks share it, which of its layers are read, what it says about a text.
-
-In:  a target in a Hugging Face folder (one safetensors file or several, tied embeddings or not); tokens of several
-     sequences behind one another.
-Out: per token the auxiliary hidden states [3·Ht] and the last hidden state [Ht] (after the final norm), and from the
-     latter the teacher: the distribution over the draft vocabulary and the full-vocabulary argmax.
-
-train_eagle3.py imports this file and keeps the target in memory. To look at what a target gives for a text, and to copy
-a target from the hub, or out of another layout, into one Hugging Face folder:
-
-    python load_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --text "Hello, how are you?"
-    python load_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --output_path models/llama3
-"""
+"""target_model."""
 
 import contextlib
 import copy
-import hashlib
-import json
-import math
 import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
@@ -41,12 +23,8 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.utils import logging
 
-from deal_batches import positions_of
-from prepare_data import SMALL_FILES, TOKENIZER_FILES, load_tokenizer, locate
-from read_conversations import boolean, fail, parse_flags
-from run_ranks import check_disk
+from core import common, ranks, slots, target_files
 
-MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
 LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -128,7 +106,7 @@ class Target:
         the target's dtype.
         """
         keep = 0, slice(sum(lengths[:first]), sum(lengths[:end]))
-        positions, input_ids = positions_of(lengths, input_ids.device)[None], input_ids[None]
+        positions, input_ids = slots.positions_of(lengths, input_ids.device)[None], input_ids[None]
         if not self.packs:
             input_ids = pad_sequence(input_ids[0].split(lengths), batch_first=True)
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -164,128 +142,10 @@ class Target:
         return torch.cat([self.captured.pop(index)[keep] for index in self.layer_ids], dim=-1)
 
 
-def resolve_target(path_or_hub_id, weights=True):
-    """The folder with config.json and weights of a snapshot, of the one model below a folder, of MLflow or a hub id.
-
-    weights=False downloads only the small files of a hub id. Ends with one line if there is no such model.
-    """
-    model_dir = locate(path_or_hub_id, ["config.json"], SMALL_FILES + ["*.safetensors"] * weights)
-    if weights and not any(model_dir.glob("*.safetensors")):  # on the hub there may be weights in the older format
-        model_dir = locate(path_or_hub_id, ["config.json"], [*SMALL_FILES, "*.bin"])
-    if model_dir.name == "config" and (model_dir.parent / "model").is_dir():
-        return _link_together(model_dir, model_dir.parent / "model")
-    return model_dir
-
-
-def _link_together(*folders):
-    """One folder of links in the hub's cache: transformers wants one folder, and the input may be mounted read-only."""
-    files = {path.name: path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()}
-    name = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
-    merged = Path(constants.HF_HOME) / "mlflow_models" / name
-    merged.mkdir(parents=True, exist_ok=True)
-    for name, path in files.items():
-        with contextlib.suppress(FileExistsError):  # another rank was faster
-            (merged / name).symlink_to(path)
-    return merged
-
-
-def copy_target(path_or_hub_id, folder, trust_remote_code=False):
-    """Copy what is read of a target into `folder`, as one Hugging Face folder whatever its layout was; returns bytes.
-
-    Ends with one line if it cannot train a draft, as far as this is seen without loading its weights, or if the folder
-    cannot take it.
-    """
-    folder = Path(folder)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):  # before anything is downloaded
-        fail(f"output_path {folder} cannot be a folder: {there} is none, or not one to write in")
-    files = files_of(path_or_hub_id, trust_remote_code)
-    places = {place for path in files for place in (path.parent, path.resolve().parent)}
-    if folder.exists() and any(folder.samefile(place) for place in places):
-        fail(f"output_path {folder} holds the target itself: give another folder")
-    for path in files:
-        building = folder / f".{path.name}.building"  # a file of an earlier copy stays until the new one is whole
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, building)  # not its attributes, which mounted storage may not keep
-            building.rename(folder / path.name)
-        except OSError as error:
-            building.unlink(missing_ok=True)
-            fail(f"{path} cannot be copied into {folder}: {error.strerror}")
-    return sum(path.stat().st_size for path in files)
-
-
-def files_of(path_or_hub_id, trust_remote_code=False):
-    """The files that are read of a target, the weights first; ends with one line if it cannot train a draft."""
-    model_dir = resolve_target(path_or_hub_id)
-    read_target_config(model_dir, trust_remote_code)
-    load_tokenizer(path_or_hub_id, trust_remote_code)
-    weights = [*model_dir.glob("*.safetensors")] or [*model_dir.glob("*.bin")]
-    if not weights:
-        fail(f"target model {path_or_hub_id}: no *.safetensors or *.bin in {model_dir}")
-    files = {path.name: path for pattern in SMALL_FILES for path in model_dir.glob(pattern)}
-    for pattern in SMALL_FILES:  # the tokenizer may have a folder of its own
-        found = {path.name: path for path in locate(path_or_hub_id, TOKENIZER_FILES).glob(pattern)}
-        files |= {name: path for name, path in found.items() if name != "config.json"}
-    return [*weights, *files.values()]
-
-
-def read_target_config(model_dir, trust_remote_code=False):
-    """(text configuration, whole configuration) of a target folder; ends the program if it cannot train a draft."""
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"target_model_path {model_dir}: its config.json cannot be read: {str(error).splitlines()[0]}")
-    text = config.get_text_config()
-    if text.num_hidden_layers < MIN_TARGET_LAYERS:
-        fail(
-            f"the target {model_dir} has {text.num_hidden_layers} layers; EAGLE-3 reads three distinct ones "
-            f"(2, L//2, L-3), which needs at least {MIN_TARGET_LAYERS}"
-        )
-    return text, config
-
-
 def automatic_class(config):
     """transformers' class that finds a target's own: few families that see are among the causal language models."""
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
-
-
-def default_layer_ids(num_layers):
-    """The auxiliary layers 2, L//2, L-3 in hidden_states indexing (the default of SGLang and vLLM)."""
-    return [2, num_layers // 2, num_layers - 3]
-
-
-def dense_layer(text, whole):
-    """(intermediate size, heads, key-value heads, size of a head) of a plain layer that suits a target with these text
-    and whole configurations: the sizes of its own layers where these are plain.
-
-    Experts: what the family's dense layers have, else the experts that work on a token taken together. Latent attention
-    (MLA) keeps one small vector a token for all heads; with as many heads, a plain layer would keep as much a token as
-    all 61 layers of DeepSeek-V3. So heads of 128 that fill the hidden size, in 8 groups; their number is a power of
-    two, so that the ranks of a server divide it.
-    """
-
-    def first(*names, default=None):
-        values = (getattr(config, name, None) for config in (text, whole) for name in names)
-        values = (max(value, default=None) if isinstance(value, list | tuple) else value for value in values)
-        return next((value for value in values if value is not None), default)
-
-    if getattr(text, "is_heterogeneous", False):  # Gemma 4's layers that see all have other heads than its sliding ones
-        text = text.per_layer_config[0]
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    inner, mixed = first("intermediate_size", "ffn_dim", "n_inner"), first("intermediate_size_mlp")
-    expert, active = first("moe_intermediate_size", "expert_ffn_hidden_size"), first("num_experts_per_tok", default=0)
-    if mixed:  # Llama 4's dense layers; intermediate_size is that of its experts
-        inner = mixed
-    elif inner and active and not expert:  # intermediate_size is that of the experts
-        inner *= active
-    elif not inner:
-        inner = active * expert + first("shared_expert_intermediate_size", default=0) if expert else 4 * hidden
-    if first("kv_lora_rank"):
-        heads = 2 ** math.ceil(math.log2(max(hidden / 128, 1)))
-        return inner, heads, min(8, heads), 128
-    return inner, heads, first("num_key_value_heads", default=heads), first("head_dim", default=hidden // heads)
 
 
 # (name, type, default, help, least value if any): see read_conversations.parse_flags
@@ -315,11 +175,11 @@ def check_sharding(args, world):
          "folder on the disk, and no other does"),
     ):  # fmt: skip
         if wrong:
-            fail(message)
+            common.fail(message)
     if offload == "nvme":
         with contextlib.suppress(OSError):  # which the check names
             Path(path).mkdir(parents=True, exist_ok=True)
-        check_disk("target_offload_path", path)
+        ranks.check_disk("target_offload_path", path)
     if args.dp_size not in (None, world // tp):
         print(f"dp_size {args.dp_size} is replaced by {world // tp} ({world} ranks / tp_size {tp})")
     args.target_sharding, args.dp_size = sharding, world // tp
@@ -330,9 +190,11 @@ def check_heads(text, tp_size):
     for name in ("num_attention_heads", "num_key_value_heads"):
         if (heads := getattr(text, name, None) or tp_size) % tp_size:
             fits = [n for n in range(1, heads + 1) if heads % n == 0]
-            fail(f"tp_size {tp_size} does not divide the target's {heads} {name}; these do: {fits}")
+            common.fail(f"tp_size {tp_size} does not divide the target's {heads} {name}; these do: {fits}")
     if tp_size > 1 and not text.base_model_tp_plan:
-        fail(f"transformers has no tensor-parallel plan for model_type {text.model_type}: use target_sharding zero3")
+        common.fail(
+            f"transformers has no tensor-parallel plan for model_type {text.model_type}: use target_sharding zero3"
+        )
 
 
 def saved_dtype(model_dir, config):
@@ -356,7 +218,7 @@ def find_layers(model):
     """The decoder's layers of a causal language model; ends the program if they are not where hooks look."""
     layers = getattr(find_decoder(model), "layers", None)
     if layers is None:
-        fail(f"the layers of model_type {model.config.model_type} are not where hooks look: it is not supported")
+        common.fail(f"the layers of model_type {model.config.model_type} are not where hooks look: it is not supported")
     return layers
 
 
@@ -369,7 +231,7 @@ def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_
     with torch.device("meta"):
         model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
     if dtype == torch.float16 and device.type == "cpu":
-        fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
+        common.fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in find_layers(model))
     zero = {
         "stage": 3,
@@ -391,7 +253,7 @@ def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_
     }  # fmt: skip
 
 
-def whole(parameter):
+def full_tensor(parameter):
     """A parameter's values on this rank's device, though ranks may share it out; None stays None."""
     if hasattr(parameter, "ds_id"):
         import deepspeed
@@ -402,7 +264,7 @@ def whole(parameter):
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def load_target(
+def load(
     model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False,
     sharding="none", tp_size=1, offload="none", offload_path=None,
 ):  # fmt: skip
@@ -415,10 +277,13 @@ def load_target(
     Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
     are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
     """
-    device, (text, whole_config) = torch.device(device), read_target_config(model_dir, trust_remote_code)
-    layers, layer_ids = text.num_hidden_layers, list(layer_ids or default_layer_ids(text.num_hidden_layers))
+    device, (text, whole_config) = torch.device(device), target_files.read_target_config(model_dir, trust_remote_code)
+    layers, layer_ids = (
+        text.num_hidden_layers,
+        list(layer_ids or target_files.default_layer_ids(text.num_hidden_layers)),
+    )
     if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
-        fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
+        common.fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
     options = {"device_map": {"": device}}  # straight to the device: a copy a rank fits no host memory
     if sharding == "tp":
         copies = dist.get_world_size() // tp_size
@@ -435,11 +300,11 @@ def load_target(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
             raise
-        fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        common.fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
     finally:
         unset_hf_deepspeed_config()
     if info["missing_keys"]:  # transformers would go on with random values
-        fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+        common.fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     model.eval().requires_grad_(False)
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     if sharding == "zero3":
@@ -449,8 +314,8 @@ def load_target(
         model.set_input_embeddings(torch.nn.Identity())
         deepspeed.initialize(model=find_decoder(model), config=zero3)
         model.set_input_embeddings(inputs)
-    tied, head = inputs.weight is output.weight, Head(whole(output.weight), whole(output.bias))
-    embedding = head.weight if tied else whole(inputs.weight)
+    tied, head = inputs.weight is output.weight, Head(full_tensor(output.weight), full_tensor(output.bias))
+    embedding = head.weight if tied else full_tensor(inputs.weight)
     if sharding == "zero3":
         own = [x if x is None else torch.nn.Parameter(x, requires_grad=False) for x in (head.weight, head.bias)]
         output = torch.nn.Linear(1, 1, device="meta")
@@ -479,8 +344,10 @@ def share_of_weights(target, args, row_tokens):
     if args.target_sharding == "zero3":
         place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
         a_token = 1000 * moved / (args.batch_size * row_tokens)
-        line += (f" (zero3{place}); a forward moves {moved:.3g} GB to each: {a_token:.3g} MB a token, as "
-                 f"{args.batch_size} sequences of {row_tokens:.0f} tokens share it")  # fmt: skip
+        line += (
+            f" (zero3{place}); a forward moves {moved:.3g} GB to each: {a_token:.3g} MB a token, as "
+            f"{args.batch_size} sequences of {row_tokens:.0f} tokens share it"
+        )
     return line
 
 
@@ -496,7 +363,7 @@ def _fit_head(target):
         own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
         last = target.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     if any(states.shape[-2:] != last.shape or states.dim() != 3 for states in target.captured.values()):
-        fail(f"the layers of model_type {config.model_type} give several states a token: it is not supported")
+        common.fail(f"the layers of model_type {config.model_type} give several states a token: it is not supported")
     scales = [1.0]
     for value in (getattr(config, key, None) for key in LOGIT_SCALE_KEYS):
         if isinstance(value, int | float) and not isinstance(value, bool) and value:
@@ -510,7 +377,7 @@ def _fit_head(target):
     head.scale, head.softcap = best = min(gaps, key=gaps.get)  # the best, as small logits fit several
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
     if not gaps[best] <= tolerance * own.abs().max():
-        fail(
+        common.fail(
             f"the target's logits are not its head applied to its last hidden state (model_type {config.model_type}, "
             f"tried scales {scales}, soft cap {cap}, smallest difference {gaps[best]:.3g} of logits up to "
             f"{own.abs().max():.3g}): this family is not supported"
@@ -526,28 +393,9 @@ def _ends_at_borders(target):
     return bool(gaps.median() < (1e-4 if alone.dtype == torch.float32 else 2e-2))
 
 
-def read_target_tensor(model_dir, names):
-    """The first tensor that a target's safetensors files hold under one of `names`, or behind a prefix; read alone."""
-    model_dir = Path(model_dir)
-    index = model_dir / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-    elif (model_dir / "model.safetensors").exists():
-        with safe_open(model_dir / "model.safetensors", "pt") as file:
-            weight_map = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
-        fail(f"{model_dir} has neither model.safetensors nor model.safetensors.index.json")
-    for name in names:
-        found = [key for key in weight_map if key == name] or [key for key in weight_map if key.endswith(f".{name}")]
-        if len(found) == 1:
-            with safe_open(model_dir / weight_map[found[0]], "pt") as file:
-                return file.get_tensor(found[0])
-    fail(f"{model_dir} holds none of the tensors {', '.join(names)}")
-
-
 def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
     """A target of which only the head, the embedding table and the final norm are loaded: a model without layers."""
-    text, config = read_target_config(model_dir, trust_remote_code)
+    text, config = target_files.read_target_config(model_dir, trust_remote_code)
     small, verbosity = copy.deepcopy(config), logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the tensors of all layers
     try:
@@ -555,65 +403,41 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
         if getattr(text, "layer_types", None):
             small.get_text_config().layer_types = []
         model, info = automatic_class(config).from_pretrained(
-            model_dir, config=small, dtype="auto", trust_remote_code=trust_remote_code, device_map={"": device},
+            model_dir,
+            config=small,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            device_map={"": device},
             output_loading_info=True,
-        )  # fmt: skip
+        )
         output, table = model.eval().requires_grad_(False).get_output_embeddings(), model.get_input_embeddings().weight
-        target, called = Target(model, text, Head(whole(output.weight), whole(output.bias)), whole(table), []), []
+        target, called = (
+            Target(model, text, Head(full_tensor(output.weight), full_tensor(output.bias)), full_tensor(table), []),
+            [],
+        )
         for part in target.decoder.modules():
             part.register_forward_hook(lambda part, args, states: called.append((states, part)))
         last = target.decoder(input_ids=_probe(target, 8)[None], use_cache=False).last_hidden_state
         norm = next(part for states, part in called if states is last)
         _fit_head(target)
     except Exception as error:  # of the family's own code, too
-        fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
+        common.fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
-        fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+        common.fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
     return Target(None, text, target.head, target.embedding, layer_ids, norm=norm)
 
 
-FLAGS = {
-    "the target and a text": [
-        ("target_model_path", str, ..., "folder or hub id of the target"),
-        ("text", str, None, "text to run the target on"),
-        ("output_path", str, None, "folder to copy the target to, as one Hugging Face folder"),
-        ("target_layer_ids", [int], None, "auxiliary layers, i = after i layers; none: 2 L//2 L-3"),
-        ("trust_remote_code", boolean, False, "run code that comes with the target"),
-    ]
-}
-
-
-def parse_args(argv=None):
-    return parse_flags(__doc__, FLAGS, argv)
-
-
-def main(args):
-    if not (args.text or args.output_path):
-        fail("give a text to run the target on, or output_path to copy it to")
-    if args.target_layer_ids and not args.text:
-        fail("target_layer_ids is for a text: give one")
-    if args.output_path:
-        size = copy_target(args.target_model_path, args.output_path, args.trust_remote_code)
-        print(f"copied {args.target_model_path}, {size / 1e9:.1f} GB, to {args.output_path}")
-    if not args.text:
-        return
-    model_dir = resolve_target(args.target_model_path)
-    tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
-    ids = tokenizer(args.text)["input_ids"]
-    if not ids:
-        fail("text has no tokens")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = load_target(model_dir, device, layer_ids=args.target_layer_ids, trust_remote_code=args.trust_remote_code)
-    ids = torch.tensor(ids, device=device)
-    auxiliary, last = target.hidden_states(ids, [len(ids)])
-    best, argmax = target.head.logits(last).log_softmax(dim=-1).max(dim=-1)
-    print(f"layers {target.layer_ids} of {target.config.num_hidden_layers}, logit scale {target.head.scale}, "
-          f"soft cap {target.head.softcap}, auxiliary {tuple(auxiliary.shape)}, last {tuple(last.shape)}")  # fmt: skip
-    for token, follows, p in zip(ids.tolist(), argmax.tolist(), best.tolist(), strict=True):
-        print(f"{tokenizer.decode([token])!r:>20} -> {tokenizer.decode([follows])!r:<20} {math.exp(p):.3f}")
-
-
-if __name__ == "__main__":
-    main(parse_args())
+def load_as_asked(args, model_dir, device, layers):
+    """The Target, shared by the ranks as the flags say."""
+    return load(
+        model_dir,
+        device,
+        layer_ids=layers,
+        trust_remote_code=args.trust_remote_code,
+        sharding=args.target_sharding,
+        tp_size=args.tp_size,
+        offload=args.target_offload,
+        offload_path=args.target_offload_path,
+    )

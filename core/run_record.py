@@ -1,12 +1,4 @@
-"""The record of a run: run.json, metrics.jsonl, the trackers, and the lines on the terminal.
-
-In:  what training measures, on rank 0.
-Out: output_dir/run.json (what was run, with what, on what), output_dir/metrics.jsonl (a row per logged step and per
-     evaluation), which a resumed run continues: rows behind the checkpoint are dropped, as their steps come again; and
-     output_dir/curves.png, drawn from it at the end.
-
-train_eagle3.py and evaluate_eagle3.py import this file; it is not run itself.
-"""
+"""run_record."""
 
 import atexit
 import datetime
@@ -28,11 +20,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from load_target import share_of_weights
-from read_conversations import fail, write_atomic
-from run_ranks import Watch
+from core import common, ranks, target_model
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
+
 TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
 
 
@@ -85,22 +76,21 @@ def summary(args, config, layers, draft, target, data, data_config, share):
     if args.total_seq_len:
         batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
     instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
-    return "\n".join([
-        f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
-        f"target      {share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
-        f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
-        f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
-        f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
-        f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
-        f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-        f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
-        f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, {share:.2%} of those supervised",
-    ])  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The trackers: open_...(args, settings) returns log({name: number}, step) and close(). A resumed run offers all that
-# metrics.jsonl holds again, and then the steps behind the checkpoint: log leaves out what the tracker has already.
+    return "\n".join(
+        [
+            f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, "
+            f"{torch.get_num_threads()} threads each",
+            f"target      {target_model.share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
+            f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
+            f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
+            f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
+            f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
+            f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
+            f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
+            f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, "
+            f"{share:.2%} of those supervised",
+        ]
+    )
 
 
 def open_swanlab(args, settings):
@@ -115,9 +105,13 @@ def open_swanlab(args, settings):
         if not board.startswith(f"swanboard=={found};"):
             raise ImportError("SWANLAB_MODE=local needs pip install 'swanlab[dashboard]'")
     run = swanlab.init(
-        project=os.environ.get("SWANLAB_PROJ_NAME", "eagle3"), name=args.run_name, log_dir=args.log_dir,
-        config=settings, id=settings["run_id"], resume="allow",
-    )  # fmt: skip
+        project=os.environ.get("SWANLAB_PROJ_NAME", "eagle3"),
+        name=args.run_name,
+        log_dir=args.log_dir,
+        config=settings,
+        id=settings["run_id"],
+        resume="allow",
+    )
     return lambda values, step: run.log(values, step=step), run.finish  # it knows the last step of each name
 
 
@@ -126,9 +120,14 @@ def open_wandb(args, settings):
 
     Path(args.log_dir).mkdir(parents=True, exist_ok=True)  # it would go elsewhere
     run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "eagle3"), name=args.run_name, dir=args.log_dir, config=settings,
-        id=settings["run_id"], resume="allow", allow_val_change=True,
-    )  # fmt: skip
+        project=os.environ.get("WANDB_PROJECT", "eagle3"),
+        name=args.run_name,
+        dir=args.log_dir,
+        config=settings,
+        id=settings["run_id"],
+        resume="allow",
+        allow_val_change=True,
+    )
     first = run.step  # the server's next one; offline 0, so that a start's own folder holds the whole run
     return lambda values, step: run.log(values, step=step) if step >= first else None, run.finish
 
@@ -243,10 +242,6 @@ def join(threads):
     return [thread.name for thread in threads if thread.is_alive()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The record itself
-
-
 class Record:
     """Where measured values go on rank 0: metrics.jsonl, the trackers, the terminal. Elsewhere it does nothing."""
 
@@ -256,7 +251,7 @@ class Record:
             path = Path(args.output_dir) / "metrics.jsonl"
             behind = settings.get("continues")
             rows = [row for row in read_metrics(behind) if row["step"] <= step] if behind else []
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            common.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file, self.unwritten = path.open("ab", buffering=0), b""
             self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])
             self.bar = tqdm(
@@ -329,8 +324,8 @@ class Record:
 
 def leave(code):
     """End the process at once: what a tracker that hangs would do at exit hangs as well."""
-    if Watch.running and not code:
-        Watch.running.tell("")  # to the other ranks: this is no failure
+    if ranks.Watch.running and not code:
+        ranks.Watch.running.tell("")  # to the other ranks: this is no failure
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -348,10 +343,6 @@ def metrics_line(values, steps):
     return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading and drawing it
-
-
 def read_metrics(path):
     """Rows of a metrics.jsonl, of the file or of the folder that has it; a last one that was cut off is left out."""
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
@@ -363,7 +354,7 @@ def read_metrics(path):
                 raise ValueError(f"line {number} is not a row with split and step")
         return rows
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read: {error}")
+        common.fail(f"{path} cannot be read: {error}")
 
 
 def curve(rows, split, name):
@@ -377,8 +368,10 @@ def draw_curves(runs):
     from matplotlib.figure import Figure
 
     rows = [row for run in runs.values() for row in run]
-    steps = sorted((name for name in {name for row in rows for name in row} if name.startswith("acc_")),
-                   key=lambda name: int(name[4:]))  # fmt: skip
+    steps = sorted(
+        (name for name in {name for row in rows for name in row} if name.startswith("acc_")),
+        key=lambda name: int(name[4:]),
+    )
     steps = steps if len(runs) == 1 else [*steps[:1], *steps[1:][-1:]]  # of several runs the first and the last
     panels = {
         "loss": [("training", "train", "loss", "-"), ("validation", "validation", "loss", "o")],

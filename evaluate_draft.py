@@ -7,13 +7,9 @@ Out: acceptance length, share accepted by position, tokens/s with and without th
      evaluation.json, acceptance.png and generations.jsonl: the texts as rows that prepare_data.py reads (input_ids,
      loss_mask), with the drafts accepted in each pass.
 
-    python evaluate_eagle3.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl
-    python evaluate_eagle3.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \\
+    python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl
+    python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \
         --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
-    python evaluate_eagle3.py --compare output/a output/b --output compared
-
-The last one reads what trainings wrote of themselves (metrics.jsonl in their output folders) and loads no model: a
-table of them, and a folder (--output; none: comparison) with comparison.png and comparison.json.
 
 With temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
 exit code 1. One exception: a text of a half-precision target may part from it at the target's two most likely tokens,
@@ -27,7 +23,6 @@ import copy
 import io
 import itertools
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -38,16 +33,9 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from build_vocab_mapping import target_ids
-from export_eagle3 import auxiliary_layers, read_draft
-from load_target import load_target, read_target_config, resolve_target
-from prepare_data import TEMPLATES, hash_tokenizer, load_tokenizer, open_data, render
-from read_conversations import Rejected, boolean, fail, parse_flags, read_conversation, read_lines, write_atomic
-from record_run import curve, draw_curves, read_metrics
-from train_eagle3 import DraftModel
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Target and draft with their key-value caches
+import prepare_data
+import train_eagle3
+from core import common, conversations, dataloader, draft_files, target_files, target_model, vocabulary
 
 
 class CachedTarget:
@@ -94,7 +82,7 @@ class CachedDraft:
     """The draft with its cache. Slot j reads token x[j+1] and the target's hidden states at j (in a chain, its own)."""
 
     def __init__(self, draft, d2t):
-        self.draft, self.target_ids = draft, target_ids(d2t)
+        self.draft, self.target_ids = draft, vocabulary.target_ids(d2t)
         self.keys = self.values = None  # [slots, G, D]
 
     def _attend(self, q, k, v):
@@ -131,10 +119,6 @@ class CachedDraft:
                 feature, logits = self._step(drafted[-1:], feature[-1:], kept + step)
         self.keys, self.values = self.keys[:kept], self.values[:kept]
         return drafted, torch.stack(rows)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Decoding
 
 
 def greedy(logits):
@@ -212,10 +196,6 @@ def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
     return reply
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
 def read_prompts(path, tokenizer, limit=None, options=None):
     """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program.
 
@@ -223,20 +203,22 @@ def read_prompts(path, tokenizer, limit=None, options=None):
     templates of targets that reason render earlier ones as history, without the thought that the target would begin.
     """
     if Path(path).is_dir():
-        data, config = open_data(path)
-        if config["ingredients"]["tokenizer"] != hash_tokenizer(tokenizer):
-            fail(f"{path} was prepared with another tokenizer or chat template than the target's: prepare it again")
+        data, config = dataloader.open_data(path)
+        if config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
+            common.fail(
+                f"{path} was prepared with another tokenizer or chat template than the target's: prepare it again"
+            )
         rows = data["validation" if "validation" in data else "train"]
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         starts = [np.flatnonzero(np.diff(row["loss_mask"], prepend=0) == 1)[-1] for row in rows]
         prompts = [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)]
     elif Path(path).is_file():
-        lines = itertools.islice(read_lines(path), limit)
+        lines = itertools.islice(conversations.read_lines(path), limit)
         prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
     else:
-        fail(f"prompts {path} does not exist")
+        common.fail(f"prompts {path} does not exist")
     if not prompts or not all(prompts):
-        fail(f"{path} has no prompts, or an empty one")
+        common.fail(f"{path} has no prompts, or an empty one")
     return prompts
 
 
@@ -245,16 +227,16 @@ def read_prompt(line, tokenizer, where, options):
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise Rejected("not an object", type(row).__name__)
+            raise conversations.Rejected("not an object", type(row).__name__)
         if isinstance(row.get("prompt"), str):
             return tokenizer(row["prompt"])["input_ids"]
-        messages, tools = read_conversation(row)
-        text = render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
+        messages, tools = conversations.read_conversation(row)
+        text = prepare_data.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Rejected as error:
-        fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")
+    except conversations.Rejected as error:
+        common.fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")
     except Exception as error:  # not JSON, no chat template, or whatever the template's own code raises
-        fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
+        common.fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
 
 
 def check_fit(folder, config, text):
@@ -262,7 +244,9 @@ def check_fit(folder, config, text):
     sizes = {"hidden_size": config.get("target_hidden_size", config["hidden_size"]), "vocab_size": config["vocab_size"]}
     for key, value in sizes.items():
         if value != getattr(text, key):
-            fail(f"the draft {folder} is another target's: its {key} is {value}, this target's {getattr(text, key)}")
+            common.fail(
+                f"the draft {folder} is another target's: its {key} is {value}, this target's {getattr(text, key)}"
+            )
 
 
 def load_draft(config, tensors, target):
@@ -270,7 +254,7 @@ def load_draft(config, tensors, target):
     device, dtype, tensors = target.embedding.device, target.embedding.dtype, dict(tensors)
     d2t = tensors.pop("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
     tensors.pop("t2d", None)
-    draft = DraftModel(config, tensors.pop("embed_tokens.weight", target.embedding).to(device, dtype))
+    draft = train_eagle3.DraftModel(config, tensors.pop("embed_tokens.weight", target.embedding).to(device, dtype))
     draft.load_state_dict(tensors)
     return draft.to(device, dtype).eval(), d2t.to(device)
 
@@ -303,7 +287,7 @@ def measure(target, draft, d2t, prompts, args, eos_ids):
     generator = torch.Generator(device).manual_seed(args.seed)
     choose, verify = greedy, verify_greedy
     if args.temperature > 0:
-        choose, verify = sampling(args.temperature, generator, target_ids(d2t), target.config.vocab_size)
+        choose, verify = sampling(args.temperature, generator, vocabulary.target_ids(d2t), target.config.vocab_size)
     for number, prompt in enumerate(prompts):
         if number == 0:  # the first forward of a process pays for allocations and kernels: not measured
             generate(target, prompt, 4, eos_ids, choose)
@@ -314,20 +298,30 @@ def measure(target, draft, d2t, prompts, args, eos_ids):
         reply, passes = speculate(
             target, draft, d2t, prompt, args.num_draft_tokens, args.max_new_tokens, eos_ids, choose, verify
         )
-        rows.append({
-            "input_ids": prompt + reply, "loss_mask": [0] * len(prompt) + [1] * len(reply), "passes": passes,
-            "seconds": time.perf_counter() - middle, "tokens_alone": len(alone), "seconds_alone": middle - start,
-        })  # fmt: skip
+        rows.append(
+            {
+                "input_ids": prompt + reply,
+                "loss_mask": [0] * len(prompt) + [1] * len(reply),
+                "passes": passes,
+                "seconds": time.perf_counter() - middle,
+                "tokens_alone": len(alone),
+                "seconds_alone": middle - start,
+            }
+        )
         if args.temperature == 0 and reply != alone:
             at = next(i for i, (a, b) in enumerate(itertools.zip_longest(reply, alone)) if a != b)
             rows[-1]["parted_by_rounding_at"] = at
             parted = sum("parted_by_rounding_at" in row for row in rows)
             if not is_rounding(target, prompt, reply, alone, at):
-                error = (f"prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
-                         f"{reply[at : at + 5]} instead of {alone[at : at + 5]}")  # fmt: skip
+                error = (
+                    f"prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
+                    f"{reply[at : at + 5]} instead of {alone[at : at + 5]}"
+                )
             elif parted > max(1, len(prompts) / 4):
-                error = (f"{parted} of {number + 1} drafted texts leave the target's greedy text at tokens nearly as "
-                         f"likely, more than a quarter of {len(prompts)}: too many for rounding")  # fmt: skip
+                error = (
+                    f"{parted} of {number + 1} drafted texts leave the target's greedy text at tokens nearly as "
+                    f"likely, more than a quarter of {len(prompts)}: too many for rounding"
+                )
             else:
                 continue
             print(f"error: {error}", file=sys.stderr)
@@ -375,110 +369,46 @@ def plot(figures):
     return image.getvalue()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparing trainings
-
-
-def describe_run(rows):
-    """{column: value} of a training's rows, None where it has none. The best is the least loss, the most of others."""
-    values = {"steps": max(row["step"] for row in rows)}
-    hours, rates = curve(rows, "train", "seconds")[1], curve(rows, "train", "tokens_per_second")[1]
-    values["hours"] = hours[-1] / 3600 if hours else None
-    values["tokens/s"] = statistics.median(rates) if rates else None
-    for split, name in (
-        ("train", "loss"), ("train", "acc_0"), ("train", "chain_length"), ("validation", "loss"),
-        ("validation", "acceptance_length"),
-    ):  # fmt: skip
-        steps, line = curve(rows, split, name)
-        best = (min if name == "loss" else max)(line, default=None)
-        title = f"validation {name}" if (split, name) == ("validation", "loss") else name
-        values |= {title: line[-1] if line else None, f"best {title}": best}
-    return values | {"at step": steps[line.index(best)] if line else None}
-
-
-def compare(paths, output):
-    """Print a table of trainings, by their folders or metrics.jsonl, and write comparison.json and .png into output."""
-    runs = {path: read_metrics(path) for path in paths}
-    for path in (path for path, rows in runs.items() if not rows):
-        fail(f"{path} has no rows in its metrics.jsonl")
-    table = {path: describe_run(rows) for path, rows in runs.items()}
-    lines = [["run", *next(iter(table.values()))]]
-    for path, values in table.items():
-        texts = ("-" if x is None else f"{x:.0f}" if name in ("steps", "tokens/s", "at step") else f"{x:.3f}"
-                 for name, x in values.items())  # fmt: skip
-        lines.append([path, *texts])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    for first, *others in lines:
-        cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        print(f"| {' | '.join(cells)} |")
-    output = open_output(output)
-    write_atomic(output / "comparison.json", json.dumps(table, indent=2) + "\n")
-    try:
-        write_atomic(output / "comparison.png", draw_curves(runs))
-    except ImportError as error:
-        fail(f"no picture without matplotlib: {error}")
-    print(f"written to {output / 'comparison.json'} and comparison.png")
-
-
 FLAGS = {
     "target, draft and prompts": [
-        ("target_model_path", str, None, "folder or hub id of the target; needed unless runs are compared"),
-        ("draft_model_path", str, None, "draft checkpoint, flat or speculators form; needed as well"),
-        ("prompts", str, None, 'JSON Lines of conversations or {"prompt": text}, or a prepared folder; needed as well'),
+        ("target_model_path", str, ..., "folder or hub id of the target"),
+        ("draft_model_path", str, ..., "draft checkpoint, flat or speculators form"),
+        ("prompts", str, ..., 'JSON Lines of conversations or {"prompt": text}, or a prepared folder'),
         ("num_prompts", int, None, "use only the first so many; none: all", 1),
-        ("chat_template", (*TEMPLATES, "auto"), "auto", "of JSON Lines; qwen3-thinking and -instruct switch thinking"),
-        ("trust_remote_code", boolean, False, "run code that comes with the target"),
+        (
+            "chat_template",
+            (*prepare_data.TEMPLATES, "auto"),
+            "auto",
+            "of JSON Lines; qwen3-thinking and -instruct switch thinking",
+        ),
+        ("trust_remote_code", common.boolean, False, "run code that comes with the target"),
     ],
     "generation and output": [
         ("num_draft_tokens", int, 7, "drafts a pass", 1),
         ("max_new_tokens", int, 128, "tokens a reply", 1),
         ("temperature", float, 0.0, "0 = greedy", 0),
         ("seed", int, 0, "of sampling with a temperature"),
-        ("output", str, None, "folder for the figures, texts and plot; none: printed only, or of runs: comparison"),
-    ],
-    "trainings side by side": [
-        ("compare", [str], None, "output folders of trainings, or their metrics.jsonl, instead of measuring a draft"),
+        ("output", str, None, "folder for the figures, texts and plot; none: printed only"),
     ],
 }
 
 
 def parse_args(argv=None):
-    args = parse_flags(__doc__, FLAGS, argv)
-    missing = [name for name in ("target_model_path", "draft_model_path", "prompts") if not getattr(args, name)]
-    if missing and not args.compare:
-        fail(f"{', '.join(missing)}: needed to measure a draft")
-    rows = (row for group in FLAGS.values() for row in group if row[0] not in ("compare", "output"))
-    given = [name for name, _, default, *_ in rows if getattr(args, name) != default]
-    if given and args.compare:
-        fail(f"{', '.join(given)}: not with compare, which reads metrics alone")
-    return args
-
-
-def open_output(path):
-    """The folder, made if it is not there; None for None."""
-    try:
-        if path:
-            Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"output {path} cannot be a folder: {error.strerror}")
-    return Path(path) if path else None
+    return common.parse_flags(__doc__, FLAGS, argv)
 
 
 def main(args):
-    if args.compare:
-        return compare(args.compare, args.output or "comparison")
-    model_dir = resolve_target(args.target_model_path)
-    tokenizer = load_tokenizer(args.target_model_path, args.trust_remote_code)
-    template = TEMPLATES.get(args.chat_template)
+    model_dir = target_files.resolve_target(args.target_model_path)
+    tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
+    template = prepare_data.TEMPLATES.get(args.chat_template)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
-    config, tensors = read_draft(args.draft_model_path)
-    check_fit(args.draft_model_path, config, read_target_config(model_dir, args.trust_remote_code)[0])
-    folder = open_output(args.output)
+    config, tensors = draft_files.read_draft(args.draft_model_path)
+    check_fit(args.draft_model_path, config, target_files.read_target_config(model_dir, args.trust_remote_code)[0])
+    folder = common.open_output(args.output)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = load_target(
-        model_dir, device, layer_ids=auxiliary_layers(config), trust_remote_code=args.trust_remote_code
+    target = target_model.load(
+        model_dir, device, layer_ids=draft_files.auxiliary_layers(config), trust_remote_code=args.trust_remote_code
     )
     draft, d2t = load_draft(config, tensors, target)
     rows = measure(target, draft, d2t, prompts, args, eos_token_ids(target, tokenizer))
@@ -489,18 +419,22 @@ def main(args):
         f"acceptance_length {figures['acceptance_length']:.3f} over {figures['passes']} passes of {len(rows)} prompts"
     )
     print(f"accepted by position {shares}")
-    print(f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
-          f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast")  # fmt: skip
+    print(
+        f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
+        f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast"
+    )
     if args.temperature == 0:
         parted = figures["texts_parted_by_rounding"]
-        print("every text equals the target's own greedy text"
-              + (f", but for {parted} that part from it at a rounding tie" if parted else ""))  # fmt: skip
+        print(
+            "every text equals the target's own greedy text"
+            + (f", but for {parted} that part from it at a rounding tie" if parted else "")
+        )
     if folder:
-        write_atomic(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+        common.write_atomic(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
         for row in rows:
             row["reply"] = tokenizer.decode(row["input_ids"][-sum(row["loss_mask"]) :])
-        write_atomic(folder / "generations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        write_atomic(folder / "acceptance.png", plot(figures))
+        common.write_atomic(folder / "generations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        common.write_atomic(folder / "acceptance.png", plot(figures))
 
 
 if __name__ == "__main__":

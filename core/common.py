@@ -1,0 +1,189 @@
+"""What every module shares: errors in one line, command lines, atomic files, hashes."""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import huggingface_hub
+
+# ==================== Errors and command lines =======================================================================
+
+
+def fail(message) -> NoReturn:
+    """Report an error that the user can mend: one line on stderr, exit code 2, no traceback."""
+    line = " ".join(str(message).split("\n"))
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default behind the help of each flag."""
+
+    def _get_help_string(self, action):
+        if action.required:
+            return f"{action.help} (required)"
+        if action.dest == "help" or not action.option_strings:
+            return action.help
+        default = "none" if action.default is None else action.default
+        if str(default).startswith("/"):  # the help is the same wherever the repository lies
+            default = Path(default).name
+        return f"{action.help} (default: {default})".replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line, flags in snake or kebab case, and defaults in the help."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        fail(re.sub(r"\Aargument --(\w+): (?=is )", r"\1 ", message))
+
+    def parse_args(self, argv=None):
+        return super().parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+
+
+def normalise_argv(argv, aliases=None):
+    """Kebab-case flags to snake_case, then other trainers' names (aliases: {alias: name}); values stay untouched."""
+
+    def normalise(flag):
+        name = flag[1].replace("-", "_")
+        return "--" + (aliases or {}).get(name, name)
+
+    return [re.sub(r"\A--([^=]+)", normalise, word) for word in argv]
+
+
+def at_least(kind, least):
+    """Type of a flag with a lower bound: at_least(int, 1)."""
+
+    def convert(text):
+        value = kind(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {value}; it must be at least {least}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type of a value that it cannot convert
+    return convert
+
+
+def boolean(text):
+    """True or false, in any spelling. Raises ArgumentTypeError."""
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+class Switch(argparse.Action):
+    """Action of a flag that takes true, false, or no value, which means true."""
+
+    def __init__(self, option_strings, dest, default=False, help=None):
+        super().__init__(option_strings, dest, nargs="?", const=True, default=default, type=boolean, help=help)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        setattr(namespace, self.dest, value)
+
+
+def parse_flags(description, groups, argv=None):
+    """The flags' values, for {title: [(name, type, default, help, least value if any)]}; ends with one line if wrong.
+
+    type: a tuple lists choices, [int] takes several values; default ... means required.
+    """
+    parser = Parser(description)
+    for title, rows in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text, *least in rows:
+            options = {"required": default is ..., "default": default, "help": text}
+            if kind is boolean:
+                group.add_argument(f"--{name}", action=Switch, default=default, help=text)
+            elif isinstance(kind, tuple):
+                group.add_argument(f"--{name}", choices=kind, **options)
+            elif isinstance(kind, list):
+                group.add_argument(f"--{name}", type=kind[0], nargs="+", **options)
+            else:
+                group.add_argument(f"--{name}", type=at_least(kind, least[0]) if least else kind, **options)
+    return parser.parse_args(argv)
+
+
+# ==================== Files ==========================================================================================
+
+
+def write_atomic(path, data):
+    """Write bytes or str so that a reader sees the old file or the complete new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def building(path):
+    """A temporary path beside `path`, renamed to `path` at the end; removed if an error is raised meanwhile.
+
+    What stands at the temporary path before, left by an interruption, is removed. `path` must not be a folder that
+    exists.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.building")
+    remove(temporary)
+    try:
+        yield temporary
+        temporary.rename(path)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path):
+    """Remove a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def open_to_all(path):
+    """Let others read a file, as far as the storage keeps such modes: safetensors leaves its files to their owner."""
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o644)
+
+
+def open_output(path):
+    """The folder `path`, made if it does not exist; None for None."""
+    if not path:
+        return None
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"output {path} cannot be a folder: {error.strerror}")
+    return Path(path)
+
+
+def hash_file(path):
+    """sha256 of the content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(value):
+    """sha256 of the value as JSON, in hex."""
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def download(repo, patterns, repo_type="model", revision=None):
+    """Folder of those files of a hub repository that match; weights in sub-folders are second copies, so left out."""
+    which = {"allow_patterns": patterns, "ignore_patterns": ["*/*.safetensors", "*/*.bin"], "revision": revision}
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, **which))
+    except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
+        flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
+        fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")
