@@ -9,8 +9,9 @@ Out: a Markdown table on stdout and, with --output, in a file.
     python benchmarks/step.py prompt                # what longer prompts cost
     python benchmarks/step.py end_to_end            # whole optimizer steps: target, draft, optimizer, data
 
-"dense" is tests/dense.py: every slot in every step, full logits, autograd. "product" is the draft of train_eagle3.py.
-They run in turn, a round at a time, together with large matrix products of the draft's shapes; all times are medians.
+"dense" is tests/helpers/dense.py: every slot in every step, full logits, autograd. "product" is the draft of
+train_eagle3.py. They run in turn, a round at a time, together with large matrix products of the draft's shapes; all
+times are medians.
 
 The floor is the time that the products which live slots need take at the measured rate of such matrix products.
 Operations: a multiply-add counts 2; forward once, backward twice (fc once: its input needs no gradient). fc and step-0
@@ -41,10 +42,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import dense  # noqa: E402  (neither the root nor tests/ is on the path of a script that lies here)
-
 import train_eagle3  # noqa: E402
 from core import common, draft_files, ranks, slots, target_files, target_model  # noqa: E402
+from helpers import dense  # noqa: E402  (neither the root nor tests/ is on the path of a script that lies here)
 
 DECAY = 0.8
 TABLE = {"shares": [100.0, 50.0, 15.0], "lengths": [1024], "ttt_lengths": [7], "draft_vocab_sizes": [16000]}

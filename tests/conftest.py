@@ -3,9 +3,9 @@
 import os
 
 import pytest
-import tiny
 
 from core import run_record
+from helpers import tiny
 
 
 @pytest.fixture(autouse=True)

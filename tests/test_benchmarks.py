@@ -4,11 +4,10 @@ import re
 import subprocess
 import sys
 
-import dense
 import pytest
-import statement
-import tiny
 import torch
+
+from helpers import dense, statement, tiny
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from starts import Starts
 
 import prepare_data
 import train_eagle3
 from core import checkpoints, draft_files, optimization, ranks, run_record, server
+from helpers import tiny
+from helpers.starts import Starts
 
 TIMES = ("seconds", "tokens_per_second")  # of the clock
 FLAGS = "--ttt_length", 3, "--draft_global_batch_size", 4, "--total_steps", 12, "--log_steps", 3, "--eval_steps", 4

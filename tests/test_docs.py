@@ -1,49 +1,20 @@
 """What the README, the flags' help and the examples say is so."""
 
-import argparse
 import ast
 import re
 import subprocess
 import sys
 
 import pytest
-import tiny
 
-import build_vocab_mapping
-import compare_runs
-import evaluate_draft
-import export_draft
-import import_target
-import prepare_data
-import prepare_hidden_states
 import train_eagle3
 from core import foreign_flags
+from helpers import tiny
+from helpers.commands import SCRIPTS, flags_of
 
 ROOT = tiny.REPOSITORY
-SCRIPTS = (
-    prepare_data, build_vocab_mapping, import_target, prepare_hidden_states, export_draft, train_eagle3, evaluate_draft,
-    compare_runs,
-)  # fmt: skip
 CORE = sorted((ROOT / "core").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-
-
-def flags_of(script):
-    """{flag: argparse action} of a script's parser, caught on its way through parse_args."""
-    found = {}
-
-    def catch(parser, *args, **kwargs):
-        found.update({option: action for action in parser._actions for option in action.option_strings})
-        raise KeyboardInterrupt
-
-    original, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, catch
-    try:
-        script.parse_args([])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        argparse.ArgumentParser.parse_args = original
-    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -122,12 +93,12 @@ def test_files_that_are_mentioned_anywhere_exist():
         for name in re.findall(r"(?<![\w/.-])((?:core|examples|ds_configs|benchmarks|tests|azureml)/[\w./-]*\w)", text):
             assert (ROOT / name).exists(), f"{name} in {where}"
         for name in re.findall(r"(?<![\w/.-])([a-z_0-9]+\.py)\b", text):
-            folders = ("", "core", "examples", "benchmarks", "tests")
+            folders = ("", "core", "examples", "benchmarks", "tests", "tests/helpers")
             assert any((ROOT / folder / name).exists() for folder in folders), f"{name} in {where}"
 
 
 def test_every_flag_and_every_example_occurs_in_a_test():
-    texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("*.py") if path.name != "test_docs.py"}
+    texts = {path.name: path.read_text() for path in (ROOT / "tests").rglob("*.py") if path.name != "test_docs.py"}
     words = set(re.findall(r"\w+", "\n".join(texts.values())))
     for script in SCRIPTS:
         for option in flags_of(script):

@@ -5,13 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tiny
 
 import build_vocab_mapping
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
 from core import foreign_flags
+from helpers import tiny
 
 HERE = Path(__file__).parent
 FLAGS = [

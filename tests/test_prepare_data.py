@@ -10,13 +10,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
-from chat_templates import FAMILIES, family_tokenizer, names_of
 from tokenizers import processors
 
 import prepare_data
 from core import common, conversations, dataloader, target_files, vocabulary
+from helpers import tiny
+from helpers.chat_templates import FAMILIES, family_tokenizer, names_of
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
 SECOND = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "that is all"}]

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import statement
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,6 +22,7 @@ import prepare_data
 import prepare_hidden_states
 import train_eagle3
 from core import common, dataloader, hidden_states, target_files
+from helpers import statement, tiny
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
 LAYERS, WIDTH, STEPS = [2, 4, 5], 64, 3

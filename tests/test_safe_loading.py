@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from test_docs import SCRIPTS, flags_of
 
 import build_vocab_mapping
 import evaluate_draft
 import prepare_data
 from core import dataloader, draft_files, target_files, target_model, vocabulary
+from helpers import tiny
+from helpers.commands import SCRIPTS, flags_of
 
 # --- by the sources ---
 

@@ -4,20 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import evaluate_draft
 import prepare_data
 import train_eagle3
 from core import draft_files, foreign_flags, hidden_states, optimization
-
-STEPS = 3  # of the training-time test, in all runs here
+from helpers import tiny
+from helpers.training import STEPS, arguments, furthest, recorded_gradients, run, weights
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +37,6 @@ def work(tmp_path_factory):
     )
     shutil.copytree(folder / "first" / "data", folder / "data")
     return folder
-
-
-def arguments(work, output, *flags, data=True):
-    argv = ["--target_model_path", work / "target", "--output_dir", output, "--ttt_length", STEPS, "--log_steps", 1]
-    argv += ["--data_path", work / "data"] if data else []
-    return [str(part) for part in (*argv, *flags)]
-
-
-def run(work, output, *flags, data=True):
-    """Train in this process; returns the rows of metrics.jsonl."""
-    train_eagle3.main(train_eagle3.parse_args(arguments(work, output, *flags, data=data)))
-    path = Path(output) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def furthest(a, b):
-    """Largest relative difference between two drafts, tensor by tensor."""
-    assert a.keys() == b.keys()
-    return max(float((a[k].double() - b[k].double()).norm() / b[k].double().norm().clamp(min=1e-30)) for k in a)
 
 
 # --- a run and what it leaves behind ---
@@ -237,7 +211,7 @@ def test_bf16_and_stage_0_train_as_well(work, tmp_path):
     """bf16 with fp32 master weights, as on a GPU, with the files of ds_configs; stage 0 reports no gradient norm."""
     expected, engines = run(work, tmp_path / "plain", "--total_steps", 4), {"stage0": {}}
     for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"):
-        if path.stem == "zero3_nvme":  # it names a disk: test_offload.py
+        if path.stem == "zero3_nvme":  # it names a disk: test_run_offload.py
             continue
         engines[path.stem] = json.loads(path.read_text()) | {"bf16": {"enabled": True}}
     for name, engine in engines.items():
@@ -293,30 +267,6 @@ def test_learning_rate_follows_the_well_known_schedules():
 # --- the same numbers however the work is dealt out ---
 
 
-def recorded_gradients(work, tmp_path, monkeypatch, *flags):
-    """Full gradients of the first optimizer step, by name."""
-    from deepspeed.utils import safe_get_full_grad
-
-    found, build = {}, optimization.build_engine
-
-    def build_engine(args, draft, device):
-        engine = build(args, draft, device)
-        step = engine.step
-
-        def recording_step():
-            if engine.is_gradient_accumulation_boundary() and not found:
-                found.update({name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()})
-            step()
-
-        engine.step = recording_step
-        return engine
-
-    with monkeypatch.context() as patch:
-        patch.setattr(optimization, "build_engine", build_engine)
-        run(work, tmp_path, "--total_steps", 1, "--draft_global_batch_size", 4, *flags)
-    return found
-
-
 def test_gradient_is_the_same_for_one_micro_batch_of_four_and_four_of_one(work, tmp_path, monkeypatch):
     single = recorded_gradients(work, tmp_path / "a", monkeypatch, "--draft_micro_batch_size", 1)
     packed = recorded_gradients(work, tmp_path / "b", monkeypatch, "--draft_micro_batch_size", 4, "--batch_size", 3)
@@ -342,7 +292,7 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     one_flags = [*flags[:-1], 1]
     expected = run(work, tmp_path / "one", *one_flags)
     configs = sorted(path.stem for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"))
-    configs.remove("zero3_nvme")  # it names a disk: test_offload.py
+    configs.remove("zero3_nvme")  # it names a disk: test_run_offload.py
     assert configs == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     runs = [
         arguments(work, tmp_path / name, *flags, "--deepspeed_config", tiny.REPOSITORY / "ds_configs" / f"{name}.json")
@@ -353,7 +303,7 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     runs.append(arguments(work, tmp_path / "odd", "--draft_global_batch_size", 3))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
+        [*launch, tiny.LAUNCH_MANY, json.dumps(runs)],
         capture_output=True,
         text=True,
         timeout=540,

@@ -4,10 +4,10 @@ import functools
 import json
 
 import pytest
-from chat_templates import CONVERSATIONS, FAMILIES, FOLDER, ROWS, expected, family_tokenizer, marked, names_of
 
 import prepare_data
 from core import conversations
+from helpers.chat_templates import CONVERSATIONS, FAMILIES, FOLDER, ROWS, expected, family_tokenizer, marked, names_of
 
 # Names with the same markers, so that each fits where the other does.
 ALIKE = [{"qwen", "qwen3-thinking", "qwen3-instruct"}, {"deepseek-r1-distill", "deepseek-v3"}]

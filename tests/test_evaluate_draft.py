@@ -4,9 +4,7 @@ import json
 import struct
 from types import SimpleNamespace
 
-import dense
 import pytest
-import tiny
 import torch
 import transformers
 
@@ -14,6 +12,7 @@ import evaluate_draft
 import prepare_data
 import train_eagle3
 from core import dataloader, draft_files, slots, target_files, target_model
+from helpers import dense, tiny
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 VOCABULARY, COUNT, NEW_TOKENS = 300, 4, 40

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
-from test_examples import run
 
 from core import draft_files
+from helpers import tiny
+from helpers.recipes import run
 
 
 @pytest.mark.slow

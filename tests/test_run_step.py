@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_train_eagle3 import arguments, furthest, recorded_gradients, run, weights
 from torch.nn.attention.flex_attention import AuxOutput
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from helpers import tiny
+from helpers.training import arguments, furthest, recorded_gradients, run, weights
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
@@ -97,7 +98,7 @@ def ranks(work, tmp_path_factory):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     several = [argv + ["--dist_timeout", "1"] for argv in runs.values()]
     result = subprocess.run(
-        [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
+        [*launch, tiny.LAUNCH_MANY, json.dumps(several)],
         capture_output=True,
         text=True,
         timeout=240,

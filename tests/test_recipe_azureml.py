@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
-from test_docs import flags_of
 
 import import_target
 import prepare_data
 import train_eagle3
 from core import common, draft_files
+from helpers import tiny
+from helpers.commands import flags_of
 
 FOLDER = tiny.REPOSITORY / "azureml"
 TRAINER, IMPORT = "component_draft_model_trainer", "component_model_import"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-import tiny
 
 import prepare_data
 from core import conversations, dataloader
+from helpers import tiny
 
 FOLDER = Path(__file__).parent / "data_sets"
 ON_THE_HUB = [name for name, preset in conversations.PRESETS.items() if preset.hub]

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
-from test_train_eagle3 import arguments, weights
 
 import train_eagle3
 from core import dataloader
+from helpers import tiny
+from helpers.training import arguments, weights
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -95,7 +95,7 @@ def start(folder, ranks, runs):
     several = [[*command(folder, str(ranks), *run, *flags), "--dist_timeout", "2"] for *run, flags in runs]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
-        [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(several)],
+        [*launch, tiny.LAUNCH_MANY, json.dumps(several)],
         capture_output=True,
         text=True,
         timeout=400,

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from test_train_eagle3 import furthest, weights
 
 import train_eagle3
+from helpers import tiny
+from helpers.training import furthest, weights
 
 STEPS = 4
 disk = [

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
+
+from helpers import tiny
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 

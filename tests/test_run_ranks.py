@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import tiny
 from safetensors.torch import load_file
 
 from core import ranks
+from helpers import tiny
 
 TRAINER = str(tiny.REPOSITORY / "train_eagle3.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))

@@ -3,16 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 import train_eagle3
 from core import dataloader, hidden_states, ranks
+from helpers import tiny
 
 BELOW_A_FILE, NOWHERE = tiny.REPOSITORY / "README.md" / "below", "/proc/nothing/can/be/made/here"
 NVME = {"device": "nvme", "nvme_path": "/proc/no/such/disk"}
@@ -138,7 +137,7 @@ def test_two_ranks_end_together_with_one_line_each_time(work, tmp_path):
     runs = [arguments(work, tmp_path / "out", flags) for flags in several]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*launch, Path(__file__).with_name("launch_many.py"), json.dumps(runs)],
+        [*launch, tiny.LAUNCH_MANY, json.dumps(runs)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -12,11 +12,11 @@ import urllib.error
 from collections import Counter
 
 import pytest
-import tiny
-from chat_templates import family_tokenizer, marked
 
 import prepare_data
 from core import dataloader, regeneration, target_files
+from helpers import tiny
+from helpers.chat_templates import family_tokenizer, marked
 
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}
 CALL = {"id": "a1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -7,24 +7,16 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
 import torch
-from test_families import FAMILIES, publish_in_mxfp4, write_target
 
 import evaluate_draft
 import train_eagle3
 from core import dataloader, draft_files, slots, target_model
+from helpers import tiny
+from helpers.families import FAMILIES, publish_in_mxfp4, write_target
+from helpers.recipes import run
 
 pytestmark = pytest.mark.slow
-
-
-def run(script, timeout, **environment):
-    """Run an example with these variables, in the environment of the tests."""
-    variables = tiny.environment(EAGLE3_VENV="none", **environment)
-    command = ["bash", str(tiny.REPOSITORY / "examples" / script)]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
 
 
 def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):

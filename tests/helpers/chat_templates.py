@@ -13,10 +13,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tiny
 from tokenizers import AddedToken
 
-FOLDER = Path(__file__).parent / "templates"
+from helpers import tiny
+
+FOLDER = Path(__file__).resolve().parents[1] / "templates"
 ROWS = json.loads((FOLDER / "families.json").read_text())
 CONVERSATIONS = json.loads((FOLDER / "conversations.json").read_text())
 

@@ -17,12 +17,12 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
-import tiny
 from google.protobuf.message import DecodeError
 
 import prepare_data
 import train_eagle3
 from core import run_record
+from helpers import tiny
 
 TRACKERS = ["swanlab", "wandb", "tensorboard", "mlflow", "trackio"]
 OFFLINE = {"SWANLAB_MODE": "offline", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}

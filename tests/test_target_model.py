@@ -7,7 +7,6 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -15,44 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import import_target
 from core import dataloader, slots, target_files, target_model
+from helpers import tiny
+from helpers.architectures import FAMILIES, LAYERS, SIZES, VOCABULARY, write_model
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
-LAYERS, VOCABULARY = 8, 97
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.2,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-}  # fmt: skip
-EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
-# name: (configuration class, its own options, expected (logit scale, soft cap), are sequences packed?)
-FAMILIES = {
-    "llama": ("LlamaConfig", {"head_dim": 8}, (1.0, None), True),
-    "llama tied": ("LlamaConfig", {"tie_word_embeddings": True}, (1.0, None), True),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}, (1.0, None), True),
-    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
-                                    "final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}, (1.0, 5.0), True),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}, (1.0, None), True),
-    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
-                                      "attention_multiplier": 0.3}, (0.125, None), True),
-    "cohere": ("CohereConfig", {"logit_scale": 0.0625}, (0.0625, None), True),
-    "phi": ("PhiConfig", {}, (1.0, None), True),  # a bias on the head
-    "qwen3 experts": ("Qwen3MoeConfig", dict(**EXPERTS, num_experts=4, moe_intermediate_size=16), (1.0, None), True),
-    # These do not read the borders off the position ids.
-    "gpt-oss": ("GptOssConfig", dict(**EXPERTS, num_local_experts=4, sliding_window=6), (1.0, None), False),
-    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (1.0, None), False),
-}  # fmt: skip
 LENGTHS = [1, 3, 40, 1, 9]
-
-
-def write_model(folder, config, seed=0, **options):
-    """A random model in `folder` whose norms and biases are random too, so that leaving one out shows."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(folder, **options)
-    return folder
 
 
 @pytest.fixture(scope="module")

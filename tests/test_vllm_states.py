@@ -1,10 +1,6 @@
-"""Hidden states from a vLLM server and from its extractor's files. Most tests talk to a small server of their own that
-speaks vLLM's protocol; `python test_vllm.py TARGET --port N ...` starts it, in the place of `vllm serve`.
-"""
+"""Hidden states from a server that speaks vLLM's protocol and from the files of vLLM's extractor."""
 
 import contextlib
-import fcntl
-import http.server
 import json
 import os
 import shlex
@@ -19,103 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_load_target import FAMILIES, SIZES, write_model
-from transformers import AutoModelForCausalLM
 
 import prepare_data
 import train_eagle3
-from core import dataloader, draft_files, hidden_states, regeneration, slots, target_model, vllm_states
+from core import dataloader, draft_files, hidden_states, slots, target_model, vllm_states
+from helpers import tiny, vllm_server
+from helpers.architectures import FAMILIES, SIZES, write_model
+from helpers.vllm_server import LAYERS, Model, open_server
 
-LAYERS = [2, 4, 5]  # of the tiny target, and its last one is 8
 HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # which vLLM's CPU build can compute
-
-
-class Model:
-    """What vLLM writes about a text, by transformers: hidden_states [T, 4, Ht], the last layer before its norm."""
-
-    def __init__(self, folder):
-        self.model, self.lock = AutoModelForCausalLM.from_pretrained(folder).eval(), threading.Lock()
-        self.model.model.norm.register_forward_pre_hook(lambda norm, args: setattr(self, "last", args[0][0]))
-
-    def states(self, input_ids):
-        with torch.no_grad(), self.lock:
-            ids = torch.tensor([input_ids])
-            found = self.model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-            return torch.stack([*(found[i][0] for i in LAYERS), self.last], dim=1)
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """vLLM's answers, or the fault that the server was told to have."""
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, body, code=200):
-        data = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        model = {"id": self.server.name, "root": self.server.root, "max_model_len": self.server.max_len}
-        models = {"data": [model]} if self.server.models is None else self.server.models
-        self.answer(models if self.path == "/v1/models" else {})
-
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        ids = body["prompt"]
-        assert self.path == "/v1/completions" and body["max_tokens"] == 1 and body["return_token_ids"] is True
-        with server.counting:
-            number = len(server.requests)
-            server.requests.append(ids)
-            server.busy += 1
-            server.most = max(server.most, server.busy)
-        time.sleep(server.delay)
-        try:
-            if server.lives is not None and number >= server.lives:
-                self.connection.close()
-                return
-            if number < server.failures:
-                return self.answer({"error": "busy"}, 503)
-            if body["model"] != server.name:
-                return self.answer({"error": "no such model"}, 404)
-            path = server.folder / f"cmpl-{os.getpid()}-{number}.safetensors"
-            with open(f"{path}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                told = {"hidden_states_path": str(path)}
-                choices = [{"prompt_token_ids": ids}] if server.choices is None else server.choices
-                self.answer({"choices": choices, "kv_transfer_params": told})
-                self.wfile.flush()
-                time.sleep(0.02)  # the client has the path before there is a file
-                tokens = torch.tensor(ids) + server.shift
-                save_file({"hidden_states": server.model.states(ids), "token_ids": tokens}, path)
-        finally:
-            with server.counting:
-                server.busy -= 1
-
-
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 64
-
-    def handle_error(self, *args):
-        pass
-
-
-def open_server(model, name, folder, port=0):
-    """A server that is not faulty: set lives (requests until it dies), failures, delay (s), shift (of tokens).
-
-    models and choices: what it answers in their place.
-    """
-    server = Server(("127.0.0.1", port), Handler)
-    vars(server).update(model=model, name=str(name), root=None, folder=Path(folder), max_len=512, requests=[], busy=0)
-    vars(server).update(most=0, lives=None, failures=0, delay=0, shift=0, models=None, choices=None)
-    server.counting = threading.Lock()
-    return server
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +63,7 @@ def waits(monkeypatch):
     """The seconds of back-off that were waited, without waiting."""
     waited, sleep = [], time.sleep
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: waited.append(s) if s >= 1 else sleep(s))
-    monkeypatch.setattr(regeneration, "time", clock)
+    monkeypatch.setattr("core.server.time", clock)
     return waited
 
 
@@ -227,7 +138,7 @@ def test_a_row_may_be_under_way_twice(work, server, tmp_path, batch):
 
 @pytest.mark.slow
 def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
-    launch = ["torchrun", "--nproc_per_node", "2", Path(__file__).with_name("launch_many.py")]
+    launch = ["torchrun", "--nproc_per_node", "2", tiny.LAUNCH_MANY]
     runs = [
         arguments(work.folder, tmp_path / "out", "--vllm_endpoint", server.url),
         arguments(work.folder, tmp_path / "dies", "--vllm_endpoint", server.url, "--max_retries", 0, "--num_epochs", 9),
@@ -419,7 +330,8 @@ def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
     tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(30, 2))
     variables = {
         "OUTPUT": tmp_path / "out", "TARGET": tmp_path / "target", "DATASET": tmp_path / "chats.jsonl",
-        "SERVER": shlex.join([sys.executable, __file__]), "SERVER_GPUS": "0", "TRAIN_GPUS": "0", "PORT": free_port(),
+        "SERVER": shlex.join([sys.executable, vllm_server.__file__]), "SERVER_GPUS": "0",
+        "TRAIN_GPUS": "0", "PORT": free_port(),
         "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "NUM_PROMPTS": 2,
         "MAX_NEW_TOKENS": 12, "LOG_STEPS": 1, "OMP_NUM_THREADS": 1, "MAX_LENGTH": 511, "EAGLE3_VENV": "none",
     }  # fmt: skip
@@ -512,19 +424,3 @@ def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsy
     finally:
         server.terminate()
         server.wait(60)
-
-
-def main(target, *flags):
-    """The small server, started as vLLM is: it prints what it was told and serves until it is stopped."""
-    values = dict(zip(flags[::2], flags[1::2], strict=True))
-    layers = json.loads(values["--speculative_config"])["draft_model_config"]["hf_config"]
-    folder = json.loads(values["--kv_transfer_config"])["kv_connector_extra_config"]["shared_storage_path"]
-    server = open_server(Model(target), target, folder, int(values["--port"]))
-    server.max_len = int(values["--max-model-len"])
-    told = {"layers": layers["eagle_aux_hidden_state_layer_ids"], "max_len": server.max_len, "folder": folder}
-    print(json.dumps(told), flush=True)
-    server.serve_forever()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

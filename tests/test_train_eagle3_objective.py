@@ -1,12 +1,12 @@
 """The objective against the slot-by-slot statement, and the invariances that follow from it."""
 
 import pytest
-import statement
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
 import train_eagle3
 from core import attention, draft_files, losses, slots, target_model
+from helpers import statement
 
 ROPES = {
     "default": None,

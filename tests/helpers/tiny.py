@@ -13,7 +13,8 @@ import torch
 
 # A training in the tests' own process sets these.
 LAUNCHERS_OWN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"}
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH_MANY = Path(__file__).with_name("launch_many.py")
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
 from make_tiny_target import train_tokenizer  # noqa: E402  (examples/ is not a package)

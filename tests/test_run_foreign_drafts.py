@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_train_eagle3 import run
 
 import export_draft
 from core import draft_files, hidden_states, vocabulary
+from helpers import tiny
+from helpers.training import run
 
 HIDDEN, INNER, HEADS, GROUPS, VOCABULARY, DRAFT, LAYERS = 64, 80, 4, 2, 400, 150, 8  # of the drafts and their target
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
