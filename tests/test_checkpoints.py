@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import prepare_data
 import train_eagle3
-from core import checkpoints, draft_files, optimization, ranks, run_record, server
+from core import checkpoints, draft_files, ranks, run_record, server
 from helpers import tiny
 from helpers.starts import Starts
 
@@ -98,7 +98,7 @@ def different(a, b):
 
 def at_step(monkeypatch, step, act):
     """Call act() when the training logs or counts step `step`."""
-    original = optimization.optimizer_step
+    original = train_eagle3.optimizer_step
     count = []
 
     def counted(*args, **options):
@@ -108,7 +108,7 @@ def at_step(monkeypatch, step, act):
             act()
         return result
 
-    monkeypatch.setattr(optimization, "optimizer_step", counted)
+    monkeypatch.setattr(train_eagle3, "optimizer_step", counted)
 
 
 def test_stopped_by_a_signal_and_resumed_is_the_undisturbed_run(work, tmp_path, monkeypatch, capsys):
@@ -417,13 +417,13 @@ def test_checkpoints_by_the_clock(work, tmp_path, monkeypatch):
     """Every `save_minutes`, counted from the last checkpoint of any kind."""
     now = [0.0]
     monkeypatch.setattr(train_eagle3.time, "monotonic", lambda: now[0])
-    original = optimization.optimizer_step
+    original = train_eagle3.optimizer_step
 
     def slowly(*args):
         now[0] += 61
         return original(*args)
 
-    monkeypatch.setattr(optimization, "optimizer_step", slowly)
+    monkeypatch.setattr(train_eagle3, "optimizer_step", slowly)
     train(work, tmp_path / "out", "--save_steps", 0, "--save_minutes", 3)
     assert sorted(path.name[-2:] for path in (tmp_path / "out").glob("step_*")) == ["03", "06", "09", "12"]
 
@@ -447,7 +447,7 @@ def poisoned(monkeypatch, steps, row=None):
 def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys, number):
     """Weights and optimizer do not move, the metrics leave the step out; the rest goes on."""
     poisoned(monkeypatch, range(1, 7), row=3)  # it comes once in the first epoch
-    original, moved = optimization.optimizer_step, []
+    original, moved = train_eagle3.optimizer_step, []
 
     def watched(engine, *args):
         before = [x.clone() for x in engine.module.state_dict().values()]
@@ -456,7 +456,7 @@ def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys
         moved.append(not all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
         return result
 
-    monkeypatch.setattr(optimization, "optimizer_step", watched)
+    monkeypatch.setattr(train_eagle3, "optimizer_step", watched)
     if "bf16" in str(number):
         config = json.loads((tiny.REPOSITORY / "ds_configs" / f"zero{number[:9]}.json").read_text())
         (tmp_path / "zero.json").write_text(json.dumps(config | {"bf16": {"enabled": True}}))
@@ -564,7 +564,7 @@ def small_disk(tmp_path):
 def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, small_disk, monkeypatch, capsys):
     """A real full file system from step 6 to step 11, then there is room again: metrics have no gap either."""
     disk, resize = small_disk
-    out, original, count = disk / "out", optimization.optimizer_step, []
+    out, original, count = disk / "out", train_eagle3.optimizer_step, []
 
     def used():
         return shutil.disk_usage(disk).used // 1024
@@ -579,7 +579,7 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
             resize(20 * 1024)
         return original(*args)
 
-    monkeypatch.setattr(optimization, "optimizer_step", fill)
+    monkeypatch.setattr(train_eagle3, "optimizer_step", fill)
     train(work, out, "--save_steps", 1, "--save_interval", 99)
     said = capsys.readouterr()
     assert sorted(path.name[-2:] for path in out.glob("step_*")) == ["01", "02", "03", "04", "05", "11", "12"]

@@ -67,7 +67,7 @@ def test_from_the_hub_each_repository_is_asked_for_its_files(tmp_path, monkeypat
         write_copy(tmp_path / repo, "camel" if "camel" in repo else "math_qa")
         return tmp_path / repo
 
-    monkeypatch.setattr(conversations.huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     files = conversations.find_files("camel", None, "train")
     assert [path.name for path in files] == ["biology.zip", "chemistry.zip", "physics.zip"] * 3
     assert asked == [

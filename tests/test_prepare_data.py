@@ -461,7 +461,10 @@ def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
     assert all(prepare_data.tokenise(row, chat)[1].any() for row in lines[::100])
     answers = " ".join(message["content"] for row in rows for message in row["conversations"])
     assert "collections.OrderedDict" in answers and "Serialize ``obj`` to a JSON" in answers
-    code = "import hashlib, read_conversations as r; print(hashlib.sha256(b''.join(r.pydoc_lines())).hexdigest())"
+    code = (
+        "import hashlib; from core import conversations;"
+        "print(hashlib.sha256(b''.join(conversations.pydoc_lines())).hexdigest())"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tiny.REPOSITORY, env=environment, capture_output=True)
     assert result.stdout.decode().strip() == hashlib.sha256(b"".join(lines)).hexdigest()
@@ -469,10 +472,12 @@ def test_pydoc_is_large_partly_of_several_turns_and_always_the_same():
 
 # ---------------------------------------------------------------------------- the prepared folder
 def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatch):
+    tokenise = prepare_data.tokenise
+
     def tokenise_and_note(raw, chat):
         with open(tmp_path / "processes", "a") as file:
             file.write(f"{os.getpid()} ")
-        return prepare_data.tokenise(raw, chat)
+        return tokenise(raw, chat)
 
     def processes():
         return set((tmp_path / "processes").read_text().split()) - {str(os.getpid())}

@@ -318,7 +318,7 @@ ALONE = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from regenerate_data import answer_rows
+from core.regeneration import answer_rows
 path, rows, flags = json.load(sys.stdin)
 raw = [json.dumps({"messages": row}).encode() for row in rows]
 answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, Path(path), "m", SimpleNamespace(**flags))

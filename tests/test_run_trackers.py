@@ -435,13 +435,14 @@ def test_a_tracker_that_hangs_holds_nothing_up(record, capsys, where):
 
 
 FAILING = """
-import sys, time, record_run, train_eagle3
-record_run.TRACKER_SECONDS, how = 1, sys.argv.pop(1)
+import sys, time, train_eagle3
+from core import ranks, run_record, server
+run_record.TRACKER_SECONDS, how = 1, sys.argv.pop(1)
 def opened(args, settings):
     return lambda values, step: print("told", step), lambda: (print("closed", flush=True), time.sleep(100))
-train_eagle3.TRACKERS["trackio"] = opened
+run_record.TRACKERS["trackio"] = opened
 def away(*args):
-    raise train_eagle3.ServerFailed("the server is gone")
+    raise server.ServerFailed("the server is gone")
 objective = train_eagle3.run_objective
 def bad(*args):
     return ((loss * float("nan"), *rest) for loss, *rest in objective(*args))
@@ -449,7 +450,7 @@ if how == "server":
     train_eagle3.evaluate = away
 else:
     train_eagle3.run_objective = bad
-train_eagle3.run_together(train_eagle3.main, train_eagle3.parse_args())
+ranks.run_watched(train_eagle3.main, train_eagle3.parse_args())
 """
 
 
@@ -494,13 +495,13 @@ def test_a_resumed_run_offers_the_trackers_what_is_kept(record, tmp_path):
 ALONE = """
 import sys, torch.distributed as dist
 from types import SimpleNamespace
-import record_run
-record_run.TRACKER_SECONDS = float(sys.argv[3])
+from core import run_record
+run_record.TRACKER_SECONDS = float(sys.argv[3])
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 args = SimpleNamespace(output_dir=sys.argv[1], log_dir=sys.argv[1], run_name=None, report_to=sys.argv[2].split(","),
                        total_steps=1)
 print("terminal", sys.stdin.isatty())
-record = record_run.Record(args, {"run_id": "0123456789abcdef", "starts_behind_step": 0, "flags": {}})
+record = run_record.Record(args, {"run_id": "0123456789abcdef", "starts_behind_step": 0, "flags": {}})
 record.row("train", 1, 1.0, {"loss": 1.0})
 record.close()
 print("the run ended", sys.stdin.isatty(), flush=True)
