@@ -52,7 +52,7 @@ echo "=== 3. the server, with the layers that training reads: three auxiliary on
 LAYERS=$(python - "$TARGET" <<'PYTHON' | tail -n 1
 import sys
 
-from load_target import default_layer_ids, read_target_config, resolve_target
+from core.target_files import default_layer_ids, read_target_config, resolve_target
 
 layers = read_target_config(resolve_target(sys.argv[1], weights=False))[0].num_hidden_layers
 print(*default_layer_ids(layers), layers, sep=",")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,11 +114,9 @@ def test_multinode_recipe_with_a_small_target(tmp_path, ssh):
     for name, text in (("pdsh", PDSH), ("ssh", SSH)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     given = SMALL | {
         "OUTPUT": tmp_path / "out", "TARGET": tmp_path / "target", "DATASET": tmp_path / "chats.jsonl",
-        "HOSTFILE": tmp_path / "hosts", "MASTER_PORT": port, "TP_SIZE": 2, "DIST_TIMEOUT": 5,
+        "HOSTFILE": tmp_path / "hosts", "MASTER_PORT": tiny.free_port(), "TP_SIZE": 2, "DIST_TIMEOUT": 5,
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
     }  # fmt: skip
     if ssh:
@@ -225,6 +222,8 @@ def test_deepspeed_launcher_ends_with_one_line_and_an_error(tmp_path):
             "deepspeed",
             "--num_gpus",
             "2",
+            "--master_port",
+            str(tiny.free_port()),
             str(tiny.REPOSITORY / "train_eagle3.py"),
             "--target_model_path",
             str(tmp_path / "target"),

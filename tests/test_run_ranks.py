@@ -21,11 +21,6 @@ TRAINER = str(tiny.REPOSITORY / "train_eagle3.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 class Started:
     """Processes that run side by side, each with a file for what it prints; none is left after the test."""
 
@@ -41,7 +36,7 @@ class Started:
 
     def service(self, *command, world=2, **variables):
         """The ranks of a service that sets these variables and has no launcher."""
-        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | variables
+        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port()} | variables
         return [self.add(sys.executable, *command, RANK=rank, **common) for rank in range(world)]
 
     def printed(self):
@@ -180,7 +175,7 @@ def namespaces(tmp_path):
 def two_nodes(started, namespaces, *command):
     """One launcher on each node, started by hand."""
     (started.folder / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
-    port = free_port()
+    port = tiny.free_port()
     for rank, (name, _) in enumerate(namespaces):
         started.add(
             "ip",
@@ -257,7 +252,7 @@ def pids(started, count=2):
 
 @pytest.mark.slow
 def test_rank_killed_in_training_ends_the_run_with_its_name(work, started):
-    started.add(DEEPSPEED, "--num_gpus", 2, "--master_port", free_port(), *train(work, started, 10**6))
+    started.add(DEEPSPEED, "--num_gpus", 2, "--master_port", tiny.free_port(), *train(work, started, 10**6))
     started.until("step 3/")
     ranks = [p for p in started.left() if "--local_rank=1" in p.cmdline()]
     (rank,) = (p for p in ranks if p.parent() not in ranks)  # the others are its workers

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -138,7 +137,7 @@ def test_a_row_may_be_under_way_twice(work, server, tmp_path, batch):
 
 @pytest.mark.slow
 def test_two_ranks_each_ask_for_their_own_rows(work, server, tmp_path):
-    launch = ["torchrun", "--nproc_per_node", "2", tiny.LAUNCH_MANY]
+    launch = ["torchrun", "--standalone", "--nproc_per_node", "2", tiny.LAUNCH_MANY]
     runs = [
         arguments(work.folder, tmp_path / "out", "--vllm_endpoint", server.url),
         arguments(work.folder, tmp_path / "dies", "--vllm_endpoint", server.url, "--max_retries", 0, "--num_epochs", 9),
@@ -331,7 +330,7 @@ def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
     variables = {
         "OUTPUT": tmp_path / "out", "TARGET": tmp_path / "target", "DATASET": tmp_path / "chats.jsonl",
         "SERVER": shlex.join([sys.executable, vllm_server.__file__]), "SERVER_GPUS": "0",
-        "TRAIN_GPUS": "0", "PORT": free_port(),
+        "TRAIN_GPUS": "0", "PORT": tiny.free_port(),
         "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "NUM_PROMPTS": 2,
         "MAX_NEW_TOKENS": 12, "LOG_STEPS": 1, "OMP_NUM_THREADS": 1, "MAX_LENGTH": 511, "EAGLE3_VENV": "none",
     }  # fmt: skip
@@ -347,11 +346,6 @@ def test_recipe_starts_the_server_trains_and_stops_it(tmp_path):
     assert not Path(line["folder"]).exists()
     with pytest.raises(OSError):
         urllib.request.urlopen(f"http://127.0.0.1:{variables['PORT']}/health", timeout=5)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 # vLLM 0.32's CPU build wants pinned memory, which needs an accelerator, and its stand-in for an event has no `query`.
@@ -377,7 +371,7 @@ def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsy
     python = os.environ.get("EAGLE3_VLLM_PYTHON")
     if not python:
         pytest.skip("EAGLE3_VLLM_PYTHON is not set: the path of a Python that has vLLM")
-    target, port = work.folder / "target", free_port()
+    target, port = work.folder / "target", tiny.free_port()
     for name in ("shared", "site"):
         (tmp_path / name).mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)

@@ -1,14 +1,28 @@
 """Recipes, run as they are."""
 
+import os
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 from helpers import tiny
 
+# Before the launcher on PATH: another recipe may run at the same time, and the launcher's own port is always the same.
+LAUNCHER = """#!/bin/bash
+exec {launcher} --master_port {port} "$@"
+"""
+
 
 def run(script, timeout, **environment):
-    """Run an example with these variables, in the environment of the tests."""
-    variables = tiny.environment(EAGLE3_VENV="none", **environment)
-    command = ["bash", str(tiny.REPOSITORY / "examples" / script)]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    """Run an example with these variables, in the environment of the tests; returns what it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = Path(folder) / "deepspeed"
+        launcher.write_text(LAUNCHER.format(launcher=shutil.which("deepspeed"), port=tiny.free_port()))
+        launcher.chmod(0o755)
+        environment["PATH"] = f"{folder}:{environment.get('PATH', os.environ['PATH'])}"
+        variables = tiny.environment(EAGLE3_VENV="none", **environment)
+        command = ["bash", str(tiny.REPOSITORY / "examples" / script)]
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
