@@ -1,6 +1,5 @@
 """What the README, the flags' help and the examples say is so."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -146,29 +145,6 @@ def test_readme_lists_every_flag_of_the_trainer_in_its_group():
     assert {title: sorted(re.findall(r"`(\w+)`", names)) for title, names in table} == {
         title: sorted(names) for title, names in groups.items()
     }
-
-
-def imported(path):
-    """Names of our own modules that a file imports: a command, or core's."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "core":
-            yield from (f"core/{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.replace(".", "/")
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def test_core_imports_no_command_and_nothing_in_a_circle():
-    commands = {path.stem for path in ROOT.glob("*.py")}
-    graph = {f"core/{path.stem}": set(imported(path)) for path in CORE}
-    for name, others in graph.items():
-        assert not others & commands, f"{name} imports a command"
-    ready = set()
-    while rest := graph.keys() - ready:
-        free = {name for name in rest if graph[name] & graph.keys() <= ready}
-        assert free, f"a circle among {rest}"
-        ready |= free
 
 
 def test_each_file_at_the_root_is_a_command():
