@@ -1,11 +1,34 @@
 """What all tests share."""
 
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 
-from core import run_record
-from helpers import tiny
+from core import run_record, server
+from helpers import tiny, training
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A tiny target and prepared conversations, which no test changes. A file that needs others has a `work` itself."""
+    return training.write_workspace(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that requests to a server wait before they are repeated, noted and not waited."""
+    waited = []
+
+    def sleep(seconds):
+        if seconds < 1:
+            time.sleep(seconds)
+        else:
+            waited.append(seconds)
+
+    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=sleep))  # other threads of this process go on sleeping
+    return waited
 
 
 @pytest.fixture(autouse=True)

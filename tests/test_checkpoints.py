@@ -17,46 +17,28 @@ from safetensors.torch import load_file
 import prepare_data
 import train_eagle3
 from core import checkpoints, draft_files, ranks, run_record, server
-from helpers import tiny
+from helpers import tiny, training
 from helpers.starts import Starts
+from helpers.training import timeless as rows
 
-TIMES = ("seconds", "tokens_per_second")  # of the clock
-FLAGS = "--ttt_length", 3, "--draft_global_batch_size", 4, "--total_steps", 12, "--log_steps", 3, "--eval_steps", 4
+FLAGS = "--draft_global_batch_size", 4, "--total_steps", 12, "--log_steps", 3, "--eval_steps", 4
 FLAGS = *FLAGS, "--save_steps", 5, "--save_interval", 99, "--draft_vocab_size", 200, "--learning_rate", 3e-3
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with a tiny target, prepared data, and a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    tiny.write_target(folder / "target")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
-    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(5, 2))
-    prepare_data.prepare(
-        folder / "train.jsonl",
-        folder / "data",
-        folder / "target",
-        validation_dataset=folder / "validation.jsonl",
-        chat_template="llama3",
-        max_length=512,
-        num_proc=1,
-    )
+    folder = training.write_workspace(tmp_path_factory.mktemp("checkpoints"))
     train(folder, folder / "whole")
     return folder
 
 
 def arguments(work, output, *flags):
-    argv = ["--target_model_path", work / "target", "--data_path", work / "data", "--output_dir", output, *FLAGS]
-    return [str(part) for part in (*argv, *flags)]
+    return training.arguments(work, output, *FLAGS, *flags)
 
 
 def train(work, output, *flags):
-    train_eagle3.main(train_eagle3.parse_args(arguments(work, output, *flags)))
-
-
-def rows(output):
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    training.run(work, output, *FLAGS, *flags)
 
 
 def contents(folder):
@@ -265,12 +247,7 @@ def spoil(folder):
 
 def refused(capsys, work, output, *flags):
     """The one line with which the training ends before its first step."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train(work, output, *flags)
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
+    return training.refused(capsys, train, work, output, *flags)
 
 
 def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatch):

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 
 import prepare_data
 import prepare_hidden_states
-import train_eagle3
 from core import common, dataloader, hidden_states, target_files
-from helpers import statement, tiny
+from helpers import statement, tiny, training
+from helpers.training import refused, weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
-LAYERS, WIDTH, STEPS = [2, 4, 5], 64, 3
+LAYERS, WIDTH = [2, 4, 5], 64
 SLOW = pytest.mark.slow
 RARE = 399  # a token that few rows have
 # Runs several command lines in one process per rank, with small shards; prints their exit codes on rank 0.
@@ -34,7 +34,8 @@ import json, os, sys
 sys.path.insert(0, {str(tiny.REPOSITORY)!r})
 import torch.distributed as dist
 import prepare_hidden_states, train_eagle3
-prepare_hidden_states.SHARD_BYTES = int(sys.argv[1])
+from core import hidden_states
+hidden_states.SHARD_BYTES = int(sys.argv[1])
 codes = []
 for script, argv in json.loads(sys.argv[2]):
     script = {{"write": prepare_hidden_states, "train": train_eagle3}}[script]
@@ -103,23 +104,22 @@ def write(work, output, *flags):
     return output
 
 
-def training(work, output, *flags):
-    given = ["--target_model_path", work / "target", "--data_path", work / "data", "--output_dir", output,
-             "--ttt_length", STEPS, "--log_steps", 1, "--draft_global_batch_size", 4, "--num_workers", 0,
-             "--num_epochs", 2, "--learning_rate", 1e-3, "--batch_size", 1, *flags]  # fmt: skip
-    return list(map(str, given))
+FLAGS = ("--draft_global_batch_size", 4, "--num_workers", 0, "--num_epochs", 2, "--learning_rate", 1e-3,
+         "--batch_size", 1)  # fmt: skip
+
+
+def arguments(work, output, *flags):
+    return training.arguments(work, output, *FLAGS, *flags)
 
 
 def train(work, output, *flags):
-    train_eagle3.main(train_eagle3.parse_args(training(work, output, *flags)))
+    training.run(work, output, *FLAGS, *flags)
     return outcome(output)
 
 
 def outcome(output):
-    """(lines of metrics.jsonl without times, weights) of a run."""
-    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    lines = [{k: x for k, x in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-    return lines, load_file(Path(output) / "final" / "model.safetensors")
+    """(rows of metrics.jsonl without times, weights) of a run."""
+    return training.timeless(output), weights(Path(output) / "final")
 
 
 def identical(a, b):
@@ -164,16 +164,6 @@ def all_rows(data):
 
 def hidden(path):
     return [name.name for name in Path(path).iterdir() if name.name.startswith(".")]
-
-
-def refused(capsys, function, *args):
-    """The one line on stderr with which function ends the program with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    return line
 
 
 @pytest.fixture
@@ -590,7 +580,7 @@ def test_two_ranks_write_and_read_the_same(work, tmp_path):
     hybrid = ("--hidden_states_path", tmp_path / "hybrid", "--on_generate", "cache", *states)
     mended = ("--hidden_states_path", damaged, "--on_generate", "cache", "--target_sharding", "zero3")
     for name, flags in (("online", ()), ("offline", offline), ("cached", hybrid), ("mended", mended)):
-        runs.append(["train", training(work, tmp_path / name, *flags)])
+        runs.append(["train", arguments(work, tmp_path / name, *flags)])
     codes, printed, _ = launch(2, runs, tmp_path)
     assert codes == [0] * len(runs)
     for name in shared:

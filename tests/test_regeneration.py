@@ -95,16 +95,6 @@ def server():
     server.server_close()
 
 
-@pytest.fixture
-def waits(monkeypatch):
-    """The seconds of back-off that were waited, without waiting."""
-    waited = []
-    monkeypatch.setattr(
-        regeneration.server.time, "sleep", lambda seconds: waited.append(seconds) if seconds >= 1 else None
-    )
-    return waited
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import export_draft
 from core import draft_files, hidden_states, vocabulary
 from helpers import tiny
-from helpers.training import run
+from helpers.training import refused, run
 
 HIDDEN, INNER, HEADS, GROUPS, VOCABULARY, DRAFT, LAYERS = 64, 80, 4, 2, 400, 150, 8  # of the drafts and their target
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -215,16 +215,6 @@ def read(folder):
 
 def export(*argv):
     export_draft.main(export_draft.parse_args([str(word) for word in argv]))
-
-
-def refused(capfd, call, *argv, **named):
-    """The one line, without `error: `, that a call ends the program with."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*argv, **named)
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0].removeprefix("error: ")
 
 
 # --- what training starts from ---

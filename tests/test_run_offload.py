@@ -5,9 +5,8 @@ import json
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-import train_eagle3
-from helpers import tiny
-from helpers.training import furthest, weights
+from helpers import tiny, training
+from helpers.training import furthest, metrics, weights
 
 STEPS = 4
 disk = [
@@ -23,21 +22,18 @@ def work(tmp_path_factory):
     memory under DeepSpeed's offload to disks.
     """
     folder = tmp_path_factory.mktemp("offload")
-    tiny.write_target(folder / "target", hidden_size=512, intermediate_size=512)
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
-    train(folder, folder / "plain", "--dataset_train_split", folder / "train.jsonl")
+    training.write_workspace(folder, validation=(), hidden_size=512, intermediate_size=512)
+    train(folder, folder / "plain")
     return folder
 
 
 def train(work, output, *flags):
-    data = [] if "--dataset_train_split" in flags else ["--data_path", work / "plain" / "data"]
-    argv = ["--target_model_path", work / "target", "--output_dir", output, *data, "--ttt_length", 2, "--log_steps", 1,
-            "--total_steps", STEPS, "--learning_rate", 1e-3, "--draft_vocab_size", 200, *flags]  # fmt: skip
-    train_eagle3.main(train_eagle3.parse_args([str(part) for part in argv]))
+    given = ("--ttt_length", 2, "--total_steps", STEPS, "--learning_rate", 1e-3, "--draft_vocab_size", 200)
+    training.run(work, output, *given, *flags)
 
 
 def check_same(work, output):
-    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (output, work / "plain")]
+    losses = [[row["loss"] for row in metrics(run)] for run in (output, work / "plain")]
     assert len(losses[0]) == STEPS and losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0]
     assert furthest(weights(output / "final"), weights(work / "plain" / "final")) < 1e-5

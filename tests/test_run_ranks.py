@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from core import ranks
-from helpers import tiny
+from helpers import tiny, training
+from helpers.training import furthest, metrics, weights
 
 TRAINER = str(tiny.REPOSITORY / "train_eagle3.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
@@ -83,32 +82,27 @@ def started(tmp_path):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A tiny target, prepared data, and what plain `python` makes of them."""
-    folder = tmp_path_factory.mktemp("launch")
-    tiny.write_target(folder / "target")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
+    folder = training.write_workspace(tmp_path_factory.mktemp("launch"), validation=())
     group = Started(folder)
-    group.add(sys.executable, *flags(folder, folder / "plain"), "--dataset_train_split", folder / "train.jsonl")
+    group.add(sys.executable, TRAINER, *arguments(folder, folder / "plain"))
     assert group.wait(300) == ([0], [[]]), group.printed()
-    shutil.copytree(folder / "plain" / "data", folder / "data")
     return folder
 
 
-def flags(work, output, steps=3):
-    return [TRAINER, "--target_model_path", work / "target", "--output_dir", output, "--total_steps", steps,
-            "--ttt_length", 3, "--log_steps", 1, "--draft_vocab_size", 200, "--draft_global_batch_size", 4]  # fmt: skip
+def arguments(work, output, steps=3):
+    few = ("--total_steps", steps, "--draft_vocab_size", 200, "--draft_global_batch_size", 4)
+    return training.arguments(work, output, *few)
 
 
 def train(work, started, steps=3):
-    return *flags(work, started.folder / "out", steps), "--data_path", work / "data"
+    return TRAINER, *arguments(work, started.folder / "out", steps)
 
 
 def check_same_as_plain(work, started):
     ours, plain = started.folder / "out", work / "plain"
-    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (ours, plain)]
+    losses = [[row["loss"] for row in metrics(run)] for run in (ours, plain)]
     assert len(losses[1]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    a, b = (load_file(run / "final" / "model.safetensors") for run in (ours, plain))
-    for name in b:
-        assert (a[name].double() - b[name].double()).norm() <= 1e-5 * b[name].double().norm(), name
+    assert furthest(weights(ours / "final"), weights(plain / "final")) <= 1e-5
     assert json.loads((ours / "run.json").read_text())["world_size"] == 2
     assert not started.left(10)
 

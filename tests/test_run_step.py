@@ -8,7 +8,6 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import tiny
-from helpers.training import arguments, furthest, recorded_gradients, run, weights
+from helpers import tiny, training
+from helpers.training import arguments, furthest, metrics, recorded_gradients, run, weights
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
@@ -36,20 +35,11 @@ ROWS, TOKENS, QUERIES = 1024, 512, 128  # of draft logits, teacher logits and at
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with a tiny target, prepared conversations in data/, and in bare/ rows that mostly supervise no slot."""
-    folder = tmp_path_factory.mktemp("step")
-    tiny.write_target(folder / "target")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(14, 1) + tiny.conversations(3, 2))
+    rows = tiny.conversations(14, 1) + tiny.conversations(3, 2)
+    folder = training.write_workspace(tmp_path_factory.mktemp("step"), rows, validation=())
     tiny.write_jsonl(folder / "bare.jsonl", bare_rows())
-    for name, out in (("train", "data"), ("bare", "bare")):
-        run(
-            folder,
-            folder / "initial" / name,
-            "--dry_run",
-            "--dataset_train_split",
-            folder / f"{name}.jsonl",
-            data=False,
-        )
-        (folder / "initial" / name / "data").rename(folder / out)
+    run(folder, folder / "initial", "--dry_run", "--dataset_train_split", folder / "bare.jsonl", data=False)
+    (folder / "initial" / "data").rename(folder / "bare")
     return folder
 
 
@@ -74,10 +64,6 @@ def bare(work, output, *flags):
 def longest(work):
     """Tokens of the longest row of data/."""
     return dataloader.open_data(work / "data")[1]["splits"]["train"]["longest"]
-
-
-def metrics(output):
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(rows):
@@ -198,7 +184,7 @@ def test_gradient_checkpointing_under_zero_3_on_two_ranks_changes_nothing(work, 
 
 def assert_all_moved(work, tensors):
     """Without weight decay a tensor stays as it was initialised unless it gets a gradient."""
-    initial = weights(work / "initial" / "train" / "latest")
+    initial = weights(work / "initial" / "latest")
     assert len(tensors) == 13 and tensors.keys() == initial.keys()
     still = [name for name, tensor in tensors.items() if torch.equal(tensor, initial[name])]
     assert not still, f"without gradient: {still}"

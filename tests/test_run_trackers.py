@@ -19,48 +19,27 @@ from types import SimpleNamespace
 import pytest
 from google.protobuf.message import DecodeError
 
-import prepare_data
 import train_eagle3
 from core import run_record
-from helpers import tiny
+from helpers import tiny, training
+from helpers.training import TIMES
+from helpers.training import metrics as rows_of
 
 TRACKERS = ["swanlab", "wandb", "tensorboard", "mlflow", "trackio"]
 OFFLINE = {"SWANLAB_MODE": "offline", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 ACCOUNTS = ("WANDB_", "SWANLAB_", "MLFLOW_", "TRACKIO_")  # variables that would lead to one
-TIMES = ("seconds", "tokens_per_second")  # of the clock: steps that come again differ in them
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with a tiny target and prepared data."""
-    folder = tmp_path_factory.mktemp("trackers")
-    tiny.write_target(folder / "target")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19))
-    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3, 2))
-    prepare_data.prepare(
-        folder / "train.jsonl",
-        folder / "data",
-        folder / "target",
-        validation_dataset=folder / "validation.jsonl",
-        chat_template="llama3",
-        max_length=512,
-        num_proc=1,
-    )
-    return folder
+FLAGS = ("--ttt_length", 2, "--eval_steps", 2, "--save_steps", 2, "--scheduler_type", "constant", "--run_name", "tiny",
+         "--num_workers", 0)  # fmt: skip
 
 
 def arguments(work, output, *flags):
-    argv = ["--target_model_path", work / "target", "--data_path", work / "data", "--output_dir", output]
-    argv += ["--ttt_length", 2, "--log_steps", 1, "--eval_steps", 2, "--save_steps", 2, "--scheduler_type", "constant"]
-    return [str(part) for part in (*argv, "--run_name", "tiny", "--num_workers", 0, *flags)]
+    return training.arguments(work, output, *FLAGS, *flags)
 
 
-def train(*argv):
-    train_eagle3.main(train_eagle3.parse_args(arguments(*argv)))
-
-
-def rows_of(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def train(work, output, *flags):
+    training.run(work, output, *FLAGS, *flags)
 
 
 def offline(patch, **more):
@@ -179,11 +158,11 @@ def check_values(name, output):
 
 
 @pytest.fixture(scope="module")
-def resumed(work):
+def resumed(work, tmp_path_factory):
     """A run of all trackers that lost what it did behind step 2, and was resumed; mlflow's server left at step 2."""
     from mlflow import MlflowClient
 
-    log_batch, output = MlflowClient.log_batch, work / "resumed"
+    log_batch, output = MlflowClient.log_batch, tmp_path_factory.mktemp("resumed") / "out"
 
     def away(client, run, metrics=(), **options):
         if metrics and metrics[0].step == 2:

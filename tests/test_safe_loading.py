@@ -19,6 +19,7 @@ import prepare_data
 from core import dataloader, draft_files, target_files, target_model, vocabulary
 from helpers import tiny
 from helpers.commands import SCRIPTS, flags_of
+from helpers.training import refused
 
 # --- by the sources ---
 
@@ -150,16 +151,6 @@ def armed(content, boom):
         torch.save({**content, "x": Bomb(boom)}, buffer, **options)
         forms.append(buffer.getvalue())
     return [*forms, pickle.dumps({**content, "x": Bomb(boom)}, protocol=2), pickle.dumps(Bomb(boom), protocol=0)]
-
-
-def refused(capfd, call, *arguments):
-    """The one line that a call ends with."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*arguments)
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 def test_the_bombs_here_do_go_off(tmp_path):

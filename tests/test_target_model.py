@@ -16,6 +16,7 @@ import import_target
 from core import dataloader, slots, target_files, target_model
 from helpers import tiny
 from helpers.architectures import FAMILIES, LAYERS, SIZES, VOCABULARY, write_model
+from helpers.training import refused
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 LENGTHS = [1, 3, 40, 1, 9]
@@ -39,17 +40,6 @@ def close(a, b):
     """Equal to rounding, in relation to the largest value."""
     assert a.shape == b.shape
     return float((a - b).abs().max() / b.abs().max()) < 2e-5
-
-
-def refused(capsys, function, *args, **options):
-    """The one line on stderr with which function ends the program with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args, **options)
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture

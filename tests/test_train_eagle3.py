@@ -13,29 +13,21 @@ import evaluate_draft
 import prepare_data
 import train_eagle3
 from core import draft_files, foreign_flags, hidden_states, optimization
-from helpers import tiny
+from helpers import tiny, training
 from helpers.training import STEPS, arguments, furthest, recorded_gradients, run, weights
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a tiny target, JSON Lines of conversations of very different lengths, and the prepared data."""
-    folder = tmp_path_factory.mktemp("train")
-    tiny.write_target(folder / "target")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(19, 1) + tiny.conversations(3, 4))
-    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(5, 2))
-    run(
-        folder,
-        folder / "first",
-        "--total_steps",
-        "1",
+    """A workspace, and in first/ a run of one step that prepared its data itself."""
+    folder = training.write_workspace(tmp_path_factory.mktemp("train"))
+    splits = (
         "--dataset_train_split",
         folder / "train.jsonl",
         "--dataset_validation_split",
         folder / "validation.jsonl",
-        data=False,
     )
-    shutil.copytree(folder / "first" / "data", folder / "data")
+    run(folder, folder / "first", "--total_steps", 1, *splits, data=False)
     return folder
 
 

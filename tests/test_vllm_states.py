@@ -18,10 +18,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import prepare_data
-import train_eagle3
 from core import dataloader, draft_files, hidden_states, slots, target_model, vllm_states
-from helpers import recipes, tiny, vllm_server
+from helpers import recipes, tiny, training, vllm_server
 from helpers.architectures import FAMILIES, SIZES, write_model
 from helpers.vllm_server import LAYERS, Model, open_server
 
@@ -31,17 +29,8 @@ HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with a tiny target, the prepared data, what training with the target in memory gives, and a Model."""
-    folder = tmp_path_factory.mktemp("vllm")
-    tiny.write_target(folder / "target", **HEADS)
-    tiny.write_jsonl(folder / "train.jsonl", tiny.conversations(7, 1) + tiny.conversations(2, 3))
-    tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(3, 2))
-    prepare_data.prepare(
-        str(folder / "train.jsonl"),
-        str(folder / "data"),
-        str(folder / "target"),
-        num_proc=1,
-        validation_dataset=str(folder / "validation.jsonl"),
-    )
+    train = tiny.conversations(7, 1) + tiny.conversations(2, 3)
+    folder = training.write_workspace(tmp_path_factory.mktemp("vllm"), train, tiny.conversations(3, 2), **HEADS)
     expected = run(folder, folder / "memory")
     return SimpleNamespace(folder=folder, expected=expected, model=Model(folder / "target"))
 
@@ -57,26 +46,16 @@ def server(work, tmp_path):
     server.server_close()
 
 
-@pytest.fixture
-def waits(monkeypatch):
-    """The seconds of back-off that were waited, without waiting."""
-    waited, sleep = [], time.sleep
-    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: waited.append(s) if s >= 1 else sleep(s))
-    monkeypatch.setattr("core.server.time", clock)
-    return waited
+FLAGS = ("--batch_size", 1, "--draft_global_batch_size", 4, "--num_epochs", 2, "--num_workers", 1,
+         "--learning_rate", 1e-3)  # fmt: skip
 
 
 def arguments(folder, output, *flags):
-    argv = ["--target_model_path", folder / "target", "--data_path", folder / "data", "--output_dir", output,
-            "--batch_size", 1, "--draft_global_batch_size", 4, "--num_epochs", 2, "--log_steps", 1, "--ttt_length", 3,
-            "--num_workers", 1, "--learning_rate", 1e-3]  # fmt: skip
-    return [str(part) for part in (*argv, *flags)]
+    return training.arguments(folder, output, *FLAGS, *flags)
 
 
 def run(folder, output, *flags):
-    """Train in this process; returns the rows of metrics.jsonl."""
-    train_eagle3.main(train_eagle3.parse_args(arguments(folder, output, *flags)))
-    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return training.run(folder, output, *FLAGS, *flags)
 
 
 def same(rows, expected):
@@ -88,13 +67,7 @@ def same(rows, expected):
 
 
 def refused(capsys, work, output, *flags):
-    """The one line with which a training ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(work.folder, output, *flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    return training.refused(capsys, run, work.folder, output, *flags)
 
 
 # --- training ---
