@@ -198,7 +198,7 @@ def test_ranks_and_steps_without_a_supervised_slot(work, ranks, tmp_path):
     train_eagle3.main(train_eagle3.parse_args(bare(work, tmp_path / "one")))
     expected = losses(metrics(tmp_path / "one"))
     assert expected[0] == 0 and min(expected[1:]) > 0
-    initial = weights(work / "initial" / "bare" / "latest")
+    initial = weights(work / "initial" / "latest")
     for output in (tmp_path / "one", ranks / "zero2", ranks / "zero3"):
         assert losses(metrics(output)) == pytest.approx(expected, rel=1e-5)
         values = [value for row in metrics(output) for value in row.values() if isinstance(value, float)]
