@@ -5,7 +5,6 @@ import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
 import target as benchmark
 
+COUNT_MEMORY = tiny.REPOSITORY / "tests" / "helpers" / "count_memory.py"
 KIB = 1024
 SIZES = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -45,47 +45,6 @@ CASES = {  # ranks: (target, how it is shared, bytes that a rank may hold)
 }  # fmt: skip
 
 
-def count(folder, cases):
-    """In a rank: what is held after two forwards in each case: bytes of tensors, and of layers that are still whole."""
-    device = benchmark.start_distributed(2)
-    found = []
-    for name, way, _ in cases:
-        before = sum(benchmark.live_bytes())
-        target = benchmark.load_target(Path(folder) / name, device, **way)
-        for _ in range(2):
-            target.hidden_states(torch.arange(48), [32, 16])
-        still = [p for p in target.decoder.parameters() if hasattr(p, "ds_id") and p.ds_status.name != "NOT_AVAILABLE"]
-        held, most = sum(benchmark.live_bytes()) - before, []
-        for layer in target.decoder.layers:  # what is gathered while it runs
-            layer.register_forward_hook(lambda *_, seen=most, all=target: seen.append(gathered(all)))
-        target.hidden_states(torch.arange(48), [32, 16])
-        found.append([held, sum(p.numel() * p.itemsize for p in still), max(most)])
-        del target, still, most, layer
-        benchmark.gc.collect()
-        if way.get("sharding") == "zero3":
-            found[-1].append(differing(folder, f"{name}_bf16", device, way))
-    ranks = [None] * benchmark.dist.get_world_size()
-    benchmark.dist.all_gather_object(ranks, found)
-    if benchmark.dist.get_rank() == 0:
-        (Path(folder) / "counted.json").write_text(json.dumps(ranks))
-    benchmark.dist.destroy_process_group()
-
-
-def differing(folder, name, device, way):
-    """In a rank: values of a text's states that differ between a shared target and one that is its own, of how many."""
-    ids = torch.arange(48) * 10 % 512
-    several = [benchmark.load_target(Path(folder) / name, device, **given) for given in (way, {})]
-    shared, own = (torch.cat(target.hidden_states(ids, [32, 16]), dim=-1) for target in several)
-    assert {shared.dtype, own.dtype, several[0].head.weight.dtype} == {torch.bfloat16} and own.std() > 0.1
-    return int((shared != own).sum()), shared.numel()
-
-
-def gathered(target):
-    """Bytes of the layers that are whole now although ranks share them out."""
-    several = (p for p in target.decoder.layers.parameters() if hasattr(p, "ds_id"))
-    return sum(p.numel() * p.itemsize for p in several if p.ds_status.name != "NOT_AVAILABLE")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
@@ -103,7 +62,7 @@ def folder(tmp_path_factory):
 def test_a_rank_holds_its_share_and_no_more(folder, ranks):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     result = subprocess.run(
-        [*launch, __file__, str(folder), json.dumps(CASES[ranks])],
+        [*launch, COUNT_MEMORY, str(folder), json.dumps(CASES[ranks])],
         capture_output=True,
         text=True,
         timeout=300,
@@ -149,7 +108,3 @@ def test_a_place_in_memory_counts_once(monkeypatch):
     freed = torch.zeros(1000)
     freed.untyped_storage().resize_(0)
     assert sum(benchmark.live_bytes()) == before
-
-
-if __name__ == "__main__":
-    count(sys.argv[1], json.loads(sys.argv[2]))
