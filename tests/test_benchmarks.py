@@ -233,3 +233,35 @@ def test_a_wrong_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         step.parse_args(["objective", "--shares", "much"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# --- hidden states on disk ---
+
+
+def benchmark(*argv, timeout=300):
+    command = [sys.executable, tiny.REPOSITORY / "benchmarks" / "hidden_states.py", *map(str, argv)]
+    variables = tiny.environment()
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_counts_the_bytes_of_a_token():
+    """By hand: 5 bytes of token and mask; 4 layers, the last only of supervised tokens; fp8 has 4 bytes of scale."""
+    lines = benchmark("size", "--hidden_size", 512, "--tokens", 1000, "--shares", 50).splitlines()
+    header = next(line for line in lines if line.startswith("| supervised"))
+    found = dict(zip(re.findall(r"\w+", header)[1:], re.findall(r"([\d,]+) \(", lines[-1]), strict=True))
+    for dtype, size in (("bfloat16", 1024), ("float16", 1024), ("float32", 2048), ("fp8", 516)):
+        assert int(found[dtype].replace(",", "")) == pytest.approx(5 + 3.5 * size, rel=0.01), dtype
+
+
+@pytest.mark.slow
+def test_benchmark_measures_the_waiting(tmp_path):
+    target = tiny.write_target(tmp_path / "target")
+    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(16, 2))
+    flags = ["--target_model_path", target, "--dataset_train_split", tmp_path / "chats.jsonl", "--ttt_length", 3,
+             "--output_dir", tmp_path / "out", "--hidden_states_path", tmp_path / "states", "--on_generate", "cache",
+             "--total_steps", 6]  # fmt: skip
+    printed = benchmark("wait", "--skip", 2, *flags)
+    assert re.search(r"data waiting: \d+\.\d\d% of a step; 4 steps of \d+ ms", printed), printed[-500:]

@@ -261,6 +261,36 @@ def test_rank_killed_in_training_ends_the_run_with_its_name(work, started):
     assert not started.left(15), "workers notice within seconds that their rank is gone"
 
 
+@pytest.mark.slow
+def test_deepspeed_launcher_ends_with_one_line_and_an_error(tmp_path):
+    """Two ranks of which one has no data, through the launcher that the examples use."""
+    tiny.write_target(tmp_path / "target")
+    tiny.write_jsonl(tmp_path / "one.jsonl", tiny.conversations(1))
+    result = subprocess.run(
+        [
+            "deepspeed",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(tiny.free_port()),
+            str(tiny.REPOSITORY / "train_eagle3.py"),
+            "--target_model_path",
+            str(tmp_path / "target"),
+            "--dataset_train_split",
+            str(tmp_path / "one.jsonl"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-2000:]
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "training sequences for 2 ranks" in line]
+    assert len(lines) == 1 and lines[0].startswith("error: 1 training sequences")
+
+
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_rank_without_a_launcher(started, lost):
     ranks = started.service(*rounds(started, 20, "none"))

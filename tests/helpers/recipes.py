@@ -1,5 +1,6 @@
 """Recipes, run as they are."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,10 @@ from pathlib import Path
 
 from helpers import tiny
 
+SMALL = {
+    "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "LOG_STEPS": 1,
+    "GLOBAL_BATCH": 8, "REPORT_TO": "none", "OMP_NUM_THREADS": 1,
+}  # fmt: skip
 # Before the launcher on PATH: another recipe may run at the same time, and the launcher's own port is always the same.
 LAUNCHER = """#!/bin/bash
 exec {launcher} --master_port {port} "$@"
@@ -26,3 +31,12 @@ def run(script, timeout, **environment):
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
+
+
+def tells_acceptance(folder, printed):
+    """Whether the training said what it measured on the validation rows."""
+    rows = [json.loads(line) for line in (folder / "draft" / "metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["split"] == "validation"]
+    end = f"acceptance_length {row['acceptance_length']:.3f}"
+    start = f"evaluation at step {row['step']} | "
+    return sum(line.startswith(start) and line.endswith(end) for line in printed.splitlines()) == 1
