@@ -1,4 +1,4 @@
-"""The watch over ranks listens to its own run alone, and leaves a forked process's files alone."""
+"""The watch over ranks listens to its own run alone; locks of builds; folders that all nodes have to see."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from core import ranks, target_model
+from core import ranks
 
 
 @pytest.fixture
@@ -78,11 +78,25 @@ def test_lock_of_a_build_that_was_killed_is_removed_and_of_one_under_way_is_not(
     assert capsys.readouterr().err == f"{old} was left by a build that was interrupted: removed\n"
 
 
-def test_the_saved_dtype_is_the_weights_own_where_the_configuration_names_none(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
+def test_folder_that_a_node_does_not_see_is_named(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ranks.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node-b")
+    with pytest.raises(SystemExit):
+        ranks.check_shared("output_dir", tmp_path, patience=0.1)
+    line = capsys.readouterr().err
+    assert f"output_dir {tmp_path} is another folder on node-b" in line and not list(tmp_path.iterdir())
 
-    save_file({"a": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2).bfloat16()}, tmp_path / "model.safetensors")
-    assert target_model.saved_dtype(tmp_path, LlamaConfig()) == torch.bfloat16
-    assert target_model.saved_dtype(tmp_path, LlamaConfig(dtype="float16")) == torch.float16
+
+def test_folder_whose_files_appear_late_is_shared(tmp_path, monkeypatch):
+    """As on mounted storage, where another node sees a file once it is closed, or when its cache runs out."""
+    seen, exists = [], os.path.exists
+
+    def late(path):
+        seen.append(path)
+        handles = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        closed = path not in [os.readlink(handle) for handle in handles if exists(handle)]
+        return len(seen) > 3 and closed and exists(path)
+
+    monkeypatch.setattr(ranks.os.path, "exists", late)
+    ranks.check_shared("output_dir", tmp_path)
+    assert len(seen) == 4 and not list(tmp_path.iterdir())

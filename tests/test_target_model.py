@@ -422,3 +422,9 @@ def test_a_target_that_is_not_there(tmp_path, capsys, monkeypatch):
     )
     (tmp_path / "a" / "tokenizer.json").unlink()
     assert "0 folders with tokenizer.json or" in refused(capsys, target_files.load_tokenizer, tmp_path / "a")
+
+
+def test_the_saved_dtype_is_the_weights_own_where_the_configuration_names_none(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2).bfloat16()}, tmp_path / "model.safetensors")
+    assert target_model.saved_dtype(tmp_path, transformers.LlamaConfig()) == torch.bfloat16
+    assert target_model.saved_dtype(tmp_path, transformers.LlamaConfig(dtype="float16")) == torch.float16
