@@ -10,6 +10,11 @@ from core import run_record, server
 from helpers import tiny, training
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test comes first: another process runs the rest meanwhile."""
+    items.sort(key=lambda item: item.path.stem != "test_recipe_tiny")
+
+
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
     """A tiny target and prepared conversations, which no test changes. A file that needs others has a `work` itself."""
