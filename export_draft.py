@@ -1,10 +1,7 @@
-"""The draft checkpoint: config.json + model.safetensors, written, read and checked for completeness.
+"""Check a draft checkpoint, or convert it into the form that a serving engine loads.
 
-In:  a draft in the flat form (ours, SpecForge's, ModelOpt's, EAGLE's own releases) or in the speculators form.
+In:  a draft in the flat form (this project's, SpecForge's, ModelOpt's, EAGLE's own releases) or the speculators form.
 Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads.
-
-The engines do not check: vLLM runs with an absent tensor and drafts junk, SGLang leaves it uninitialised and ignores
-names that it does not know. So nothing is written or read here that is not whole.
 
     python export_draft.py --check output/final
     python export_draft.py output/final --format speculators --output served \
@@ -12,7 +9,6 @@ names that it does not know. So nothing is written or read here that is not whol
     python export_draft.py someone_elses_draft --format flat --output flat
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,31 +18,15 @@ from safetensors import safe_open
 from core import common, draft_files, target_files
 
 
-def parse_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.error = common.fail  # one line, without the usage
-    parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
-    parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if not whole")
-    export = parser.add_argument_group("export")
-    export.add_argument("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
-    export.add_argument("--output", help="folder to write")
-    target = "folder or hub id of the target; needed for speculators; flat: a table that is its own is left out"
-    tokens = "tokens an engine drafts, speculators (default: %(default)s)"
-    export.add_argument("--target_model_path", help=target)
-    export.add_argument("--speculative_tokens", type=int, default=5, help=tokens)
-    return parser.parse_args(common.normalise_argv(sys.argv[1:] if argv is None else argv))
-
-
 def check(folder):
     """Print what a draft folder holds, or every problem on stderr; returns the exit code 0 or 1."""
-    config, tensors, problems = draft_files._load(folder, strict=True)
+    config, tensors, problems = draft_files.load(folder, strict=True)
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 1
     width = max(map(len, tensors))
     for name, tensor in sorted(tensors.items()):
-        print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {str(tensor.dtype)[6:]}")
+        print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {draft_files.dtype_name(tensor.dtype)}")
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in draft_files.MAPPING)
     layers = draft_files.auxiliary_layers(config) or "default (2, L//2, L-3)"
     print(
@@ -62,13 +42,40 @@ def check(folder):
 
 
 def _has_targets_table(args, tensors):
-    """Whether the embedding table of the draft to export was added to it, or is the target's if that is given."""
+    """Whether the embedding table of the draft to export was added to it, or equals that of the given target."""
     path = Path(args.checkpoint) / "model.safetensors"
-    if path.exists() and (safe_open(path, "pt").metadata() or {}).get("embed_tokens") == draft_files.ADDED:
-        return True
-    given = args.target_model_path
-    return bool(given) and draft_files.is_embedding(
-        tensors[draft_files.EMBEDDING], draft_files.read_embedding(target_files.resolve_target(given))
+    if path.exists():
+        metadata = safe_open(path, "pt").metadata() or {}
+        if metadata.get("embed_tokens") == draft_files.ADDED:
+            return True
+    if not args.target_model_path:
+        return False
+    embedding = draft_files.read_embedding(target_files.resolve_target(args.target_model_path))
+    return draft_files.is_embedding(tensors[draft_files.EMBEDDING], embedding)
+
+
+def read(args):
+    """(flat config, tensors) of the draft to export, without a table that is the target's."""
+    config, tensors = draft_files.read_draft(args.checkpoint)
+    if draft_files.EMBEDDING not in tensors or draft_files.needs_embedding(config):
+        return config, tensors
+    if _has_targets_table(args, tensors):
+        del tensors[draft_files.EMBEDDING]
+    return config, tensors
+
+
+def write_speculators(args, config, tensors):
+    own_table = draft_files.EMBEDDING in tensors
+    model_dir = target_files.resolve_target(args.target_model_path, weights=not own_table)
+    target_config = json.loads((model_dir / "config.json").read_text())
+    draft_files.write_speculators(
+        args.output,
+        config,
+        tensors,
+        target_model_path=args.target_model_path,
+        target_architectures=target_config.get("architectures") or [],
+        embed_tokens=None if own_table else draft_files.read_embedding(model_dir),
+        speculative_tokens=args.speculative_tokens,
     )
 
 
@@ -81,34 +88,34 @@ def export(args):
         common.fail(
             "--format speculators needs --target_model_path: the form names the target and holds its embeddings"
         )
-    if args.speculative_tokens < 1:
-        common.fail(f"--speculative_tokens {args.speculative_tokens} must be at least 1")
-    config, tensors = draft_files.read_draft(args.checkpoint)
-    if (
-        draft_files.EMBEDDING in tensors
-        and not draft_files.needs_embedding(config)
-        and _has_targets_table(args, tensors)
-    ):
-        del tensors[draft_files.EMBEDDING]
+    config, tensors = read(args)
     if args.format == "flat":
         draft_files.write_draft(args.output, config, tensors)
     else:
-        own = draft_files.EMBEDDING in tensors
-        model_dir = target_files.resolve_target(args.target_model_path, weights=not own)
-        architectures = json.loads((model_dir / "config.json").read_text()).get("architectures") or []
-        embedding = None if own else draft_files.read_embedding(model_dir)
-        draft_files.write_speculators(
-            args.output,
-            config,
-            tensors,
-            target_model_path=args.target_model_path,
-            target_architectures=architectures,
-            embed_tokens=embedding,
-            speculative_tokens=args.speculative_tokens,
-        )
+        write_speculators(args, config, tensors)
     for note in draft_files.serving_notes(config):
         print(f"note: {note}")
     print(f"written to {args.output} ({args.format} form)")
+
+
+def parse_args(argv=None):
+    parser = common.Parser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
+    parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if incomplete")
+    add = parser.add_argument_group("export").add_argument
+    add("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
+    add("--output", help="folder to write")
+    add(
+        "--target_model_path",
+        help="folder or hub id of the target; required for speculators; flat: a table equal to its own is left out",
+    )
+    add(
+        "--speculative_tokens",
+        type=common.at_least(int, 1),
+        default=5,
+        help="tokens that an engine drafts by default; speculators form",
+    )
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -116,8 +123,10 @@ def main(args):
         export(args)
         return
     folder = args.check or args.checkpoint
-    if not folder or not Path(folder).is_dir():
-        common.fail(f"--check {folder or ''}: no such folder" if folder else "--check needs a folder")
+    if not folder:
+        common.fail("--check needs a folder")
+    if not Path(folder).is_dir():
+        common.fail(f"--check {folder}: no such folder")
     sys.exit(check(folder))
 
 

@@ -1,9 +1,17 @@
-"""draft_files."""
+"""A draft checkpoint, config.json and model.safetensors: its configuration for a target, its two forms, its checks.
+
+The flat form is what vLLM and SGLang both load; vLLM also loads the speculators form. A foreign draft (SpecForge,
+ModelOpt, EAGLE's own releases, speculators) is read into the flat form. The engines do not check what they load: vLLM
+drafts junk where a tensor is missing, SGLang leaves it uninitialised and ignores unknown names. So every problem is
+found here, and an incomplete draft is neither written nor read.
+"""
 
 import json
 import math
 import os
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -12,38 +20,7 @@ from transformers.activations import ACT2FN
 
 from core import common, target_files, vocabulary
 
-
-def dense_layer(text, whole):
-    """(intermediate size, heads, key-value heads, size of a head) of a plain layer that suits a target with these text
-    and whole configurations: the sizes of its own layers where these are plain.
-
-    Experts: what the family's dense layers have, else the experts that work on a token taken together. Latent attention
-    (MLA) keeps one small vector a token for all heads; with as many heads, a plain layer would keep as much a token as
-    all 61 layers of DeepSeek-V3. So heads of 128 that fill the hidden size, in 8 groups; their number is a power of
-    two, so that the ranks of a server divide it.
-    """
-
-    def first(*names, default=None):
-        values = (getattr(config, name, None) for config in (text, whole) for name in names)
-        values = (max(value, default=None) if isinstance(value, list | tuple) else value for value in values)
-        return next((value for value in values if value is not None), default)
-
-    if getattr(text, "is_heterogeneous", False):  # Gemma 4's layers that see all have other heads than its sliding ones
-        text = text.per_layer_config[0]
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    inner, mixed = first("intermediate_size", "ffn_dim", "n_inner"), first("intermediate_size_mlp")
-    expert, active = first("moe_intermediate_size", "expert_ffn_hidden_size"), first("num_experts_per_tok", default=0)
-    if mixed:  # Llama 4's dense layers; intermediate_size is that of its experts
-        inner = mixed
-    elif inner and active and not expert:  # intermediate_size is that of the experts
-        inner *= active
-    elif not inner:
-        inner = active * expert + first("shared_expert_intermediate_size", default=0) if expert else 4 * hidden
-    if first("kv_lora_rank"):
-        heads = 2 ** math.ceil(math.log2(max(hidden / 128, 1)))
-        return inner, heads, min(8, heads), 128
-    return inner, heads, first("num_key_value_heads", default=heads), first("head_dim", default=hidden // heads)
-
+# ==================== Constants ======================================================================================
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 
@@ -69,8 +46,8 @@ SIZES = (
 
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
 
-# What a draft has no choice in. More layers would be served differently by each engine, biases are dropped by SGLang,
-# and a tied head would be the target's embeddings instead of the trained one.
+# Keys with one allowed value. Each engine serves more layers differently, SGLang drops biases, and a tied head would be
+# the target's embeddings instead of the trained one.
 FIXED = {
     "architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "attention_bias": False,
     "tie_word_embeddings": False,
@@ -90,8 +67,8 @@ REQUIRED = (
     "eos_token_id",
 )
 
-# The meaning of a key that a foreign draft's config does not have: every engine reads it through transformers'
-# LlamaConfig, and speculators stores only what differs from that. Nothing here changes what such a draft computes.
+# The meaning of a key that a foreign draft's config leaves out: every engine reads it through transformers'
+# LlamaConfig, and speculators stores only what differs from that. None of them changes what such a draft computes.
 LLAMA_DEFAULTS = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
@@ -99,7 +76,7 @@ LLAMA_DEFAULTS = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
-# Where the families keep the input embeddings [V, H].
+# Names of the input embeddings [V, H] in the families' checkpoints.
 EMBEDDING_NAMES = (
     "model.embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
@@ -110,106 +87,196 @@ EMBEDDING_NAMES = (
     "gpt_neox.embed_in.weight",
 )
 
-SPECULATORS_VERSION, ADDED = "0.5.0", "the target's"
+SPECULATORS_VERSION = "0.5.0"
 
-# Rope types that all engines compute alike, and the numbers they need; a target's of another type becomes plain RoPE.
+ADDED = "the target's"  # metadata of a speculators form whose embedding table is not the draft's own
+
+# Rope types that all engines compute alike, and the numbers they need. A target with another type gets a draft with
+# plain RoPE.
 ROPE_TYPES = {
     "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 
-ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # of yarn, read by all
+ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # yarn's
 
 
-def _derived_rope(text):
-    """(rope_theta, rope_scaling or None) for the draft of a target whose text configuration this is."""
-    rope = dict(getattr(text, "rope_parameters", None) or {})
+# ==================== The configuration for a target =================================================================
+
+
+def first_of(configs, *names, default=None):
+    """The first attribute that is not None, config by config, name by name."""
+    values = (getattr(config, name, None) for config in configs for name in names)
+    return next((value for value in values if value is not None), default)
+
+
+def dense_layer(text_config, config):
+    """Sizes of a plain layer that suits a target: the sizes of its own layers where these are plain.
+
+    Latent attention (MLA) keeps one small vector per token for all heads: with as many heads, a plain layer would cache
+    as much per token as all 61 layers of DeepSeek-V3. Such a target gets heads of 128 that fill the hidden size, in 8
+    groups; their number is a power of two, so that the ranks of a server divide it.
+    """
+    if getattr(text_config, "is_heterogeneous", False):  # Gemma 4: full and sliding attention differ in their heads
+        text_config = text_config.per_layer_config[0]
+
+    def size(*names, default=None):
+        value = first_of((text_config, config), *names, default=default)
+        return max(value, default=default) if isinstance(value, list | tuple) else value
+
+    hidden_size = text_config.hidden_size
+    if size("kv_lora_rank"):
+        heads = 2 ** math.ceil(math.log2(max(hidden_size / 128, 1)))
+        groups = min(8, heads)
+        head_dim = 128
+    else:
+        heads = text_config.num_attention_heads
+        groups = size("num_key_value_heads", default=heads)
+        head_dim = size("head_dim", default=hidden_size // heads)
+    return {
+        "intermediate_size": _dense_intermediate_size(size) or 4 * hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+    }
+
+
+def _dense_intermediate_size(size):
+    """That of the family's dense layers, else the experts that work on one token taken together; None if unknown."""
+    dense = size("intermediate_size_mlp")  # Llama 4, whose intermediate_size is that of its experts
+    if dense:
+        return dense
+    plain = size("intermediate_size", "ffn_dim", "n_inner")
+    expert = size("moe_intermediate_size", "expert_ffn_hidden_size")
+    active = size("num_experts_per_tok", default=0)
+    if plain and active and not expert:  # intermediate_size is that of the experts
+        return plain * active
+    if plain:
+        return plain
+    if expert:
+        return active * expert + size("shared_expert_intermediate_size", default=0)
+    return None
+
+
+def _derived_rope(text_config):
+    """(rope_theta, rope_scaling or None) of the draft for a target with this text configuration."""
+    rope = dict(getattr(text_config, "rope_parameters", None) or {})
     rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
-    theta, kind = rope.pop("rope_theta", None) or 10000.0, rope.get("rope_type", "default")
+    theta = rope.pop("rope_theta", None) or 10000.0
+    kind = rope.get("rope_type", "default")
     if kind == "default" or kind not in ROPE_TYPES:
         return theta, None
-    # What else a family has there is about its own layers: shares of heads, sections of pictures, scales of queries.
-    rope = {k: v for k, v in rope.items() if v is not None and k in {*ROPE_TYPES[kind], *ROPE_OPTIONS}}
+    # A family's other keys concern its own layers: shares of heads, sections of pictures, scales of queries.
+    known = {*ROPE_TYPES[kind], *ROPE_OPTIONS}
+    rope = {key: value for key, value in rope.items() if value is not None and key in known}
     if kind != "linear":  # as transformers completes them
-        original = rope.setdefault("original_max_position_embeddings", text.max_position_embeddings)
-        rope.setdefault("factor", text.max_position_embeddings / original)
+        positions = text_config.max_position_embeddings
+        original = rope.setdefault("original_max_position_embeddings", positions)
+        rope.setdefault("factor", positions / original)
     return theta, rope
 
 
-def derive_config(text, whole):
+def derive_config(text_config, config):
     """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
-    theta, scaling = _derived_rope(text)
-    inner, heads, groups, head_dim = dense_layer(text, whole)
-
-    def first(*names, default=None):
-        values = (getattr(config, name, None) for config in (text, whole) for name in names)
-        return next((value for value in values if value is not None), default)
-
+    theta, scaling = _derived_rope(text_config)
+    configs = (text_config, config)
+    dtype = first_of(configs, "dtype", default="bfloat16")
     return {
         **FIXED,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": inner,
-        "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim,
-        "rms_norm_eps": first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
+        "hidden_size": text_config.hidden_size,
+        **dense_layer(text_config, config),
+        "rms_norm_eps": first_of(configs, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
         "hidden_act": "silu",
-        "rope_theta": theta, "rope_scaling": scaling, "max_position_embeddings": text.max_position_embeddings,
-        "vocab_size": text.vocab_size, "draft_vocab_size": text.vocab_size,
-        "torch_dtype": str(first("dtype", default="bfloat16")).removeprefix("torch."),
-        "bos_token_id": first("bos_token_id"), "eos_token_id": first("eos_token_id"),
-    }  # fmt: skip
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": text_config.max_position_embeddings,
+        "vocab_size": text_config.vocab_size,
+        "draft_vocab_size": text_config.vocab_size,
+        "torch_dtype": dtype_name(dtype),
+        "bos_token_id": first_of(configs, "bos_token_id"),
+        "eos_token_id": first_of(configs, "eos_token_id"),
+    }
 
 
-def configure(text, whole, given=None, source=None, layer_ids=None, draft_vocab_size=None):
-    """(flat configuration, auxiliary layers) of a draft for a target with these text and whole configurations.
+def configure(text_config, config, given=None, source=None, layer_ids=None, draft_vocab_size=None):
+    """(flat configuration, auxiliary layers) of a draft for a target with these configurations.
 
-    given: what a file or a checkpoint, `source`, says; what it leaves open is derived. layer_ids and draft_vocab_size
-    go before both. A draft that does not fit the target ends the program.
+    given: keys from a file or a checkpoint named `source`; the others are derived. layer_ids and draft_vocab_size
+    override both. Ends the program if the draft does not fit the target.
     """
-    derived, given = derive_config(text, whole), _with_two_rope_keys(given or {})
-    config, source = dict(derived), source or "the derived draft configuration"
-    if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half the target's and half the file's
-        config |= {"rope_theta": given.get("rope_theta", 10000.0), "rope_scaling": given.get("rope_scaling")}
+    derived = derive_config(text_config, config)
+    source = source or "the derived draft configuration"
+    draft_config = _merge(derived, given or {}, source)
+    if draft_vocab_size:
+        draft_config["draft_vocab_size"] = draft_vocab_size
+    check_target(source, draft_config, text_config)
+    if needs_embedding(draft_config):
+        keys = ("hidden_size", "target_hidden_size", "embed_requires_grad")
+        asked = json.dumps({key: draft_config[key] for key in keys if key in draft_config})
+        common.fail(f"{source}: {asked[1:-1]}: training an embedding table is not available yet")
+    columns = draft_config["draft_vocab_size"]
+    rows = draft_config["vocab_size"]
+    if not 0 < columns <= rows:
+        common.fail(f"draft_vocab_size {columns} is not within 1..{rows}, the target's")
+    layers = _choose_layers(draft_config, text_config.num_hidden_layers, source, layer_ids)
+    default = target_files.default_layer_ids(text_config.num_hidden_layers)
+    draft_config = with_auxiliary_layers(draft_config, layers, default)
+    if problems := check_config(draft_config):
+        common.fail(f"{source}: {'; '.join(problems)}")
+    return draft_config, layers
+
+
+def _merge(derived, given, source):
+    """The derived configuration with the given keys in their place."""
+    given = _with_two_rope_keys(given)
+    config = dict(derived)
+    if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half from the target, half from the file
+        config["rope_theta"] = given.get("rope_theta", 10000.0)
+        config["rope_scaling"] = given.get("rope_scaling")
     config |= {key: value for key, value in given.items() if value is not None}
-    if problems := _size_problems(config):  # what follows computes with them
+    if problems := _size_problems(config):  # the lines below compute with them
         common.fail(f"{source}: {'; '.join(problems)}")
     if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    config |= {
-        "torch_dtype": derived["torch_dtype"],
-        "draft_vocab_size": draft_vocab_size or config["draft_vocab_size"],
-        # The draft is served as far as the target is. Its rotary frequencies do not depend on this number.
-        "max_position_embeddings": max(config["max_position_embeddings"], derived["max_position_embeddings"]),
-    }
-    sizes = {"hidden_size": config.get("target_hidden_size", config["hidden_size"]), "vocab_size": config["vocab_size"]}
-    for key, size in sizes.items():
-        if size != derived[key]:
-            common.fail(f"{source} is another target's: its {key} is {size}, this target's {derived[key]}")
-    if needs_embedding(config):
-        asked = {k: config[k] for k in ("hidden_size", "target_hidden_size", "embed_requires_grad") if k in config}
-        common.fail(f"{source}: {json.dumps(asked)[1:-1]}: training an embedding table is not available yet")
-    if not 0 < config["draft_vocab_size"] <= config["vocab_size"]:
-        common.fail(
-            f"draft_vocab_size {config['draft_vocab_size']} is not within 1..{config['vocab_size']}, the target's"
-        )
-    default = target_files.default_layer_ids(text.num_hidden_layers)
-    layers = layer_ids or auxiliary_layers(config) or default
-    if not all(1 <= layer <= text.num_hidden_layers for layer in layers) or sorted(set(layers)) != layers:
-        whose = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
-        common.fail(f"{whose} {layers}: they must ascend within 1..{text.num_hidden_layers}, the target's layers")
-    if config.get("num_aux_hidden_states", len(layers)) != len(layers):
-        common.fail(
-            f"{source}: num_aux_hidden_states {config['num_aux_hidden_states']} for the auxiliary layers {layers}"
-        )
-    config = with_auxiliary_layers(config, layers, default)
-    if problems := check_config(config):
-        common.fail(f"{source}: {'; '.join(problems)}")
-    return config, layers
+    config["torch_dtype"] = derived["torch_dtype"]
+    # The draft is served as far as the target is. Its rotary frequencies do not depend on this number.
+    positions = "max_position_embeddings"
+    config[positions] = max(config[positions], derived[positions])
+    return config
+
+
+def check_target(source, config, text_config):
+    """End the program if a draft with this configuration does not belong to a target with this text configuration."""
+    hidden_size = config.get("target_hidden_size", config["hidden_size"])
+    for key, size in {"hidden_size": hidden_size, "vocab_size": config["vocab_size"]}.items():
+        expected = getattr(text_config, key)
+        if size != expected:
+            common.fail(f"{source} was made for another target: its {key} is {size}, this target's {expected}")
+
+
+def _choose_layers(config, num_layers, source, layer_ids):
+    """The auxiliary layers: of the flag, else of the configuration, else the default; ends the program if invalid."""
+    layers = layer_ids or auxiliary_layers(config) or target_files.default_layer_ids(num_layers)
+    if not all(1 <= layer <= num_layers for layer in layers) or sorted(set(layers)) != layers:
+        name = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
+        common.fail(f"{name} {layers}: they must ascend within 1..{num_layers}, the target's layers")
+    count = config.get("num_aux_hidden_states", len(layers))
+    if count != len(layers):
+        common.fail(f"{source}: num_aux_hidden_states {count} for the auxiliary layers {layers}")
+    return layers
+
+
+# ==================== What a draft consists of =======================================================================
 
 
 def auxiliary_layers(config):
     """The auxiliary layers in hidden_states indexing (0 = embeddings), or None where the config leaves the default."""
-    own, theirs = config.get(AUXILIARY), (config.get("eagle_config") or {}).get(AUXILIARY)
-    return list(own) if own else [i + 1 for i in theirs] if theirs else None
+    if config.get(AUXILIARY):
+        return list(config[AUXILIARY])
+    nested = config.get("eagle_config") or {}
+    if nested.get(AUXILIARY):
+        return [layer + 1 for layer in nested[AUXILIARY]]
+    return None
 
 
 def with_auxiliary_layers(config, layer_ids, default_ids=None):
@@ -225,47 +292,27 @@ def with_auxiliary_layers(config, layer_ids, default_ids=None):
 
 
 def num_auxiliary(config):
+    """The number of auxiliary layers that the draft reads."""
     return config.get("num_aux_hidden_states") or len(auxiliary_layers(config) or range(3))
-
-
-def _auxiliary_problems(config):
-    nested = config.get("eagle_config", {})
-    if not isinstance(nested, dict):
-        return [f"eagle_config is {nested!r}, not an object"]
-    problems = []
-    if not nested.get("use_aux_hidden_state", True):
-        problems.append("eagle_config.use_aux_hidden_state is false: the engines would leave out fc")
-    own, theirs = config.get(AUXILIARY), nested.get(AUXILIARY)
-    for name, ids, first in ((AUXILIARY, own, 1), (f"eagle_config.{AUXILIARY}", theirs, 0)):
-        whole = isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
-        if ids is not None and not whole:
-            return [*problems, f"{name} is {ids!r}, not a list of layer ids from {first}"]
-    if (own is None) != (theirs is None):
-        missing = "SGLang reads eagle_config." if theirs is None else "vLLM reads the top level's "
-        problems.append(f"auxiliary layers {own or theirs} are written once only: {missing}{AUXILIARY}")
-    elif own is not None and theirs != [i - 1 for i in own]:
-        needed = f"vLLM's {AUXILIARY} {own} needs SGLang's in eagle_config to be {[i - 1 for i in own]}"
-        problems.append(f"auxiliary layers disagree: {needed}, which is {theirs}")
-    count = config.get("num_aux_hidden_states", 3)
-    if own is None and theirs is None and count != 3:
-        problems.append(f"num_aux_hidden_states is {count} without {AUXILIARY}: the engines' default is 3 layers")
-    if own is not None and len(own) != count:
-        problems.append(f"{AUXILIARY} has {len(own)} layers, num_aux_hidden_states says {count}")
-    return problems
 
 
 def needs_embedding(config):
     """Whether the draft has an embedding table of its own: another width than the target's, or a trained one."""
-    own_width = config.get("target_hidden_size", config["hidden_size"]) != config["hidden_size"]
-    return own_width or bool(config.get("embed_requires_grad"))
+    if config.get("target_hidden_size", config["hidden_size"]) != config["hidden_size"]:
+        return True
+    return bool(config.get("embed_requires_grad"))
 
 
 def expected_tensors(config):
-    """{name: shape} of the flat form of a draft with this (whole) config."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    draft, vocab = config["draft_vocab_size"], config["vocab_size"]
-    query, key_value = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
-    target_hidden, auxiliary = config.get("target_hidden_size", hidden), num_auxiliary(config)
+    """{name: shape} of the flat form of a draft with this (complete) config."""
+    hidden = config["hidden_size"]
+    inner = config["intermediate_size"]
+    draft = config["draft_vocab_size"]
+    vocab = config["vocab_size"]
+    query = config["num_attention_heads"] * config["head_dim"]
+    key_value = config["num_key_value_heads"] * config["head_dim"]
+    target_hidden = config.get("target_hidden_size", hidden)
+    auxiliary = num_auxiliary(config)
     shapes = {
         "fc.weight": (hidden, auxiliary * target_hidden),
         "midlayer.input_layernorm.weight": (hidden,),
@@ -292,10 +339,19 @@ def expected_tensors(config):
     return shapes
 
 
+# ==================== Checks =========================================================================================
+
+
+def _is_positive(value):
+    return type(value) in (int, float) and value > 0
+
+
 def _size_problems(config):
-    keys = [key for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states") if key in config]
-    wrong = [key for key in keys if type(config[key]) is not int or config[key] <= 0]
-    return [f"{key} is {config[key]!r}, not a positive integer" for key in wrong]
+    problems = []
+    for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states"):
+        if key in config and (type(config[key]) is not int or config[key] <= 0):
+            problems.append(f"{key} is {config[key]!r}, not a positive integer")
+    return problems
 
 
 def _rope_problems(scaling):
@@ -304,32 +360,92 @@ def _rope_problems(scaling):
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         return [f"rope_scaling is {scaling!r}, not null or an object with a rope_type of {', '.join(ROPE_TYPES)}"]
-    if scaling.get("partial_rotary_factor", 1) != 1:
-        return [f"rope_scaling's partial_rotary_factor is {scaling['partial_rotary_factor']!r}, not 1: heads are whole"]
+    partial = scaling.get("partial_rotary_factor", 1)
+    if partial != 1:
+        return [f"rope_scaling's partial_rotary_factor is {partial!r}, not 1: a draft rotates complete heads"]
     values = {key: scaling.get(key) for key in ROPE_TYPES[kind]}
-    wrong = {key: value for key, value in values.items() if not (type(value) in (int, float) and value > 0)}
-    return [f"rope_scaling's {key} is {value!r}, {kind} needs a positive number" for key, value in wrong.items()]
+    return [
+        f"rope_scaling's {key} is {value!r}, {kind} needs a positive number"
+        for key, value in values.items()
+        if not _is_positive(value)
+    ]
+
+
+def _is_layer_ids(ids, first):
+    """Whether ids are a list of layer ids from `first` on; None is one that is left out."""
+    if ids is None:
+        return True
+    return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
+
+
+def _auxiliary_problems(config):
+    nested = config.get("eagle_config", {})
+    if not isinstance(nested, dict):
+        return [f"eagle_config is {nested!r}, not an object"]
+    problems = []
+    if not nested.get("use_aux_hidden_state", True):
+        problems.append("eagle_config.use_aux_hidden_state is false: the engines would leave out fc")
+    ids = config.get(AUXILIARY)
+    nested_ids = nested.get(AUXILIARY)
+    if not _is_layer_ids(ids, 1):
+        return [*problems, f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1"]
+    if not _is_layer_ids(nested_ids, 0):
+        return [*problems, f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0"]
+    count = config.get("num_aux_hidden_states", 3)
+    if ids is None and nested_ids is None:
+        if count != 3:
+            problems.append(f"num_aux_hidden_states is {count} without {AUXILIARY}: the engines' default is 3 layers")
+        return problems
+    written_once = f"auxiliary layers {ids or nested_ids} are written in one place only"
+    if ids is None:
+        return [*problems, f"{written_once}: vLLM reads the top level's {AUXILIARY}"]
+    if nested_ids is None:
+        problems.append(f"{written_once}: SGLang reads eagle_config.{AUXILIARY}")
+    elif nested_ids != [i - 1 for i in ids]:
+        needed = f"vLLM's {AUXILIARY} {ids} needs SGLang's in eagle_config to be {[i - 1 for i in ids]}"
+        problems.append(f"auxiliary layers disagree: {needed}, which is {nested_ids}")
+    if len(ids) != count:
+        problems.append(f"{AUXILIARY} has {len(ids)} layers, num_aux_hidden_states says {count}")
+    return problems
 
 
 def check_config(config):
-    """What is wrong with a flat config, one line each; empty if both engines can read it."""
-    problems = [f"{key} is missing" for key in REQUIRED if key not in config] + _size_problems(config)
-    fixed = FIXED | {"mlp_bias": False, "partial_rotary_factor": 1}  # a draft's MLP has none, and whole heads turn
-    problems += [f"{key} is {config[key]!r}, not {x!r}" for key, x in fixed.items() if config.get(key, x) != x]
+    """The problems of a flat config, one line each; empty if both engines can read it."""
+    problems = [f"{key} is missing" for key in REQUIRED if key not in config]
+    problems += _size_problems(config)
+    problems += _value_problems(config)
+    problems += _rope_problems(config.get("rope_scaling"))
+    problems += _auxiliary_problems(config)
+    return problems or _relation_problems(config)
+
+
+def _value_problems(config):
+    problems = []
+    fixed = {**FIXED, "mlp_bias": False, "partial_rotary_factor": 1}  # no bias in the MLP, complete heads rotated
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            problems.append(f"{key} is {config[key]!r}, not {value!r}")
     for key in ("rms_norm_eps", "rope_theta"):
-        if key in config and not (type(config[key]) in (int, float) and config[key] > 0):
+        if key in config and not _is_positive(config[key]):
             problems.append(f"{key} is {config[key]!r}, not a positive number")
-    problems += [f"{k} is {config[k]!r}, not true or false" for k in FLAGS if type(config.get(k, False)) is not bool]
+    for key in FLAGS:
+        if type(config.get(key, False)) is not bool:
+            problems.append(f"{key} is {config[key]!r}, not true or false")
     activation = config.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
         problems.append(f"hidden_act is {activation!r}, not the name of an activation in transformers, such as silu")
     if config.get("torch_dtype", DTYPES[0]) not in DTYPES:
         problems.append(f"torch_dtype is {config['torch_dtype']!r}, not one of {', '.join(DTYPES)}")
-    problems += _rope_problems(config.get("rope_scaling")) + _auxiliary_problems(config)
-    if problems:
-        return problems  # the relations below need the values
-    draft, vocab = config["draft_vocab_size"], config["vocab_size"]
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    return problems
+
+
+def _relation_problems(config):
+    """The problems between values that are valid one by one."""
+    problems = []
+    draft = config["draft_vocab_size"]
+    vocab = config["vocab_size"]
+    heads = config["num_attention_heads"]
+    groups = config["num_key_value_heads"]
     if draft > vocab:
         problems.append(f"draft_vocab_size {draft} is larger than vocab_size {vocab}")
     if heads % groups:
@@ -340,7 +456,7 @@ def check_config(config):
 
 
 def serving_notes(config):
-    """What a whole draft cannot do in one of the engines, one line each."""
+    """What a complete draft cannot do in one of the engines, one line each."""
     notes = []
     if config.get("norm_before_residual"):
         notes.append("norm_before_residual: SGLang cannot serve this draft, vLLM can")
@@ -351,26 +467,41 @@ def serving_notes(config):
     return notes
 
 
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensors(config, tensors):
-    """What is wrong with the tensors (flat names) of a draft whose config is whole, one line each, by name."""
+    """The problems of a draft's tensors (flat names), one line each, by name; its config is complete."""
     expected = expected_tensors(config)
-    shapes = {EMBEDDING: (config["vocab_size"], config["hidden_size"]), **expected}  # an embedding is never wrong
+    shapes = {EMBEDDING: (config["vocab_size"], config["hidden_size"]), **expected}  # an embedding is always allowed
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:
-            full = " (the draft has the full vocabulary: vLLM refuses a mapping)" if name in MAPPING else ""
-            problems.append(f"{name} is not a tensor of this draft{full}")
+            why = " (the draft has the full vocabulary: vLLM refuses a mapping)" if name in MAPPING else ""
+            problems.append(f"{name} is not a tensor of this draft{why}")
             continue
         dtype = MAPPING.get(name) or getattr(torch, config["torch_dtype"])
         if tuple(tensor.shape) != shapes[name]:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
         if tensor.dtype != dtype:
-            problems.append(f"{name} is {str(tensor.dtype)[6:]}, expected {str(dtype)[6:]}")
+            problems.append(f"{name} is {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}")
         if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
             problems.append(f"{name} has {bad} of {tensor.numel()} values that are not finite")
     if set(MAPPING) <= set(tensors) & set(expected):
         problems += vocabulary.mapping_problems(tensors["d2t"].numpy(), tensors["t2d"].numpy())
     return problems
+
+
+# ==================== Reading ========================================================================================
+
+
+class Loaded(NamedTuple):
+    """A draft folder as read; config and tensors are None where a problem leaves none."""
+
+    config: dict | None  # flat
+    tensors: dict | None  # by flat names
+    problems: list[str]
 
 
 def _read_config(folder):
@@ -379,12 +510,15 @@ def _read_config(folder):
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         return {}, [f"config.json cannot be read: {error}"]
-    return (config, []) if isinstance(config, dict) else ({}, ["config.json is not a JSON object"])
+    if not isinstance(config, dict):
+        return {}, ["config.json is not a JSON object"]
+    return config, []
 
 
 def _read_tensors(folder):
     """({name: tensor}, problems) of model.safetensors, else its shards, else EAGLE's own pytorch_model.bin."""
     index = folder / "model.safetensors.index.json"
+    pickled = folder / "pytorch_model.bin"
     try:
         if (folder / "model.safetensors").exists():
             return load_file(folder / "model.safetensors"), []
@@ -393,8 +527,8 @@ def _read_tensors(folder):
             for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
                 tensors |= load_file(folder / shard)
             return tensors, []
-        if (folder / "pytorch_model.bin").exists():
-            tensors = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if pickled.exists():
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
             if isinstance(tensors, dict) and all(isinstance(t, torch.Tensor) for t in tensors.values()):
                 return tensors, []
             return {}, ["pytorch_model.bin is not a dictionary of tensors"]
@@ -419,10 +553,9 @@ def _with_two_rope_keys(config):
 
 
 def _complete(raw, tensors):
-    """A foreign config in our form: what it leaves out is filled where that has one meaning only."""
+    """The flat config of a foreign config: what it leaves out is filled in where that has one meaning only."""
     config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
-    config = _with_two_rope_keys(config)
-    config = {**LLAMA_DEFAULTS, **config, "architectures": [ARCHITECTURE]}
+    config = {**LLAMA_DEFAULTS, **_with_two_rope_keys(config), "architectures": [ARCHITECTURE]}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -433,95 +566,119 @@ def _complete(raw, tensors):
     dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
     if dtype:
         config.setdefault("torch_dtype", dtype)
-    own, nested = config.get(AUXILIARY), config.get("eagle_config") or {}
-    theirs = nested.get(AUXILIARY) if isinstance(nested, dict) else None
-    if isinstance(nested, dict) and not own and not theirs and nested.get("use_aux_hidden_state", True):
-        config = {key: value for key, value in config.items() if key not in (AUXILIARY, "eagle_config")}
-    elif bool(own) != bool(theirs) and all(type(i) is int for i in own or theirs):
-        both = with_auxiliary_layers({}, auxiliary_layers(config))  # written once: the other spelling follows from it
-        config = {**both, **config, AUXILIARY: both[AUXILIARY], "eagle_config": {**both["eagle_config"], **nested}}
+    return _complete_auxiliary(config)
+
+
+def _complete_auxiliary(config):
+    """A copy of config in which auxiliary layers stand in both places or in none; a contradiction stays."""
+    nested = config.get("eagle_config") or {}
+    if not isinstance(nested, dict):
+        return config
+    ids = config.get(AUXILIARY)
+    nested_ids = nested.get(AUXILIARY)
+    if not ids and not nested_ids and nested.get("use_aux_hidden_state", True):
+        return {key: value for key, value in config.items() if key not in (AUXILIARY, "eagle_config")}
+    if bool(ids) != bool(nested_ids) and all(type(i) is int for i in ids or nested_ids):
+        both = with_auxiliary_layers({}, auxiliary_layers(config))
+        return {
+            **both,
+            **config,
+            AUXILIARY: both[AUXILIARY],
+            "eagle_config": {**both["eagle_config"], **nested},
+        }
     return config
 
 
 def _common_dtype(tensors):
     """The dtype that all floating tensors but the embedding table have ("bfloat16"), or None if there are several."""
-    dtypes = {str(t.dtype)[6:] for name, t in tensors.items() if t.is_floating_point() and name != EMBEDDING}
+    floating = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name != EMBEDDING]
+    dtypes = {dtype_name(tensor.dtype) for tensor in floating}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _from_speculators(raw, tensors):
     """The flat config of a speculators config.json."""
     config = dict(raw.get("transformer_layer_config") or {})
-    config |= {k: raw[k] for k in ("draft_vocab_size", "target_hidden_size", AUXILIARY) if raw.get(k) is not None}
-    config |= {k: raw[k] for k in ("torch_dtype", "dtype") if raw.get(k) is not None and k not in config}
-    flags = {"norm_before_residual": raw.get("norm_before_residual", True)}  # vLLM's reading of an absent key
-    flags |= {key: raw[key] for key in FLAGS[1:] if raw.get(key)}
-    return _complete({**config, **{key: value for key, value in flags.items() if value}}, tensors)
+    for key in ("draft_vocab_size", "target_hidden_size", AUXILIARY):
+        if raw.get(key) is not None:
+            config[key] = raw[key]
+    for key in ("torch_dtype", "dtype"):
+        if raw.get(key) is not None:
+            config.setdefault(key, raw[key])
+    flags = {"norm_before_residual": True, **raw}  # vLLM's reading of an absent key
+    config |= {key: flags[key] for key in FLAGS if flags.get(key)}
+    return _complete(config, tensors)
 
 
-def _load(folder, strict):
-    """(flat config, tensors by flat names, problems); config and tensors are None where they cannot be had.
+def load(folder, strict):
+    """What a draft folder holds, and its problems.
 
-    strict: the folder as an engine will read it. Otherwise as another trainer may have left it: keys and t2d are filled
-    and what means nothing (rotary tables, the identity as a mapping) is left out.
+    strict: as an engine will read it. Otherwise as another trainer may have left it: missing keys and t2d are filled
+    in, and what has no meaning (rotary tables, the identity as a mapping) is left out.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        return None, None, [f"{folder} is not a folder"]
+        return Loaded(None, None, [f"{folder} is not a folder"])
     raw, problems = _read_config(folder)
-    tensors, more = _read_tensors(folder)
-    if problems or more:
-        return None, None, problems + more
-    speculators = "speculators_model_type" in raw
+    tensors, unreadable = _read_tensors(folder)
+    problems += unreadable
+    if problems:
+        return Loaded(None, None, problems)
+    is_speculators = "speculators_model_type" in raw
     renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
     if renamed:
-        tensors = {("midlayer." + n[9:] if n.startswith("layers.0.") else n): t for n, t in tensors.items()}
+        tensors = {re.sub(r"\Alayers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
     if not strict:  # older releases keep the rotary table, which follows from the config
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    complete = _from_speculators if speculators else _complete
-    config = raw if strict and not speculators else complete(raw, tensors)
-    if strict and speculators and EMBEDDING not in tensors:
+    if is_speculators:
+        config = _from_speculators(raw, tensors)
+    elif strict:
+        config = raw
+    else:
+        config = _complete(raw, tensors)
+    if strict and is_speculators and EMBEDDING not in tensors:
         problems.append(f"{EMBEDDING} is missing")
-    if strict and renamed and not speculators:
+    if strict and renamed and not is_speculators:
         problems.append("the tensors are named layers.0.*; the flat form names them midlayer.*")
-    bad_config = [f"config.json: {problem}" for problem in check_config(config)]
-    if bad_config:
-        return None, None, bad_config + problems
+    if config_problems := check_config(config):
+        return Loaded(None, None, [f"config.json: {problem}" for problem in config_problems] + problems)
     if not strict:
         config, tensors = _as_ours(config, tensors)
     problems += check_tensors(config, tensors)
-    if renamed and speculators:
+    if renamed and is_speculators:  # named as the file names them
         problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
-    return config, tensors, problems
+    return Loaded(config, tensors, problems)
 
 
 def _as_ours(config, tensors):
-    """config and tensors of a foreign draft in our form; its predictions stay the same."""
-    d2t, full = tensors.get("d2t"), config["draft_vocab_size"] == config["vocab_size"]
+    """config and tensors of a foreign draft in the flat form; its predictions stay the same."""
+    tensors = dict(tensors)
+    d2t = tensors.get("d2t")
     if d2t is not None and "t2d" not in tensors and d2t.dtype == torch.int64:  # ModelOpt leaves it out: it follows
-        tensors = {**tensors, "t2d": torch.isin(torch.arange(config["vocab_size"]), vocabulary.target_ids(d2t))}
-    if full and set(MAPPING) <= set(tensors) and not tensors["d2t"].any() and tensors["t2d"].all():
+        tensors["t2d"] = torch.isin(torch.arange(config["vocab_size"]), vocabulary.target_ids(d2t))
+    is_full = config["draft_vocab_size"] == config["vocab_size"]
+    if is_full and set(MAPPING) <= set(tensors) and not tensors["d2t"].any() and tensors["t2d"].all():
         tensors = {name: tensor for name, tensor in tensors.items() if name not in MAPPING}
-    # Engines convert while loading: a config that names another dtype than all tensors have is no fault of the weights,
-    # nor is a table in the target's dtype beside weights in another.
-    config = {key: value for key, value in config.items() if key != "auto_map"}  # code that does not come along
+    # Engines convert while loading: a config that names another dtype than all tensors have is not a problem of the
+    # weights, nor is a table in the target's dtype beside weights in another.
+    config = {key: value for key, value in config.items() if key != "auto_map"}  # code that is not copied
     config["torch_dtype"] = _common_dtype(tensors) or config["torch_dtype"]
     if EMBEDDING in tensors and not needs_embedding(config):
-        tensors = {**tensors, EMBEDDING: tensors[EMBEDDING].to(getattr(torch, config["torch_dtype"]))}
+        tensors[EMBEDDING] = tensors[EMBEDDING].to(getattr(torch, config["torch_dtype"]))
     return config, tensors
 
 
 def check_draft(folder):
-    """Everything that is wrong with a draft folder (flat or speculators form) as it would be served; empty = whole."""
-    return _load(folder, strict=True)[2]
+    """Every problem of a draft folder (flat or speculators form) as it would be served; empty = complete."""
+    return load(folder, strict=True).problems
 
 
 def read_draft(folder, model_dir=None):
-    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is not whole.
+    """(flat config, {flat name: tensor}) of a draft folder, ours or foreign; ends the program if it is incomplete.
 
-    model_dir: the target's folder, if a table of other embeddings than the target's is to end the program too.
+    model_dir: the target's folder; with it, an embedding table that is not the target's ends the program too.
     """
-    config, tensors, problems = _load(folder, strict=False)
+    config, tensors, problems = load(folder, strict=False)
     if problems:
         common.fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
     if model_dir and EMBEDDING in tensors and not needs_embedding(config):
@@ -529,9 +686,13 @@ def read_draft(folder, model_dir=None):
     return config, tensors
 
 
+# ==================== Writing ========================================================================================
+
+
 def _write(folder, config, tensors, **metadata):
-    """Both files, so that a process killed at any moment leaves the old draft, no config.json, or the new draft."""
-    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    """Write both files so that a process killed at any moment leaves the old draft, no config.json, or the new one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".model.safetensors.tmp"  # no engine looks for this name
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
@@ -540,7 +701,7 @@ def _write(folder, config, tensors, **metadata):
             os.fsync(file.fileno())
         written = load_file(temporary)
         if different := [n for n, t in tensors.items() if n not in written or not torch.equal(written[n], t)]:
-            common.fail(f"{folder}: the disk gave back other values than were written for {', '.join(different)}")
+            common.fail(f"{folder}: the disk returned other values than were written for {', '.join(different)}")
         (folder / "config.json").unlink(missing_ok=True)  # never an old config beside new weights
         os.replace(temporary, folder / "model.safetensors")
     finally:
@@ -550,51 +711,56 @@ def _write(folder, config, tensors, **metadata):
 
 def _cast(config, tensors):
     """Copies on the CPU in the config's dtype; copies, because safetensors refuses tensors that share memory."""
-    dtype = getattr(torch, config["torch_dtype"])
-    return {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
-        for name, tensor in tensors.items()
-    }
+    copies = {}
+    for name, tensor in tensors.items():
+        dtype = getattr(torch, config["torch_dtype"]) if tensor.is_floating_point() else tensor.dtype
+        copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    return copies
 
 
-def _whole(config, tensors):
-    """_cast of a draft's tensors; ends the program if they and the config are not exactly a whole draft."""
+def _cast_complete(config, tensors):
+    """_cast of a draft's tensors; ends the program unless config and tensors are exactly a complete draft."""
     problems = check_config(config)
     if not problems:
         tensors = _cast(config, tensors)
         problems = check_tensors(config, tensors)
     if problems:
-        common.fail(f"no draft written, it is not whole: {'; '.join(problems)}")
+        common.fail(f"no draft written: {'; '.join(problems)}")
     return tensors
 
 
 def write_draft(folder, config, tensors):
-    """Write the flat form: config.json last, floats in config["torch_dtype"]. Nothing is completed or left out.
+    """Write the flat form: config.json last, floats in config["torch_dtype"]. Nothing is filled in or left out.
 
-    Ends the program, with nothing written, if config and tensors are not exactly a whole draft. The file is read back
-    and compared before it takes its place.
+    Ends the program, with nothing written, unless config and tensors are exactly a complete draft. The file is read
+    back and compared before it replaces the old one.
     """
-    _write(folder, config, _whole(config, tensors))
+    _write(folder, config, _cast_complete(config, tensors))
 
 
 def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=5):
-    """(config, tensors) of the speculators form of a flat draft; ends the program if it is not whole.
+    """(config, tensors) of the speculators form of a flat draft; ends the program if it is incomplete.
 
-    target_model_path and target_architectures (a list) name the target, embed_tokens [V, H] is its embedding table,
+    target_model_path and target_architectures (a list) name the target. embed_tokens [V, H] is its embedding table,
     used unless the draft has its own. speculative_tokens is what an engine drafts by default.
     """
     if EMBEDDING not in tensors:
         if embed_tokens is None:
-            common.fail(f"the speculators form needs {EMBEDDING}: give the target's embeddings")
+            common.fail(f"the speculators form needs {EMBEDDING}: pass the target's embeddings")
         tensors = {**tensors, EMBEDDING: embed_tokens}
-    tensors = _whole(config, tensors)
-    theirs = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "num_aux_hidden_states"}
-    layer = {key: value for key, value in config.items() if key not in theirs | {"target_hidden_size"}}
-    # rope_theta and rope_scaling are read by transformers 4, rope_parameters by 5
+    tensors = _cast_complete(config, tensors)
+    outer = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "num_aux_hidden_states"}
+    layer = {key: value for key, value in config.items() if key not in outer | {"target_hidden_size"}}
+    # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
     rope = config.get("rope_scaling") or {}
     layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
-    proposal = {"proposal_type": "greedy", "speculative_tokens": speculative_tokens}
-    proposal |= {"verifier_accept_k": 1, "accept_tolerance": 0.0}
+    layer["architectures"] = ["LlamaForCausalLM"]
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": speculative_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
     speculators = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
@@ -606,29 +772,38 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
         "tie_word_embeddings": False,
         "torch_dtype": config["torch_dtype"],
         "speculators_config": {
-            "algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [proposal],
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
             "verifier": {"name_or_path": str(target_model_path), "architectures": list(target_architectures)},
         },
-        "transformer_layer_config": {**layer, "architectures": ["LlamaForCausalLM"]},
-    }  # fmt: skip
+        "transformer_layer_config": layer,
+    }
     return speculators, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
 
 
 def write_speculators(folder, config, tensors, **target):
     """Write the speculators form of a flat draft; target: the further arguments of to_speculators."""
-    added = {} if EMBEDDING in tensors else {"embed_tokens": ADDED}  # so that the flat form can be had back
-    _write(folder, *to_speculators(config, tensors, **target), **added)
+    metadata = {} if EMBEDDING in tensors else {"embed_tokens": ADDED}  # so that an export to the flat form drops it
+    config, tensors = to_speculators(config, tensors, **target)
+    _write(folder, config, tensors, **metadata)
+
+
+# ==================== The target's embeddings ========================================================================
 
 
 def read_embedding(model_dir):
-    """The input embeddings [V, Ht] of a target folder, read alone."""
+    """The input embeddings [V, Ht] of a target folder; no other tensor is read."""
     return target_files.read_target_tensor(model_dir, EMBEDDING_NAMES)
 
 
 def find_embedding(model_dir):
     """read_embedding where that is possible, else None: for other names and files the target has to be loaded."""
-    names = [name for path in Path(model_dir).glob("*.safetensors") for name in safe_open(path, "pt").keys()]  # noqa: SIM118
-    return read_embedding(model_dir) if any(name.endswith(EMBEDDING_NAMES) for name in names) else None
+    for path in Path(model_dir).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if any(name.endswith(EMBEDDING_NAMES) for name in file.keys()):  # noqa: SIM118
+                return read_embedding(model_dir)
+    return None
 
 
 def is_embedding(own, embedding):
@@ -639,8 +814,9 @@ def is_embedding(own, embedding):
 def check_embedding(folder, tensors, embedding):
     """End the program if a draft's tensors hold a table of that shape that is not `embedding` [V, H], the target's."""
     own = tensors.get(EMBEDDING)
-    if own is not None and embedding is not None and own.shape == embedding.shape and not is_embedding(own, embedding):
-        common.fail(
-            f"{folder} is another target's, or was trained with a table of its own, which is not available yet: its "
-            f"{EMBEDDING} is not this target's; without that tensor it starts with this target's"
-        )
+    if own is None or embedding is None or own.shape != embedding.shape or is_embedding(own, embedding):
+        return
+    common.fail(
+        f"{folder} was made for another target, or with a trained embedding table, which is not available yet: its "
+        f"{EMBEDDING} is not this target's; without that tensor the draft starts from this target's"
+    )

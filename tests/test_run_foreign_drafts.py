@@ -356,11 +356,11 @@ def unfit(work):
     offsets = whole["d2t"]
     return {
         "hidden size": ({"hidden_size": 32, "head_dim": 8}, weights(hidden=32, features=32),
-                        "is another target's: its hidden_size is 32, this target's 64"),
+                        "was made for another target: its hidden_size is 32, this target's 64"),
         "its target's hidden size": ({"target_hidden_size": 96}, weights(features=96) | {
             "embed_tokens.weight": torch.ones(VOCABULARY, HIDDEN).to(HALF)}, "its hidden_size is 96, this target's 64"),
         "vocabulary": ({"vocab_size": 500}, {**whole, "t2d": torch.cat([whole["t2d"], torch.zeros(100) > 0])},
-                       "is another target's: its vocab_size is 500, this target's 400"),
+                       "was made for another target: its vocab_size is 500, this target's 400"),
         "embeddings": ({}, {**whole, "embed_tokens.weight": table}, "its embed_tokens.weight is not this target's"),
         "width of its own": ({"hidden_size": 32, "head_dim": 8, "target_hidden_size": HIDDEN}, narrow,
                              '"hidden_size": 32, "target_hidden_size": 64: training an embedding table is not'),
