@@ -1,8 +1,8 @@
-"""Measure a draft as serving uses it: real speculative decoding against the target, a chain of drafts at a time.
+"""Measure a draft as serving uses it: real speculative decoding against the target, one chain of drafts per pass.
 
-In:  a target, a draft checkpoint (flat or speculators form), and prompts: JSON Lines of conversations (what stands
-     before the last assistant turn) or of {"prompt": text}, or a folder written by prepare_data.py (what stands before
-     the first supervised token of its validation rows).
+In:  a target, a draft checkpoint (flat or speculators form), and prompts: JSON Lines of conversations (up to the last
+     assistant turn) or of {"prompt": text}, or a folder written by prepare_data.py (its validation rows, up to the last
+     reply).
 Out: acceptance length, share accepted by position, tokens/s with and without the draft; with --output a folder with
      evaluation.json, acceptance.png and generations.jsonl: the texts as rows that prepare_data.py reads (input_ids,
      loss_mask), with the drafts accepted in each pass.
@@ -11,12 +11,12 @@ Out: acceptance length, share accepted by position, tokens/s with and without th
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \
         --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
 
-With temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
-exit code 1. One exception: a text of a half-precision target may part from it at the target's two most likely tokens,
-if their logits are within 3 % of the largest. Such texts are counted and printed, and end the program as well if they
-are more than one and more than a quarter of all.
-With a higher temperature drafts are accepted by speculative sampling (arXiv 2211.17192), which leaves the target's
-distribution as it is.
+At temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
+exit code 1. One exception: a text of a half-precision target may leave it where the target's two most likely tokens
+have logits within 3 % of the largest. Such texts are counted and printed; more than one, and more than a quarter of
+all, end the program as well.
+At a higher temperature drafts are accepted by speculative sampling (arXiv 2211.17192), which keeps the target's
+distribution.
 """
 
 import copy
@@ -26,6 +26,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,28 +38,40 @@ import prepare_data
 import train_eagle3
 from core import common, conversations, dataloader, draft_files, target_files, target_model, vocabulary
 
+# ==================== Target and draft with their caches =============================================================
+
+
+class Snapshot(NamedTuple):
+    """A target's cache before a feed, and the tokens of that feed."""
+
+    cache: DynamicCache
+    length: int
+    tokens: list
+
 
 class CachedTarget:
     """The target with its cache: feeds tokens, forgets rejected ones."""
 
     def __init__(self, target):
-        self.target, self.length = target, 0
-        self.cache, self.before = DynamicCache(config=target.config), None
-        # Linear attention has one state for all that was read: tokens are not taken out of it, they are not put in.
+        self.target = target
+        self.length = 0
+        self.cache = DynamicCache(config=target.config)
+        self.snapshot = None
+        # The single state of linear attention cannot drop tokens: it is copied before each feed.
         self.copies = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
-        if not self.copies:  # sliding windows forget what a rejection must bring back
+        if not self.copies:  # sliding windows forget what a rejection must restore
             self.cache.activate_past_recording()
 
     @torch.inference_mode()
     def feed(self, tokens, last=0):
         """tokens (list of n ids) -> auxiliary hidden states [n, 3·Ht], fp32 logits of what follows each [n, V].
 
-        last: logits of so many tokens only, as a long prompt's would fill the memory (0 = all).
+        last: logits of the last tokens only, because those of a long prompt would fill the memory (0 = all).
         """
         device = self.target.embedding.device
         positions = torch.arange(self.length, self.length + len(tokens), device=device)[None]
         if self.copies:
-            self.before = copy.deepcopy(self.cache), self.length, tokens
+            self.snapshot = Snapshot(copy.deepcopy(self.cache), self.length, tokens)
         output = self.target.decoder(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=positions,
@@ -70,10 +83,14 @@ class CachedTarget:
 
     def forget(self, count):
         """Drop the last `count` tokens, all of them from the last feed."""
-        if count and self.copies:
-            self.cache, self.length, tokens = self.before
-            self.feed(tokens[:-count], last=1)
-        elif count:
+        if not count:
+            return
+        if self.copies:
+            before = self.snapshot
+            self.cache = before.cache
+            self.length = before.length
+            self.feed(before.tokens[:-count], last=1)
+        else:
             self.cache.crop(-count)
             self.length -= count
 
@@ -82,14 +99,17 @@ class CachedDraft:
     """The draft with its cache. Slot j reads token x[j+1] and the target's hidden states at j (in a chain, its own)."""
 
     def __init__(self, draft, d2t):
-        self.draft, self.target_ids = draft, vocabulary.target_ids(d2t)
-        self.keys = self.values = None  # [slots, G, D]
+        self.draft = draft
+        self.target_ids = vocabulary.target_ids(d2t)
+        self.keys = None  # [slots, G, D]
+        self.values = None
 
     def _attend(self, q, k, v):
-        """q, k, v of n new slots behind the cached ones; each sees the cache and the new slots up to itself."""
+        """Attention of n new slots, appended to the cache: each sees the cached slots and the new ones up to itself."""
         self.keys = k if self.keys is None else torch.cat([self.keys, k])
         self.values = v if self.values is None else torch.cat([self.values, v])
-        new, slots = len(q), len(self.keys)
+        new = len(q)
+        slots = len(self.keys)
         mask = torch.ones(new, slots, dtype=torch.bool, device=q.device).tril(slots - new)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, self.keys, self.values))
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
@@ -103,22 +123,27 @@ class CachedDraft:
     def propose(self, tokens, auxiliary, count, choose):
         """A chain of `count` drafted tokens after the last of `tokens`.
 
-        tokens: ids that entered the text since the last call (n of them), auxiliary [n, 3·Ht]: the target's hidden
-        states one position before each. Their slots stay in the cache, the chain's own are dropped again.
+        tokens: the n ids that entered the text since the last call. auxiliary [n, 3·Ht]: the target's hidden states one
+        position before each. Their slots stay in the cache, those of the chain are dropped.
         choose(logits [Vd]) -> index into the draft vocabulary. Returns target ids [count] and logits [count, Vd].
         """
         slots = 0 if self.keys is None else len(self.keys)
         feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
         feature, logits = self._step(tokens, feature, slots)
         kept = slots + len(tokens)
-        drafted, rows = [], []
-        for step in range(count):
+        drafted = []
+        rows = []
+        for position in range(count):
             rows.append(logits[-1].float())
             drafted.append(int(self.target_ids[choose(rows[-1])]))
-            if step + 1 < count:
-                feature, logits = self._step(drafted[-1:], feature[-1:], kept + step)
-        self.keys, self.values = self.keys[:kept], self.values[:kept]
+            if position + 1 < count:
+                feature, logits = self._step(drafted[-1:], feature[-1:], kept + position)
+        self.keys = self.keys[:kept]
+        self.values = self.values[:kept]
         return drafted, torch.stack(rows)
+
+
+# ==================== Speculative decoding ===========================================================================
 
 
 def greedy(logits):
@@ -126,7 +151,7 @@ def greedy(logits):
 
 
 def verify_greedy(drafted, _, target_logits):
-    """How many leading drafts are the target's argmax, and the target's token behind them."""
+    """The number of leading drafts that are the target's argmax, and the target's token after them."""
     own = target_logits.argmax(dim=-1).tolist()
     accepted = 0
     while accepted < len(drafted) and drafted[accepted] == own[accepted]:
@@ -134,11 +159,11 @@ def verify_greedy(drafted, _, target_logits):
     return accepted, own[accepted]
 
 
-def sampling(temperature, generator, draft_ids, vocabulary):
+def sampling(temperature, generator, draft_ids, vocab_size):
     """(choose, verify) of lossless speculative sampling. draft_ids [Vd]: target ids of the draft vocabulary.
 
-    A draft x is kept with probability min(1, p(x) / q(x)), the first rejected one replaced by a sample of
-    max(p - q, 0), normalised: so every token is distributed as the target's own.
+    A draft x is kept with probability min(1, p(x) / q(x)); the first rejected one is replaced by a sample of
+    max(p - q, 0), normalised. Every token is then distributed as the target's own (arXiv 2211.17192, theorem 1).
     """
 
     def draw(probabilities):
@@ -151,7 +176,7 @@ def sampling(temperature, generator, draft_ids, vocabulary):
         p = (target_logits / temperature).softmax(dim=-1)  # [n + 1, V]
         if not drafted:
             return 0, draw(p[-1])
-        q = torch.zeros(len(drafted), vocabulary, device=p.device)
+        q = torch.zeros(len(drafted), vocab_size, device=p.device)
         q[:, draft_ids] = (draft_logits / temperature).softmax(dim=-1)
         for i, token in enumerate(drafted):
             chance = torch.rand((), generator=generator, device=p.device)
@@ -164,23 +189,28 @@ def sampling(temperature, generator, draft_ids, vocabulary):
 
 
 def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose=greedy, verify=verify_greedy):
-    """Generate with chains of `count` drafts. Returns the new token ids and the accepted drafts of every pass.
+    """Generate with chains of `count` drafts. Returns the new token ids and the number of drafts accepted in each pass.
 
-    The reply's first token is the target's own; a pass is one further forward of the target. As in acceptance_walk of
-    train_eagle3.py, drafts behind the end of the reply (its end-of-turn token, or max_new_tokens) are not counted.
+    choose(logits [Vd]) picks a draft; verify(drafted, their logits [n, Vd], the target's logits [n + 1, V]) returns how
+    many to accept and the target's token after them. The reply's first token is the target's own; a pass is one further
+    forward of the target. As in slots.acceptance_walk, drafts after the end of the reply (its end-of-turn token, or
+    max_new_tokens) are not counted.
     """
-    cached_target, cached_draft = CachedTarget(target), CachedDraft(draft, d2t)
+    cached_target = CachedTarget(target)
+    cached_draft = CachedDraft(draft, d2t)
     auxiliary, logits = cached_target.feed(prompt, last=1)
-    reply, passes = [verify([], None, logits)[1]], []
-    tokens = [*prompt[1:], reply[0]]  # of the draft's slots 0 .. len(prompt) - 1
+    _, first = verify([], None, logits)
+    reply = [first]
+    passes = []
+    tokens = [*prompt[1:], first]  # of the draft's slots 0 .. len(prompt) - 1
     while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
-        drafted, rows = cached_draft.propose(tokens, auxiliary, count, choose)
+        drafted, draft_logits = cached_draft.propose(tokens, auxiliary, count, choose)
         auxiliary, logits = cached_target.feed([reply[-1], *drafted])
-        accepted, own = verify(drafted, rows, logits)
+        accepted, own = verify(drafted, draft_logits, logits)
         cached_target.forget(count - accepted)
-        tokens, auxiliary = [*drafted[:accepted], own], auxiliary[: accepted + 1]
-        room = max_new_tokens - len(reply)
-        new = tokens[:room]
+        tokens = [*drafted[:accepted], own]
+        auxiliary = auxiliary[: accepted + 1]
+        new = tokens[: max_new_tokens - len(reply)]
         end = next((i + 1 for i, token in enumerate(new) if token in eos_ids), len(new))
         reply += new[:end]
         passes.append(min(accepted, end))
@@ -188,30 +218,27 @@ def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose
 
 
 def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
-    """The target alone, token by token with its cache. Returns the new token ids."""
+    """The target without a draft, token by token with its cache. Returns the new token ids."""
     cached = CachedTarget(target)
-    reply = [choose(cached.feed(prompt, last=1)[1][-1])]
+    _, logits = cached.feed(prompt, last=1)
+    reply = [choose(logits[-1])]
     while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
-        reply.append(choose(cached.feed(reply[-1:])[1][-1]))
+        _, logits = cached.feed(reply[-1:])
+        reply.append(choose(logits[-1]))
     return reply
+
+
+# ==================== Prompts, target and draft ======================================================================
 
 
 def read_prompts(path, tokenizer, limit=None, options=None):
     """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program.
 
-    options: variables of the tokenizer's template. Of a row with several turns the last reply is to be given again:
-    templates of targets that reason render earlier ones as history, without the thought that the target would begin.
+    options: variables of the tokenizer's template. The prompt of a row with several turns ends before the last reply:
+    templates of reasoning targets render earlier replies as history, without the thought that the target would begin.
     """
     if Path(path).is_dir():
-        data, config = dataloader.open_data(path)
-        if config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
-            common.fail(
-                f"{path} was prepared with another tokenizer or chat template than the target's: prepare it again"
-            )
-        rows = data["validation" if "validation" in data else "train"]
-        rows = rows.select(range(min(limit or len(rows), len(rows))))
-        starts = [np.flatnonzero(np.diff(row["loss_mask"], prepend=0) == 1)[-1] for row in rows]
-        prompts = [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)]
+        prompts = read_prepared_prompts(path, tokenizer, limit)
     elif Path(path).is_file():
         lines = itertools.islice(conversations.read_lines(path), limit)
         prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
@@ -219,6 +246,22 @@ def read_prompts(path, tokenizer, limit=None, options=None):
         common.fail(f"prompts {path} does not exist")
     if not prompts or not all(prompts):
         common.fail(f"{path} has no prompts, or an empty one")
+    return prompts
+
+
+def read_prepared_prompts(folder, tokenizer, limit):
+    """Token ids of the rows of a folder of prepare_data.py, up to the last reply."""
+    data, config = dataloader.open_data(folder)
+    if config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
+        common.fail(
+            f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again"
+        )
+    rows = data["validation" if "validation" in data else "train"]
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    prompts = []
+    for row in rows:
+        starts = np.flatnonzero(np.diff(row["loss_mask"], prepend=0) == 1)
+        prompts.append(row["input_ids"][: starts[-1]])
     return prompts
 
 
@@ -239,107 +282,125 @@ def read_prompt(line, tokenizer, where, options):
         common.fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
 
 
-def check_fit(folder, config, text):
-    """End the program if the draft with this configuration is not one of the target with this text configuration."""
-    sizes = {"hidden_size": config.get("target_hidden_size", config["hidden_size"]), "vocab_size": config["vocab_size"]}
-    for key, value in sizes.items():
-        if value != getattr(text, key):
-            common.fail(
-                f"the draft {folder} is another target's: its {key} is {value}, this target's {getattr(text, key)}"
-            )
-
-
 def load_draft(config, tensors, target):
     """(DraftModel, d2t) of what read_draft returned, on the target's device and in its dtype."""
-    device, dtype, tensors = target.embedding.device, target.embedding.dtype, dict(tensors)
+    device = target.embedding.device
+    dtype = target.embedding.dtype
+    tensors = dict(tensors)
     d2t = tensors.pop("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
     tensors.pop("t2d", None)
-    draft = train_eagle3.DraftModel(config, tensors.pop("embed_tokens.weight", target.embedding).to(device, dtype))
+    embedding = tensors.pop(draft_files.EMBEDDING, target.embedding)
+    draft = train_eagle3.DraftModel(config, embedding.to(device, dtype))
     draft.load_state_dict(tensors)
     return draft.to(device, dtype).eval(), d2t.to(device)
 
 
 def eos_token_ids(target, tokenizer):
-    """Ids that end a reply: the target's generation configuration's, its configuration's, and the tokenizer's."""
-    sources = (getattr(target.model, "generation_config", None), target.config, tokenizer)
-    found = [getattr(source, "eos_token_id", None) for source in sources]
-    return {i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+    """Ids that end a reply: from the target's generation configuration, its configuration, and the tokenizer."""
+    eos_ids = set()
+    for source in (getattr(target.model, "generation_config", None), target.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if isinstance(ids, list):
+            eos_ids.update(ids)
+        elif ids is not None:
+            eos_ids.add(ids)
+    return eos_ids
+
+
+# ==================== Measuring ======================================================================================
 
 
 def is_rounding(target, prompt, reply, alone, at):
-    """Whether two texts part at token `at` because a half-precision target holds both tokens for equally likely.
+    """Whether two texts differ at token `at` because both tokens are equally likely to a half-precision target.
 
-    Several tokens in one forward round differently from one at a time. Perfect drafts for random bf16 and fp16 targets
-    parted at logits up to 2.7 % of the largest apart, those for fp32 targets never. No third token may be more likely
-    than either: rounding does not bring forward what the target would not say.
+    Several tokens in one forward round differently from one at a time. With perfect drafts for random bf16 and fp16
+    targets, texts left the greedy one at logits up to 2.7 % of the largest apart; those of fp32 targets never did. No
+    third token may be more likely than either: rounding does not produce what the target would not say.
     """
     if target.embedding.dtype == torch.float32 or at >= min(len(reply), len(alone)):
         return False
-    logits = CachedTarget(target).feed(prompt + reply[:at], last=1)[1][-1]
+    _, logits = CachedTarget(target).feed(prompt + reply[:at], last=1)
+    logits = logits[-1]
     pair = logits[[reply[at], alone[at]]]
     close = (pair[0] - pair[1]).abs() < 0.03 * logits.abs().max()
     return bool(close and (logits > pair.min()).sum() <= 1)
 
 
+def check_greedy(target, prompts, rows, alone):
+    """Note where the last row's text leaves `alone`, the target's own; exit code 1 unless rounding explains it."""
+    number = len(rows) - 1
+    prompt = prompts[number]
+    row = rows[-1]
+    reply = row["input_ids"][len(prompt) :]
+    if reply == alone:
+        return
+    at = next(i for i, (a, b) in enumerate(itertools.zip_longest(reply, alone)) if a != b)
+    row["parted_by_rounding_at"] = at
+    parted = sum("parted_by_rounding_at" in row for row in rows)
+    if not is_rounding(target, prompt, reply, alone, at):
+        problem = (
+            f"prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
+            f"{reply[at : at + 5]} instead of {alone[at : at + 5]}"
+        )
+    elif parted > max(1, len(prompts) / 4):
+        problem = (
+            f"{parted} of {number + 1} drafted texts leave the target's greedy text at tokens nearly as "
+            f"likely, more than a quarter of {len(prompts)}: too many for rounding"
+        )
+    else:
+        return
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(1)
+
+
 def measure(target, draft, d2t, prompts, args, eos_ids):
-    """Generate every prompt with the draft and without; returns one row a prompt."""
-    device, rows = target.embedding.device, []
-    generator = torch.Generator(device).manual_seed(args.seed)
-    choose, verify = greedy, verify_greedy
+    """Generate a reply to every prompt with the draft and without; returns one row per prompt."""
+    choose = greedy
+    verify = verify_greedy
     if args.temperature > 0:
+        generator = torch.Generator(target.embedding.device).manual_seed(args.seed)
         choose, verify = sampling(args.temperature, generator, vocabulary.target_ids(d2t), target.config.vocab_size)
-    for number, prompt in enumerate(prompts):
-        if number == 0:  # the first forward of a process pays for allocations and kernels: not measured
-            generate(target, prompt, 4, eos_ids, choose)
-            speculate(target, draft, d2t, prompt, args.num_draft_tokens, 4, eos_ids, choose, verify)
+
+    def with_draft(prompt, max_new_tokens):
+        count = args.num_draft_tokens
+        return speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose, verify)
+
+    # The first forward of a process pays for allocations and kernels: not measured.
+    generate(target, prompts[0], 4, eos_ids, choose)
+    with_draft(prompts[0], 4)
+    rows = []
+    for prompt in prompts:
         start = time.perf_counter()
         alone = generate(target, prompt, args.max_new_tokens, eos_ids, choose)
         middle = time.perf_counter()
-        reply, passes = speculate(
-            target, draft, d2t, prompt, args.num_draft_tokens, args.max_new_tokens, eos_ids, choose, verify
-        )
+        reply, passes = with_draft(prompt, args.max_new_tokens)
+        end = time.perf_counter()
         rows.append(
             {
                 "input_ids": prompt + reply,
                 "loss_mask": [0] * len(prompt) + [1] * len(reply),
                 "passes": passes,
-                "seconds": time.perf_counter() - middle,
+                "seconds": end - middle,
                 "tokens_alone": len(alone),
                 "seconds_alone": middle - start,
             }
         )
-        if args.temperature == 0 and reply != alone:
-            at = next(i for i, (a, b) in enumerate(itertools.zip_longest(reply, alone)) if a != b)
-            rows[-1]["parted_by_rounding_at"] = at
-            parted = sum("parted_by_rounding_at" in row for row in rows)
-            if not is_rounding(target, prompt, reply, alone, at):
-                error = (
-                    f"prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
-                    f"{reply[at : at + 5]} instead of {alone[at : at + 5]}"
-                )
-            elif parted > max(1, len(prompts) / 4):
-                error = (
-                    f"{parted} of {number + 1} drafted texts leave the target's greedy text at tokens nearly as "
-                    f"likely, more than a quarter of {len(prompts)}: too many for rounding"
-                )
-            else:
-                continue
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1)
+        if args.temperature == 0:
+            check_greedy(target, prompts, rows, alone)
     return rows
 
 
 def summarise(rows, args):
     """The figures of an evaluation as a dict; accepted_by_position[i] is the share of passes that accepted draft i."""
-    passes = [n for row in rows for n in row["passes"]]
+    passes = [accepted for row in rows for accepted in row["passes"]]
+    count = max(len(passes), 1)
     new_tokens = sum(sum(row["loss_mask"]) for row in rows)
     with_draft = new_tokens / sum(row["seconds"] for row in rows)
     alone = sum(row["tokens_alone"] for row in rows) / sum(row["seconds_alone"] for row in rows)
+    positions = range(args.num_draft_tokens)
     return {
-        "acceptance_length": 1 + sum(passes) / max(len(passes), 1),
-        "accepted_by_position": [
-            sum(n > i for n in passes) / max(len(passes), 1) for i in range(args.num_draft_tokens)
-        ],
+        "acceptance_length": 1 + sum(passes) / count,
+        "accepted_by_position": [sum(accepted > i for accepted in passes) / count for i in positions],
         "passes": len(passes),
         "prompts": len(rows),
         "new_tokens": new_tokens,
@@ -349,6 +410,9 @@ def summarise(rows, args):
         "speedup": with_draft / alone,
         "settings": vars(args),
     }
+
+
+# ==================== Report =========================================================================================
 
 
 def plot(figures):
@@ -369,32 +433,58 @@ def plot(figures):
     return image.getvalue()
 
 
-FLAGS = {
-    "target, draft and prompts": [
-        ("target_model_path", str, ..., "folder or hub id of the target"),
-        ("draft_model_path", str, ..., "draft checkpoint, flat or speculators form"),
-        ("prompts", str, ..., 'JSON Lines of conversations or {"prompt": text}, or a prepared folder'),
-        ("num_prompts", int, None, "use only the first so many; none: all", 1),
-        (
-            "chat_template",
-            (*prepare_data.TEMPLATES, "auto"),
-            "auto",
-            "of JSON Lines; qwen3-thinking and -instruct switch thinking",
-        ),
-        ("trust_remote_code", common.boolean, False, "run code that comes with the target"),
-    ],
-    "generation and output": [
-        ("num_draft_tokens", int, 7, "drafts a pass", 1),
-        ("max_new_tokens", int, 128, "tokens a reply", 1),
-        ("temperature", float, 0.0, "0 = greedy", 0),
-        ("seed", int, 0, "of sampling with a temperature"),
-        ("output", str, None, "folder for the figures, texts and plot; none: printed only"),
-    ],
-}
+def print_figures(figures, is_greedy):
+    length = figures["acceptance_length"]
+    print(f"acceptance_length {length:.3f} over {figures['passes']} passes of {figures['prompts']} prompts")
+    shares = " ".join(f"{share:.3f}" for share in figures["accepted_by_position"])
+    print(f"accepted by position {shares}")
+    print(
+        f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
+        f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast"
+    )
+    if is_greedy:
+        parted = figures["texts_parted_by_rounding"]
+        exception = f", except for {parted} that leave it at a rounding tie" if parted else ""
+        print(f"every text equals the target's own greedy text{exception}")
+
+
+def write_report(folder, figures, rows, tokenizer):
+    """evaluation.json, generations.jsonl and acceptance.png."""
+    common.write_atomic(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+    lines = []
+    for row in rows:
+        reply = tokenizer.decode(row["input_ids"][-sum(row["loss_mask"]) :])
+        lines.append(json.dumps({**row, "reply": reply}) + "\n")
+    common.write_atomic(folder / "generations.jsonl", "".join(lines))
+    common.write_atomic(folder / "acceptance.png", plot(figures))
+
+
+# ==================== Command line ===================================================================================
 
 
 def parse_args(argv=None):
-    return common.parse_flags(__doc__, FLAGS, argv)
+    parser = common.Parser(__doc__)
+
+    add = parser.add_argument_group("target, draft and prompts").add_argument
+    add("--target_model_path", required=True, help="folder or hub id of the target")
+    add("--draft_model_path", required=True, help="draft checkpoint, flat or speculators form")
+    add("--prompts", required=True, help='JSON Lines of conversations or {"prompt": text}, or a prepared folder')
+    add("--num_prompts", type=common.at_least(int, 1), help="use the first prompts only; none: all")
+    add(
+        "--chat_template",
+        choices=(*prepare_data.TEMPLATES, "auto"),
+        default="auto",
+        help="of JSON Lines; qwen3-thinking and -instruct switch thinking",
+    )
+    add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
+
+    add = parser.add_argument_group("generation and output").add_argument
+    add("--num_draft_tokens", type=common.at_least(int, 1), default=7, help="drafts per pass")
+    add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
+    add("--temperature", type=common.at_least(float, 0), default=0.0, help="0 = greedy")
+    add("--seed", type=int, default=0, help="of sampling at a temperature above 0")
+    add("--output", help="folder for the figures, texts and plot; none: printed only")
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -403,38 +493,22 @@ def main(args):
     template = prepare_data.TEMPLATES.get(args.chat_template)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
     config, tensors = draft_files.read_draft(args.draft_model_path)
-    check_fit(args.draft_model_path, config, target_files.read_target_config(model_dir, args.trust_remote_code)[0])
+    text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
+    draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
     folder = common.open_output(args.output)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     target = target_model.load(
-        model_dir, device, layer_ids=draft_files.auxiliary_layers(config), trust_remote_code=args.trust_remote_code
+        model_dir,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        layer_ids=draft_files.auxiliary_layers(config),
+        trust_remote_code=args.trust_remote_code,
     )
     draft, d2t = load_draft(config, tensors, target)
     rows = measure(target, draft, d2t, prompts, args, eos_token_ids(target, tokenizer))
     figures = summarise(rows, args)
-
-    shares = " ".join(f"{share:.3f}" for share in figures["accepted_by_position"])
-    print(
-        f"acceptance_length {figures['acceptance_length']:.3f} over {figures['passes']} passes of {len(rows)} prompts"
-    )
-    print(f"accepted by position {shares}")
-    print(
-        f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
-        f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast"
-    )
-    if args.temperature == 0:
-        parted = figures["texts_parted_by_rounding"]
-        print(
-            "every text equals the target's own greedy text"
-            + (f", but for {parted} that part from it at a rounding tie" if parted else "")
-        )
+    print_figures(figures, is_greedy=args.temperature == 0)
     if folder:
-        common.write_atomic(folder / "evaluation.json", json.dumps(figures, indent=2) + "\n")
-        for row in rows:
-            row["reply"] = tokenizer.decode(row["input_ids"][-sum(row["loss_mask"]) :])
-        common.write_atomic(folder / "generations.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        common.write_atomic(folder / "acceptance.png", plot(figures))
+        write_report(folder, figures, rows, tokenizer)
 
 
 if __name__ == "__main__":
