@@ -19,11 +19,12 @@ from core import common, target_files, vocabulary
 
 
 def read_vocab_size(target_model_path):
-    """The target's vocabulary size by its config.json: the rows of its head, maybe more than its tokenizer has."""
+    """The target's vocabulary size from its config.json: the rows of its head, which may exceed its tokenizer's."""
     path = target_files.locate(target_model_path, ["config.json"]) / "config.json"
     config = json.loads(path.read_text())
-    size = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
-    if size is None:  # Gemma 3's files leave out what is their family's default
+    text_config = config.get("text_config", config)
+    size = text_config.get("vocab_size", config.get("vocab_size"))
+    if size is None:  # Gemma 3's files omit values that are the family's defaults
         from transformers import AutoConfig
 
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -34,19 +35,16 @@ def read_vocab_size(target_model_path):
     return size
 
 
-FLAGS = {
-    "the draft vocabulary": [
-        ("token_freq_path", str, "./token_freq.pt", "counts of the supervised tokens"),
-        ("draft_vocab_size", int, 32000, "tokens of the draft vocabulary", 1),
-        ("target_vocab_size", int, None, "tokens of the target's vocabulary; none: give target_model_path", 1),
-        ("target_model_path", str, None, "folder or hub id of the target, whose config.json has the size"),
-        ("output_path", str, "./vocab_mapping", "folder for d2t.npy and t2d.npy"),
-    ]
-}
-
-
 def parse_args(argv=None):
-    args = common.parse_flags(__doc__, FLAGS, argv)
+    parser = common.Parser(__doc__)
+    add = parser.add_argument_group("the draft vocabulary").add_argument
+    size = common.at_least(int, 1)
+    add("--token_freq_path", default="./token_freq.pt", help="counts of the supervised tokens")
+    add("--draft_vocab_size", type=size, default=32000, help="tokens of the draft vocabulary")
+    add("--target_vocab_size", type=size, help="tokens of the target's vocabulary; none: give target_model_path")
+    add("--target_model_path", help="folder or hub id of the target, whose config.json has the size")
+    add("--output_path", default="./vocab_mapping", help="folder for d2t.npy and t2d.npy")
+    args = parser.parse_args(argv)
     if (args.target_vocab_size is None) == (args.target_model_path is None):
         common.fail("give one of --target_vocab_size and --target_model_path")
     return args
@@ -59,12 +57,13 @@ def main(args):
         target_vocab_size = read_vocab_size(args.target_model_path)
     d2t, t2d = vocabulary.build_mapping(token_freq, args.draft_vocab_size, target_vocab_size)
     vocabulary.save_mapping(args.output_path, d2t, t2d)
+    covered = vocabulary.coverage(token_freq, t2d)
+    total = sum(token_freq.values())
     print(
-        f"draft vocabulary: {len(d2t):,} of {len(t2d):,} tokens, "
-        f"{vocabulary.coverage(token_freq, t2d):.3%} of {sum(token_freq.values()):,} supervised tokens covered"
+        f"draft vocabulary: {len(d2t):,} of {len(t2d):,} tokens, {covered:.3%} of {total:,} supervised tokens covered"
     )
-    unused = len(d2t) - sum(count > 0 and bool(t2d[token]) for token, count in token_freq.items())
-    if unused:
+    used = sum(count > 0 and bool(t2d[token]) for token, count in token_freq.items())
+    if unused := len(d2t) - used:
         print(f"{unused:,} tokens of the draft vocabulary never occur: filled with the lowest unused ids")
     print(f"written to {Path(args.output_path) / 'd2t.npy'} and t2d.npy")
 

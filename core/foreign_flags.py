@@ -1,57 +1,109 @@
-"""foreign_flags."""
+"""Other trainers' flags: what they are called here, which change nothing, and what to write instead of the others."""
 
 import argparse
 import contextlib
 import re
 import sys
+from typing import NamedTuple
 
 from core import common
 
 
-def drop(argv, table, aliases=None):
-    """argv, none: the program's own, without other trainers' flags that change nothing here; ends the program with one
-    line about the others.
+class Foreign(NamedTuple):
+    """A flag of other trainers that does not exist here.
 
-    table: rows (pattern of names without no_, pattern of values that change nothing, what to write instead). A pattern
-    "true" or "false" stands for every spelling of it, and for the flag alone, with or without no_.
+    names: pattern of its name, without a leading no_.
+    harmless: pattern of the values that change nothing, so that the flag is dropped; "" if every value is refused.
+        "true" and "false" stand for all their spellings, and for the flag without a value.
+    instead: what to write, or why nothing is needed.
     """
-    groups, kept, wrong = [], [], {}
-    for word in common.normalise_argv(sys.argv[1:] if argv is None else argv, aliases):  # a flag and its values
-        groups = [*groups, [word]] if word.startswith("--") or not groups else [*groups[:-1], [*groups[-1], word]]
-    for group in groups:
-        name, _, value = group[0].removeprefix("--").partition("=")
-        value = " ".join(filter(None, [value, *group[1:]])).lower()
-        known = table if group[0].startswith("--") else ()
-        row = next((row for row in known if re.fullmatch(row[0], name.removeprefix("no_"))), None)
-        if not row:
+
+    names: str
+    harmless: str
+    instead: str
+
+
+def drop(argv, table, aliases=None):
+    """The words of a command line without the flags of `table` that change nothing here.
+
+    argv: None means the program's own. aliases: {another trainer's name: ours}. Ends the program with one line about
+    all flags of the table whose values would change something.
+    """
+    words = common.normalise_argv(sys.argv[1:] if argv is None else argv, aliases)
+    kept = []
+    refused = {}  # {instead: flags}
+    for group in group_by_flag(words):
+        name, value = split_flag(group)
+        foreign = find_foreign(group[0], name, table)
+        if foreign is None:
             kept += group
-            continue
-        if row[1] in ("true", "false"):
-            with contextlib.suppress(argparse.ArgumentTypeError):
-                value = str(common.boolean(value or "true") != name.startswith("no_")).lower()
-        if not re.fullmatch(row[1], value) or not value:
-            wrong.setdefault(row[2], []).append(f"--{name}")
-    if wrong:
-        common.fail("; ".join(f"{', '.join(names)}: {text}" for text, names in wrong.items()))
+        elif not is_harmless(foreign, name, value):
+            refused.setdefault(foreign.instead, []).append(f"--{name}")
+    if refused:
+        common.fail("; ".join(f"{', '.join(flags)}: {instead}" for instead, flags in refused.items()))
     return kept
 
 
-OF_HIDDEN_STATES = (  # SpecForge's flags that this script lacks: see drop_foreign
-    ("enable_aux_hidden_states", "true", "they are always written"),
-    ("aux_hidden_states_layers", "", "write --target_layer_ids, which are higher by one"),
-    (
-        "chat_template|max_length|num_samples|train_only_last_turn",
-        "",
-        "prepare the conversations with prepare_data.py, which takes these, and give its folder as --data_path",
-    ),
-    ("build_dataset_num_proc", "", "prepare the conversations with prepare_data.py, where it is num_proc"),
-    ("is_preformatted", "", 'prepare_data.py takes rows of {"text": ...} as they are'),
-    ("cache_(dir|key)|model_download_dir", "", "downloads are kept in HF_HOME: drop it"),
-    ("target_model_backend", "hf", "transformers runs the target: drop it"),
-    ("sglang_.*", "", "transformers runs the target: drop it"),
-)
+def group_by_flag(words):
+    """[[flag, its values ...], ...] of a command line."""
+    groups = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    return groups
 
-ALIASES = {  # other trainers' names of the same thing
+
+def split_flag(group):
+    """(name, value) of a flag written as --name=value or as --name value ...; the value is "" if there is none."""
+    name, _, value = group[0].removeprefix("--").partition("=")
+    values = [value, *group[1:]]
+    return name, " ".join(filter(None, values)).lower()
+
+
+def find_foreign(word, name, table):
+    """The first row of the table that names the flag, or None."""
+    if not word.startswith("--"):
+        return None
+    for foreign in table:
+        if re.fullmatch(foreign.names, name.removeprefix("no_")):
+            return foreign
+    return None
+
+
+def is_harmless(foreign, name, value):
+    """Does the flag with this value change nothing?"""
+    if foreign.harmless in ("true", "false"):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            switched_on = common.boolean(value or "true") != name.startswith("no_")
+            value = str(switched_on).lower()
+    return bool(value and re.fullmatch(foreign.harmless, value))
+
+
+PREPARE = "prepare the conversations with prepare_data.py"
+ONE_LAYER = "the draft is one Llama layer"
+IN_DRAFT_CONFIG = "write it into the JSON of --draft_model_config"
+ADAMW = "the optimizer is AdamW, with --learning_rate and --weight_decay"
+TEXT_ALONE = "drafts are trained on text alone, drop it"
+CLASS_KNOWS = "the model's class knows it, drop it"
+MEASURED = "benchmarks/step.py measures: drop it"
+RUNS_TARGET = "transformers runs the target, or vLLM at --vllm_endpoint: drop it"
+WRITES_TARGET = "transformers runs the target: drop it"
+
+OF_HIDDEN_STATES = (  # flags of SpecForge's script that prepare_hidden_states.py does not have
+    Foreign("enable_aux_hidden_states", "true", "they are always written"),
+    Foreign("aux_hidden_states_layers", "", "write --target_layer_ids, which are higher by one"),
+    Foreign("chat_template|max_length|num_samples|train_only_last_turn", "",
+            f"{PREPARE}, which takes these, and give its folder as --data_path"),
+    Foreign("build_dataset_num_proc", "", f"{PREPARE}, where it is num_proc"),
+    Foreign("is_preformatted", "", 'prepare_data.py takes rows of {"text": ...} as they are'),
+    Foreign("cache_(dir|key)|model_download_dir", "", "downloads are kept in HF_HOME: drop it"),
+    Foreign("target_model_backend", "hf", WRITES_TARGET),
+    Foreign("sglang_.*", "", WRITES_TARGET),
+)  # fmt: skip
+
+ALIASES = {  # {another trainer's name: ours}
     "verifier_name_or_path": "target_model_path", "train_data_path": "dataset_train_split",
     "eval_data_path": "dataset_validation_split", "draft_config": "draft_model_config", "epochs": "num_epochs",
     "training_batch_size": "batch_size", "lr": "learning_rate", "ttt_steps": "ttt_length", "max_steps": "total_steps",
@@ -62,35 +114,37 @@ ALIASES = {  # other trainers' names of the same thing
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
 }  # fmt: skip
 
-OF_TRAINERS = (  # other trainers' flags that this one lacks: see drop_foreign
-    ("num_layers", "1", "the draft is one Llama layer"),
-    ("draft_arch", "llama", "the draft is one Llama layer"),
-    ("speculator_type", "eagle3", "the draft is one Llama layer"),
-    ("draft_hidden_act", "silu", 'write "hidden_act" into the JSON of --draft_model_config'),
-    ("sliding_window(_indices)?|mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
-    ("norm_before_(residual|fc)|norm_output", "false", "write it into the JSON of --draft_model_config"),
-    ("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
-    ("optimizer", "adamw", "the optimizer is AdamW, with --learning_rate and --weight_decay"),
-    ("muon_.*", "", "the optimizer is AdamW, with --learning_rate and --weight_decay"),
-    ("noise_std", r"0(\.0*)?", "no noise is added, drop it"),
-    ("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
-    ("deterministic(_cuda)?", "false", "--seed fixes initialisation and order; kernels are as they are, drop it"),
-    ("legacy_data", "false", "prepare the conversations with prepare_data.py"),
-    ("data_format_version", "1", "prepare the conversations with prepare_data.py"),
-    ("cache_(dir|key)|model_download_dir", "", "data are kept in output_dir/data, downloads in HF_HOME: drop it"),
-    ("embedding_key", r"model\.embed_tokens\.weight", "the model's class knows it, drop it"),
-    ("lm_head_key", r"lm_head\.weight", "the model's class knows it, drop it"),
-    ("is_vlm", "false", "drafts are trained on text alone, drop it"),
-    ("(min|max)_pixels", "", "drafts are trained on text alone, drop it"),
-    ("is_preformatted", "true", 'rows of {"text": ...} are taken as they are'),
-    ("train_only_last_turn", "false", "give it to prepare_data.py, and its folder as --data_path"),
-    ("target_model_backend", "hf", "transformers runs the target, or vLLM at --vllm_endpoint: drop it"),
-    ("sglang_.*", "", "transformers runs the target, or vLLM at --vllm_endpoint: drop it"),
-    ("eval_hidden_states_path", "", "--hidden_states_path has those of the validation split too"),
-    ("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see Long sequences in the README"),
-    ("profile|profile_record_shapes|verbose", "false", "benchmarks/step.py measures: drop it"),
-    ("profile_(start_step|num_steps)", "", "benchmarks/step.py measures: drop it"),
-    ("max_num_steps", "", "write --total_steps, and --scheduler_total_steps where the schedule is longer"),
-    ("wandb", "false", "write --report_to wandb"),
-    ("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see Trackers in the README"),
-)
+OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
+    Foreign("num_layers", "1", ONE_LAYER),
+    Foreign("draft_arch", "llama", ONE_LAYER),
+    Foreign("speculator_type", "eagle3", ONE_LAYER),
+    Foreign("draft_hidden_act", "silu", 'write "hidden_act" into the JSON of --draft_model_config'),
+    Foreign("sliding_window(_indices)?|mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
+    Foreign("norm_before_(residual|fc)|norm_output", "false", IN_DRAFT_CONFIG),
+    Foreign("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
+    Foreign("optimizer", "adamw", ADAMW),
+    Foreign("muon_.*", "", ADAMW),
+    Foreign("noise_std", r"0(\.0*)?", "no noise is added, drop it"),
+    Foreign("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
+    Foreign("deterministic(_cuda)?", "false",
+            "--seed fixes initialisation and order; kernels are as they are, drop it"),
+    Foreign("legacy_data", "false", PREPARE),
+    Foreign("data_format_version", "1", PREPARE),
+    Foreign("cache_(dir|key)|model_download_dir", "",
+            "data are kept in output_dir/data, downloads in HF_HOME: drop it"),
+    Foreign("embedding_key", r"model\.embed_tokens\.weight", CLASS_KNOWS),
+    Foreign("lm_head_key", r"lm_head\.weight", CLASS_KNOWS),
+    Foreign("is_vlm", "false", TEXT_ALONE),
+    Foreign("(min|max)_pixels", "", TEXT_ALONE),
+    Foreign("is_preformatted", "true", 'rows of {"text": ...} are taken as they are'),
+    Foreign("train_only_last_turn", "false", "give it to prepare_data.py, and its folder as --data_path"),
+    Foreign("target_model_backend", "hf", RUNS_TARGET),
+    Foreign("sglang_.*", "", RUNS_TARGET),
+    Foreign("eval_hidden_states_path", "", "--hidden_states_path has those of the validation split too"),
+    Foreign("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see Long sequences in the README"),
+    Foreign("profile|profile_record_shapes|verbose", "false", MEASURED),
+    Foreign("profile_(start_step|num_steps)", "", MEASURED),
+    Foreign("max_num_steps", "", "write --total_steps, and --scheduler_total_steps where the schedule is longer"),
+    Foreign("wandb", "false", "write --report_to wandb"),
+    Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see Trackers in the README"),
+)  # fmt: skip

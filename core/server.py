@@ -1,4 +1,8 @@
-"""server."""
+"""HTTP servers that speak OpenAI's protocol: requests, retries, and whether a server has the target.
+
+In:  the URL of a server, with or without /v1; OPENAI_API_KEY, if it is set, goes along.
+Out: answers as JSON; ServerFailed where a server has none.
+"""
 
 import contextlib
 import http.client
@@ -11,64 +15,78 @@ from pathlib import Path
 from core import common
 
 LONGEST_PAUSE = 60  # seconds between two attempts
+PASSING = (408, 429)  # timed out, too many requests: refusals that time mends
+OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError)  # an answer of another form raises these
 
 
-# ---------------------------------------------------------------------------- asking a server
 class ServerFailed(Exception):
-    """What is wanted cannot be had from a server; the message names both. status: with which it refused, or None."""
+    """A server does not deliver; the message names the server and the request. status: its HTTP refusal, or None."""
 
     status = None
 
 
 def request_answer(endpoint, path, body=None, timeout=60):
-    """The JSON that the server answers to a GET, or to a POST of body; OSError, HTTPException or ValueError if none."""
+    """The JSON that the server answers to a GET, or to a POST of body. Raises OSError, HTTPException, ValueError."""
+    base = endpoint.rstrip("/").removesuffix("/v1")
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{endpoint.rstrip('/').removesuffix('/v1')}/v1/{path}", data, headers)
+    request = urllib.request.Request(f"{base}/v1/{path}", data, headers)
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         return json.load(answer)
 
 
-def keep_asking(server, what, retries, work):
-    """work()'s result, tried again after 1, 2, 4, ... seconds. ServerFailed, at once if asking again cannot help.
+def describe_refusal(error):
+    """Status and the first characters of the text behind an HTTPError."""
+    problem = str(error)
+    with contextlib.suppress(OSError, http.client.HTTPException):  # the connection may break inside the text
+        problem += f": {error.read(300).decode(errors='replace')}"
+    return problem
 
-    server: its flag and URL, for the message; what: that which is wanted of it.
+
+def keep_asking(server, what, retries, work):
+    """The result of work(), tried again after 1, 2, 4, ... 60 seconds.
+
+    server and what name the flag with its URL and the request, for the message. Raises ServerFailed: at once if the
+    server refuses the request or work() itself raises it, else after `retries` more attempts.
     """
     for attempt in range(retries + 1):
-        time.sleep(min(2 ** (attempt - 1), LONGEST_PAUSE) if attempt else 0)
+        if attempt:
+            time.sleep(min(2 ** (attempt - 1), LONGEST_PAUSE))
         try:
             return work()
         except ServerFailed as error:
             raise ServerFailed(f"{server}, {what}: {error}") from error
         except urllib.error.HTTPError as error:
-            said = str(error)
-            with contextlib.suppress(OSError, http.client.HTTPException):  # the connection may end in the middle
-                said += f": {error.read(300).decode(errors='replace')}"
-            if error.code < 500 and error.code not in (408, 429):
-                failed = ServerFailed(f"{server} refuses {what}: {said}")
+            problem = describe_refusal(error)
+            if error.code < 500 and error.code not in PASSING:
+                failed = ServerFailed(f"{server} refuses {what}: {problem}")
                 failed.status = error.code
                 raise failed from error
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
-            said = f"{type(error).__name__} {error}"  # the last three: an answer of another form
-    raise ServerFailed(f"{server} fails for {what}, {attempt + 1} times, at last with {said}")
+        except (OSError, http.client.HTTPException, *OTHER_FORM) as error:
+            problem = f"{type(error).__name__} {error}"
+    raise ServerFailed(f"{server} fails for {what}, {retries + 1} times, at last with {problem}")
 
 
 def find_served(flag, endpoint, targets, retries, timeout, remedy):
-    """What the server's list of models says of the target, by its names and folders `targets`; ends the program if it
-    has others only. flag: which gave the endpoint; remedy: what the line then proposes.
-    """
-    server, places = f"{flag} {endpoint}", {Path(target).resolve() for target in targets}
+    """The entry of the target in the server's list of models; ends the program if the server has other models only.
 
-    def listed():
-        return {model["id"]: model for model in request_answer(endpoint, "models", timeout=timeout)["data"]}
+    flag: the one that gave the endpoint. targets: names and folders of the target. remedy: closes the error message.
+    """
+    server = f"{flag} {endpoint}"
+    places = {Path(target).resolve() for target in targets}
+
+    def list_models():
+        models = request_answer(endpoint, "models", timeout=timeout)["data"]
+        return {model["id"]: model for model in models}
 
     try:
-        models = keep_asking(server, "the list of its models", retries, listed)
+        models = keep_asking(server, "the list of its models", retries, list_models)
     except ServerFailed as error:
         common.fail(error)
     for model in models.values():
-        if any(model.get(key) and Path(model[key]).resolve() in places for key in ("id", "root")):
+        names = [model[key] for key in ("id", "root") if model.get(key)]
+        if any(Path(name).resolve() in places for name in names):
             return model
     common.fail(f"{server} serves {', '.join(models)}, not the target {targets[0]}: {remedy}")

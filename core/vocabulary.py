@@ -1,4 +1,7 @@
-"""vocabulary."""
+"""The draft vocabulary: token counts, the mapping d2t and t2d, its file and its checks.
+
+Vd: tokens of the draft vocabulary, V: tokens of the target's. Draft token i is target token i + d2t[i].
+"""
 
 import io
 from pathlib import Path
@@ -10,7 +13,7 @@ from core import common
 
 
 def read_token_freq(path):
-    """{token id: count} of a token_freq.pt; ends the program if the file is of another kind."""
+    """{token id: count} of a token_freq.pt; ends the program if the file holds anything else."""
     try:
         counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception as error:  # a file of another kind fails anywhere in the unpickler
@@ -30,19 +33,20 @@ def target_ids(d2t):
 def build_mapping(token_freq, draft_vocab_size, target_vocab_size):
     """(d2t int64 [Vd], t2d bool [V]) of the draft_vocab_size most frequent tokens of {token id: count}.
 
-    Ties go to the lower id, and so does what is missing when fewer tokens occur than the draft has rows: an unused
-    token is one with count 0. Ends the program if the sizes or the ids do not fit.
+    Ties go to the lower id. If fewer tokens occur than the draft has rows, the lowest unused ids fill it: they count 0.
+    Ends the program if the sizes or the ids do not fit.
     """
     if not 0 < draft_vocab_size <= target_vocab_size:
         common.fail(
             f"draft_vocab_size {draft_vocab_size} must be at least 1 and at most {target_vocab_size}, the target's"
         )
-    ids, counts = (np.fromiter(column, np.int64) for column in (token_freq.keys(), token_freq.values()))
-    wrong = ids[(ids < 0) | (ids >= target_vocab_size)]
-    if len(wrong):
+    ids = np.fromiter(token_freq.keys(), np.int64)
+    counts = np.fromiter(token_freq.values(), np.int64)
+    outside = ids[(ids < 0) | (ids >= target_vocab_size)]
+    if len(outside):
         common.fail(
-            f"{len(wrong)} token ids of the counts are outside the target's vocabulary of {target_vocab_size} "
-            f"(such as {wrong[0]}): the counts were made with another tokenizer"
+            f"{len(outside)} token ids of the counts are outside the target's vocabulary of {target_vocab_size} "
+            f"(such as {outside[0]}): the counts were made with another tokenizer"
         )
     frequency = np.zeros(target_vocab_size, np.int64)
     frequency[ids] = counts
@@ -56,11 +60,14 @@ def build_mapping(token_freq, draft_vocab_size, target_vocab_size):
 def coverage(token_freq, t2d):
     """Share of the supervised tokens that are in the draft vocabulary; 1.0 where there are none."""
     total = sum(token_freq.values())
-    return sum(count for token, count in token_freq.items() if t2d[token]) / total if total else 1.0
+    if not total:
+        return 1.0
+    covered = sum(count for token, count in token_freq.items() if t2d[token])
+    return covered / total
 
 
 def mapping_problems(d2t, t2d):
-    """What is wrong with a mapping, one line each, empty if it is whole: d2t [Vd] and t2d [V] as NumPy arrays."""
+    """The problems of a mapping, one line each; empty if it is sound. d2t [Vd] and t2d [V] are NumPy arrays."""
     problems = [
         f"{name} is {array.dtype} {list(array.shape)}, not {dtype} with one dimension"
         for name, array, dtype in (("d2t", d2t, "int64"), ("t2d", t2d, "bool"))
@@ -95,7 +102,7 @@ def save_mapping(folder, d2t, t2d):
 
 
 def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
-    """(d2t int64 [Vd], t2d bool [V]) from two .npy files; ends the program if they are not one whole mapping."""
+    """(d2t int64 [Vd], t2d bool [V]) from two .npy files; ends the program if they do not fit together."""
     arrays = []
     for path in (d2t_path, t2d_path):
         try:
@@ -107,12 +114,12 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
     if target_vocab_size is not None and not problems and len(t2d) != target_vocab_size:
         problems = [f"t2d has {len(t2d)} tokens, the target's vocabulary {target_vocab_size}"]
     if problems:
-        common.fail(f"the vocabulary mapping {d2t_path}, {t2d_path} is not whole: {'; '.join(problems)}")
+        common.fail(f"the vocabulary mapping {d2t_path}, {t2d_path} is inconsistent: {'; '.join(problems)}")
     return d2t, t2d
 
 
 def choose_mapping(draft_vocab_size, target_vocab_size, token_freq_path, d2t_path=None, t2d_path=None):
-    """d2t, int64 [Vd] tensor: of the files, if given; else of the token counts; all zeros for the full vocabulary."""
+    """d2t, int64 [Vd] tensor: from the files, if given, else from the token counts; zeros for the full vocabulary."""
     if d2t_path:
         d2t, _ = load_mapping(d2t_path, t2d_path, target_vocab_size)
         if draft_vocab_size not in (target_vocab_size, len(d2t)):

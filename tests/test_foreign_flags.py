@@ -12,6 +12,7 @@ import prepare_hidden_states
 import train_eagle3
 from core import foreign_flags
 from helpers import tiny
+from helpers.commands import flags_of
 
 HERE = Path(__file__).parent
 FLAGS = [
@@ -66,11 +67,11 @@ def test_what_is_refused_is_one_line_about_all_of_it(capsys):
     ids=["train_eagle3", "prepare_hidden_states"],
 )
 def test_no_flag_of_ours_is_taken_for_another_trainers(script, table):
-    ours = [name for rows in script.FLAGS.values() for name, *_ in rows]
+    ours = [flag.removeprefix("--") for flag in flags_of(script)]
     for names, _, text in table:
         assert not [name for name in ours if re.fullmatch(names, name.removeprefix("no_"))], names
         if "prepare_data.py, which takes these" in text:
-            assert set(names.split("|")) <= {name for rows in prepare_data.FLAGS.values() for name, *_ in rows}
+            assert {f"--{name}" for name in names.split("|")} <= set(flags_of(prepare_data))
         for flag in re.findall(r"--(\w+)", text):
             assert flag in ours, text
     assert not set(foreign_flags.ALIASES) & set(ours)
