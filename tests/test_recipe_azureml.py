@@ -4,6 +4,7 @@ How the service reads such files is stated here once more in plain words: `rende
 for a pipeline's references. The tables are in azureml_tables.txt.
 """
 
+import argparse
 import errno
 import json
 import os
@@ -20,7 +21,7 @@ import yaml
 import import_target
 import prepare_data
 import train_eagle3
-from core import common, draft_files
+from core import draft_files
 from helpers import tiny
 from helpers.commands import flags_of
 
@@ -189,25 +190,34 @@ def comment_of(name, text):
     return " ".join(re.findall(r"^ *# (.*)$", block, re.MULTILINE))
 
 
+def accepts(action, value):
+    """Whether the trainer takes this value for the flag."""
+    try:
+        action.type(str(value))
+    except argparse.ArgumentTypeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", [TRAINER, PIPELINE])
 def test_values_and_limits_are_the_trainers(name):
-    rows = {row[0]: row for group in train_eagle3.FLAGS.values() for row in group}
+    flags = flags_of(train_eagle3)
+    limits = 0
     for key, row in read(name)["inputs"].items():
-        flag = rows.get(OTHER_NAMES.get(key, key))
+        flag = flags.get(f"--{OTHER_NAMES.get(key, key)}")
         if not flag:
             continue
-        choices = (
-            [*prepare_data.TEMPLATES, "auto"]
-            if key == "chat_template"
-            else flag[1]
-            if isinstance(flag[1], tuple)
-            else None
-        )
+        choices = [*prepare_data.TEMPLATES, "auto"] if key == "chat_template" else flag.choices
         if key in TEXT_FOR_BOOLEAN and row["type"] == "string":
-            assert flag[1] is common.boolean and [common.boolean(text) for text in row["enum"]] == [True, False]
+            assert [flag.type(text) for text in row["enum"]] == [True, False], key
         else:
             assert (sorted(row["enum"]) if "enum" in row else None) == (sorted(choices) if choices else None), key
-        assert row.get("min") == (flag[4] if len(flag) == 5 and row["type"] in NUMBERS else None), key
+        if row["type"] in NUMBERS:
+            limits += "min" in row
+            least = row.get("min", -1000)
+            assert accepts(flag, least), key
+            assert "min" not in row or not accepts(flag, least - 1), key
+    assert limits > 5
 
 
 def test_the_pipeline_and_its_component_agree():
