@@ -36,7 +36,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import prepare_data
 import train_eagle3
-from core import common, conversations, dataloader, draft_files, target_files, target_model, vocabulary
+from core import common, conversations, dataloader, draft_files, rendering, target_files, target_model, vocabulary
 
 # ==================== Target and draft with their caches =============================================================
 
@@ -274,7 +274,7 @@ def read_prompt(line, tokenizer, where, options):
         if isinstance(row.get("prompt"), str):
             return tokenizer(row["prompt"])["input_ids"]
         messages, tools = conversations.read_conversation(row)
-        text = prepare_data.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
+        text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except conversations.Rejected as error:
         common.fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")

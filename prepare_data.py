@@ -13,577 +13,659 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
         --output_path data/own --regenerate_endpoint http://localhost:8000/v1   # the target's own replies
 """
 
-import argparse
 import contextlib
-import functools
+import dataclasses
 import itertools
 import json
 import os
 import re
-import shutil
 import sys
-from collections import Counter, namedtuple
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from core import common, conversations, dataloader, regeneration, target_files
+from core import common, conversations, dataloader, regeneration, rendering, target_files
 
-MIN_ROWS_PER_PROCESS = 500  # below that, starting a process takes longer than its share of the rows
+MIN_ROWS_PER_PROCESS = 500  # for fewer, starting a process takes longer than its share of the rows
 
 BLANKS = re.compile(r"\s*")
 
-# Assistant turns lie behind one of headers, up to and including one of ends, the first of which closes a final reply.
-# joins: a header directly behind an end is the assistant's too, one turn in several channels.
-# shared_ends: the next turn begins with them, so that the text has none behind the last reply: the first one is added,
-# behind a call the second one. options: variables of the tokenizer's template.
-Template = namedtuple("Template", ("headers", "ends", "joins", "shared_ends", "options"), defaults=(False, False, {}))
+CHATML = rendering.Template(("<|im_start|>assistant\n",), ("<|im_end|>",))
 
-CHATML = Template(("<|im_start|>assistant\n",), ("<|im_end|>",))
-
-# Behind a tool's output the reply follows without the assistant's own marker.
-DEEPSEEK = Template(("<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>"), ("<｜end▁of▁sentence｜>",))
+# After a tool's output the reply follows without the assistant's own marker.
+DEEPSEEK = rendering.Template(
+    ("<｜Assistant｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁end｜>"), ("<｜end▁of▁sentence｜>",)
+)
 
 TEMPLATES = {
-    "llama3": Template(("<|start_header_id|>assistant<|end_header_id|>\n\n",), ("<|eot_id|>", "<|eom_id|>")),
-    "llama4": Template(("<|header_start|>assistant<|header_end|>\n\n",), ("<|eot|>", "<|eom|>")),
+    "llama3": rendering.Template(("<|start_header_id|>assistant<|end_header_id|>\n\n",), ("<|eot_id|>", "<|eom_id|>")),
+    "llama4": rendering.Template(("<|header_start|>assistant<|header_end|>\n\n",), ("<|eot|>", "<|eom|>")),
     "qwen": CHATML,
     "qwen3-thinking": CHATML._replace(options={"enable_thinking": True}),
     "qwen3-instruct": CHATML._replace(options={"enable_thinking": False}),
-    "gpt-oss": Template(("<|start|>assistant",), ("<|return|>", "<|end|>", "<|call|>"), joins=True),
+    "gpt-oss": rendering.Template(("<|start|>assistant",), ("<|return|>", "<|end|>", "<|call|>"), joins_channels=True),
     "deepseek-r1-distill": DEEPSEEK,
     "deepseek-v3": DEEPSEEK,
-    "phi3": Template(("<|assistant|>\n",), ("<|end|>",)),
-    "phi4": Template(("<|im_start|>assistant<|im_sep|>",), ("<|im_end|>",)),
-    "gemma": Template(("<start_of_turn>model\n",), ("<end_of_turn>",)),
-    "glm": Template(("<|assistant|>",), ("<|user|>", "<|observation|>"), shared_ends=True),
-    "kimi-k2": Template(("<|im_assistant|>assistant<|im_middle|>",), ("<|im_end|>",)),
+    "phi3": rendering.Template(("<|assistant|>\n",), ("<|end|>",)),
+    "phi4": rendering.Template(("<|im_start|>assistant<|im_sep|>",), ("<|im_end|>",)),
+    "gemma": rendering.Template(("<start_of_turn>model\n",), ("<end_of_turn>",)),
+    "glm": rendering.Template(("<|assistant|>",), ("<|user|>", "<|observation|>"), shared_ends=True),
+    "kimi-k2": rendering.Template(("<|im_assistant|>assistant<|im_middle|>",), ("<|im_end|>",)),
 }
 
-# ---------------------------------------------------------------------------- one row: from JSON to tokens and mask
-# All that turns a row into tokens. encoder: without post-processing, which would trim blanks off the offsets. template:
-# None for auto if the tokenizer has none. opening: what the prompt, so not the assistant, has behind the header.
-# call_form: content of a message that calls tools and has no text (None: transformers leaves the key out), and whether
-# its arguments are handed over as text.
-# thoughts: reasoning is "dropped" as the target answers at once, goes into a "field" that the template reads, or stays
-# in the "text" of the reply.
-CHAT_FIELDS = ("tokenizer", "encoder", "template", "opening", "call_form", "thoughts", "max_length", "only_last")
 
-Chat = namedtuple("Chat", CHAT_FIELDS)
-
-READS_THOUGHTS = re.compile(r"""reasoning_content|(?:\.|\[['"])(?:reasoning|thinking)\b""")
+# ==================== One row: from JSON to tokens and mask ==========================================================
 
 
-def render(tokenizer, messages, tools=None, **options):
-    """Text of the conversation by the tokenizer's own template; reasoning under every name that templates look for."""
-    messages = [
-        message | dict.fromkeys(conversations.REASONING_FIELDS, message.get("reasoning")) for message in messages
-    ]
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+class Tokens(NamedTuple):
+    """ids int32 [T], mask uint8 [T]; cut: tokens beyond max_length; reasoning_lost: that of the last reply."""
 
-
-def find_spans(text, template, opening=""):
-    """[(start, end)] in characters of each assistant turn: what the assistant produces, its end marker included."""
-    header, end = (re.compile("|".join(map(re.escape, markers))) for markers in template[:2])
-    spans, position = [], 0
-    while found := header.search(text, position):
-        closing = end.search(text, found.end())
-        # The last header before the end: what the first of several tools gives ends with one as well.
-        found = list(header.finditer(text, found.start(), closing.start() if closing else len(text)))[-1]
-        start = found.end() + (len(opening) if text.startswith(opening, found.end()) else 0)
-        position = closing.end() if closing else len(text)
-        if template.joins and spans and spans[-1][1] == found.start():
-            spans[-1] = (spans[-1][0], position)
-        elif start < position:
-            spans.append((start, position))
-    return spans
-
-
-def arrange(messages, chat):
-    """The messages with calls and reasoning in the form in which the target's template shows them."""
-    arranged = []
-    for message in messages:
-        message = dict(message)
-        if message["role"] == "assistant" and chat.thoughts != "text":
-            thought, tag, answer = (message["content"] or "").rpartition("</think>")
-            if tag:
-                message["content"] = answer.lstrip("\n")
-                message["reasoning"] = message["reasoning"] or thought.strip().removeprefix("<think>").strip()
-            if chat.thoughts == "dropped":
-                message["reasoning"] = None
-                if not message["content"] and not message.get("tool_calls"):
-                    raise conversations.Rejected(
-                        "empty", "an assistant turn of reasoning alone, and the target does not reason"
-                    )
-        if message.get("tool_calls"):
-            content, as_text = chat.call_form
-            message["content"] = message["content"] or content
-            if as_text:
-                calls = [(call, call.get("function", call)) for call in message["tool_calls"]]
-                texts = [json.dumps(function.get("arguments"), ensure_ascii=False) for _, function in calls]
-                message["tool_calls"] = [
-                    call | {"function": function | {"arguments": text}}
-                    for (call, function), text in zip(calls, texts, strict=True)
-                ]
-        arranged.append(message)
-    return arranged
-
-
-def reasoning_of(message):
-    """(reasoning, answer) of an assistant's message, whichever form it has; "" if there is none."""
-    content, reasoning = message["content"] or "", message["reasoning"] or ""
-    if not reasoning and "</think>" in content:
-        reasoning, content = content.removeprefix("<think>").split("</think>", 1)
-    return reasoning.strip(), content
-
-
-def shows(text, message):
-    """Does the text of a reply have the message's reasoning, which the answer may say again?"""
-    reasoning, answer = reasoning_of(message)
-    return not reasoning or text.count(reasoning) > answer.count(reasoning)
-
-
-def render_reply(messages, tools, chat):
-    """(text, spans) of a conversation that ends with the reply as the target produces it, reasoning included.
-
-    Templates of reasoning models drop what stands before </think> from every turn: right for the history, but it loses
-    the reasoning of the last reply. Then the text is the generation prompt, and behind it what the target answers.
-    """
-    template, last = chat.template, messages[-1]
-    text = render(chat.tokenizer, messages, tools, **template.options)
-    if template.shared_ends and not text.endswith(template.ends):
-        text += template.ends[1 if last.get("tool_calls") else 0]
-    spans = find_spans(text, template, chat.opening)
-    if "tool_calls" in last or not spans or shows(text[spans[-1][0] :], last):
-        return text, spans
-    if "</think>" not in str(chat.tokenizer.chat_template):
-        return text, spans
-    reasoning, content = reasoning_of(last)
-    if text.startswith("<think></think>", spans[-1][0]):  # the template has a place for it, and no blanks around it
-        text = text[: spans[-1][0]] + f"<think>{reasoning}" + text[spans[-1][0] + len("<think>") :]
-        return text, find_spans(text, template, chat.opening)
-    prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True, **template.options)
-    prompt = re.sub(r"(<think>\n?)?\Z", "<think>\n", prompt, count=1)
-    text = f"{prompt}{reasoning}\n</think>\n\n{content.strip()}{template.ends[0]}"
-    return text, find_spans(text, template, chat.opening)
-
-
-def chat_spans(row, chat):
-    """(text, spans) of a row with messages, and whether the reasoning of the last one is left out."""
-    messages, tools = conversations.read_conversation(row)
-    content = json.dumps([messages, tools], ensure_ascii=False)
-    for marker in chat.template.headers + chat.template.ends:
-        # No text may contain one: a prompt could declare itself supervised, a reply end too early.
-        if json.dumps(marker.strip(), ensure_ascii=False)[1:-1] in content:
-            raise conversations.Rejected("marker inside content", repr(marker))
-    last, messages = messages[-1], arrange(messages, chat)
-    others = [message | {"content": "x"} if message["role"] == "tool" else message for message in messages]
-    try:
-        text, spans = render_reply(messages, tools, chat)
-        other, other_spans = render_reply(others, tools, chat) if others != messages else (text, spans)
-    except Exception as error:  # whatever the template's own code raises on this row concerns this row only
-        raise conversations.Rejected("template error", f"{type(error).__name__}: {error}") from None
-    # An unknown template may close a call by a marker of its own, so that the span would run on.
-    if [text[start:end] for start, end in spans] != [other[start:end] for start, end in other_spans]:
-        raise conversations.Rejected("turns not marked", "a tool's output would be supervised")
-    replies = [message for message in messages if message["role"] == "assistant"]
-    if len(spans) != len(replies):
-        raise conversations.Rejected(
-            "turns not marked", f"{len(spans)} marked replies for {len(replies)} assistant turns"
-        )
-    for message, (start, end) in zip(replies, spans, strict=True):
-        names = [call.get("function", call).get("name") for call in message.get("tool_calls", ())]
-        if any(str(name) not in text[start:end] for name in names):
-            raise conversations.Rejected("calls left out", f"the chat template shows no call of {names}")
-    if messages[-1].get("cut"):  # an answer that was cut has no end to learn
-        content = messages[-1]["content"].strip()
-        start = text.rfind(content, *spans[-1])
-        if start < 0:
-            raise conversations.Rejected("turns not marked", "an answer that was cut is not shown as it is")
-        spans[-1] = (spans[-1][0], start + len(content))
-    return text, spans, not shows(text[slice(*spans[-1])], last)
+    ids: np.ndarray
+    mask: np.ndarray
+    cut: int
+    reasoning_lost: bool
 
 
 def encode(text, spans, encoder):
-    """(ids int32 [T], mask uint8 [T]) from one encoding: supervised is a token whose characters all lie in one span.
+    """(ids int32 [T], mask uint8 [T]) from one encoding: a token is supervised if its characters lie in one span.
 
-    Blanks behind the span do not count: the marker at its end may be a token that swallows them.
+    Blanks after the span do not count: the marker at its end may be a token that swallows them.
     """
     encoding = encoder.encode(text, add_special_tokens=False)
     starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=np.uint8)
     for start, end in spans:
-        inside = (ends <= end) | (starts < end) & (ends <= BLANKS.match(text, end).end())
-        # A token of no characters stands behind what was trimmed off it, so at the span's start it is still prompt.
+        end_of_blanks = BLANKS.match(text, end).end()
+        inside = (ends <= end) | (starts < end) & (ends <= end_of_blanks)
+        # A token without characters follows what was trimmed off it; at the start of the span it is still prompt.
         mask |= (starts >= start) & inside & ((ends > starts) | (ends > start))
     return np.array(encoding.ids, dtype=np.int32), mask
 
 
-def tokenise(raw, chat):
-    """(ids, mask, number of tokens cut off, whether the last reply's reasoning is left out) of one row, given as the
-    bytes of its line. Raises Rejected.
-    """
-    silent = False
+def parse_row(raw):
+    """The object in the bytes of a line. Raises Rejected."""
     try:
         row = json.loads(raw.decode() or "{}")
-        json.dumps(row, ensure_ascii=False).encode() if b"\\u" in raw else None  # half a surrogate pair is no text
+        if b"\\u" in raw:  # half a surrogate pair is no text
+            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise conversations.Rejected("not JSON", error) from None
     if not isinstance(row, dict):
         raise conversations.Rejected("not an object", type(row).__name__)
     if "rejected_for" in row:  # it could not be regenerated
         raise conversations.Rejected(*row["rejected_for"])
+    return row
+
+
+def read_tokens(row, chat):
+    """(ids, mask) of a row that holds both."""
+    ids = row["input_ids"]
+    mask = row.get("loss_mask")
+    are_lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
+    if not are_lists or not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
+        detail = "input_ids (integers) and loss_mask (0 or 1) must be lists of one length"
+        raise conversations.Rejected("bad tokens", detail)
+    size = chat.encoder.get_vocab_size()
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        raise conversations.Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
+    ids = np.array(ids, dtype=np.int32)
+    mask = np.array(mask, dtype=np.uint8)
+    if chat.only_last and mask.any():
+        starts_of_turns = np.flatnonzero(np.diff(mask, prepend=0) == 1)
+        mask[: starts_of_turns[-1]] = 0
+    return ids, mask
+
+
+def read_text(row, chat):
+    """(text, spans, whether the reasoning of the last reply is lost) of a row of messages or of rendered text."""
+    text = row.get("text")
+    is_chat = "conversations" in row or "messages" in row
+    if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
+        detail = "needed to render messages, or for the markers of auto"
+        raise conversations.Rejected("no chat template in the tokenizer", detail)
+    if is_chat:
+        return rendering.render_row(row, chat)
+    if isinstance(text, str):
+        return text, rendering.find_spans(text, chat.template, chat.opening), False
+    if row:
+        raise conversations.Rejected("unknown form", f"fields {', '.join(row)}")
+    return "", [], False
+
+
+def tokenise(raw, chat):
+    """The Tokens of one row, given as the bytes of its line. Raises Rejected."""
+    row = parse_row(raw)
+    reasoning_lost = False
     if row.get("input_ids") is not None:
-        ids, mask, size = row["input_ids"], row.get("loss_mask"), chat.encoder.get_vocab_size()
-        lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
-        if not lists or not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
-            raise conversations.Rejected(
-                "bad tokens", "input_ids (integers) and loss_mask (0 or 1) must be lists of one length"
-            )
-        if ids and not 0 <= min(ids) <= max(ids) < size:
-            raise conversations.Rejected("bad tokens", f"token ids {min(ids)} to {max(ids)}, the tokenizer has {size}")
-        ids, mask = np.array(ids, dtype=np.int32), np.array(mask, dtype=np.uint8)
-        if chat.only_last and mask.any():  # the last run of ones is the last turn
-            mask[: np.flatnonzero(np.diff(mask, prepend=0) == 1)[-1]] = 0
+        ids, mask = read_tokens(row, chat)
     else:
-        text, spans, is_chat = row.get("text"), [], "conversations" in row or "messages" in row
-        if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
-            raise conversations.Rejected(
-                "no chat template in the tokenizer", "needed to render messages, or for the markers of auto"
-            )
-        if is_chat:
-            text, spans, silent = chat_spans(row, chat)
-        elif isinstance(text, str):
-            spans = find_spans(text, chat.template, chat.opening)
-        elif row:
-            raise conversations.Rejected("unknown form", f"fields {', '.join(row)}")
-        ids, mask = encode(text or "", spans[-1:] if chat.only_last else spans, chat.encoder)
+        text, spans, reasoning_lost = read_text(row, chat)
+        ids, mask = encode(text, spans[-1:] if chat.only_last else spans, chat.encoder)
     if not len(ids):
         raise conversations.Rejected("empty", "no text")
-    ids, mask, cut = ids[: chat.max_length], mask[: chat.max_length], max(0, len(ids) - chat.max_length)
+    cut = max(0, len(ids) - chat.max_length)
+    ids = ids[: chat.max_length]
+    mask = mask[: chat.max_length]
     if not mask.any():
         raise conversations.Rejected("no supervised token", f"within {chat.max_length} tokens" if cut else "")
-    return ids, mask, cut, silent
+    return Tokens(ids, mask, cut, reasoning_lost)
 
 
 def tokenise_row(row, chat):
-    """For datasets' map: columns of a row; without tokens, but with cause and detail, if it is rejected."""
-    ids, mask, cut, silent, cause, detail = np.zeros(0, np.int32), np.zeros(0, np.uint8), 0, False, "", ""
+    """For datasets' map: the columns of a row; a rejected one has no tokens, but cause and detail."""
+    cause = detail = ""
     try:
-        ids, mask, cut, silent = tokenise(row["raw"], chat)
+        tokens = tokenise(row["raw"], chat)
     except conversations.Rejected as rejected:
-        cause, detail = rejected.args[0], str(rejected.args[1])[:200]
-    values = {"input_ids": ids, "loss_mask": mask, "length": len(ids), "cut": cut, "silent": silent}
-    return values | {"cause": cause, "detail": detail}
+        tokens = Tokens(np.zeros(0, np.int32), np.zeros(0, np.uint8), 0, False)
+        cause = rejected.args[0]
+        detail = str(rejected.args[1])[:200]
+    return {
+        "input_ids": tokens.ids,
+        "loss_mask": tokens.mask,
+        "length": len(tokens.ids),
+        "cut": tokens.cut,
+        "reasoning_lost": tokens.reasoning_lost,
+        "cause": cause,
+        "detail": detail,
+    }
 
 
-# ---------------------------------------------------------------------------- does the template fit the tokenizer?
-PROBE = [{"role": "user", "content": "Qone"}, {"role": "assistant", "content": "Aone"},
-         {"role": "user", "content": "Qtwo"}, {"role": "assistant", "content": "Atwo"}]  # fmt: skip
+# ==================== Does the template fit the tokenizer? ===========================================================
+
+PROBE = [
+    {"role": "user", "content": "Qone"},
+    {"role": "assistant", "content": "Aone"},
+    {"role": "user", "content": "Qtwo"},
+    {"role": "assistant", "content": "Atwo"},
+]
 
 CALL = {"id": "call_0", "type": "function", "function": {"name": "probe_call", "arguments": {"key": "value"}}}
 
-CALL_PROBE = [PROBE[0], {"role": "assistant", "content": None, "reasoning": None, "tool_calls": [CALL]},
-              {"role": "tool", "content": "out", "tool_call_id": "call_0"}, PROBE[1] | {"reasoning": None}]  # fmt: skip
+CALL_PROBE = [
+    PROBE[0],
+    {"role": "assistant", "content": None, "reasoning": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "out", "tool_call_id": "call_0"},
+    PROBE[1] | {"reasoning": None},
+]
+
+CALL_FORMS = [
+    rendering.CallForm(None),
+    rendering.CallForm(""),
+    rendering.CallForm(None, arguments_as_text=True),
+    rendering.CallForm("", arguments_as_text=True),
+]
+
+READS_REASONING = re.compile(r"""reasoning_content|(?:\.|\[['"])(?:reasoning|thinking)\b""")
 
 
 def fits(text, template):
     """Does the rendered probe show both of its replies, each closed by an end marker?"""
     end = "|".join(map(re.escape, template.ends))
-    text += template.ends[0] if template.shared_ends else ""
-    parts = [text[start:stop] for start, stop in find_spans(text, template)]
-    found = [re.search(rf"(Aone|Atwo)\s*(?:{end})\Z", part) and re.findall("Aone|Atwo", part) for part in parts]
+    if template.shared_ends:
+        text += template.ends[0]
+    found = []
+    for start, stop in rendering.find_spans(text, template):
+        part = text[start:stop]
+        is_closed = re.search(rf"(Aone|Atwo)\s*(?:{end})\Z", part)
+        found.append(re.findall("Aone|Atwo", part) if is_closed else None)
     return found == [["Aone"], ["Atwo"]]
 
 
 def find_call_form(chat):
-    """The call_form with which the template shows a call whole: some drop calls beside a content, or cannot do without
-    one, some want the arguments as text, and quote them twice if they are. The first one if it shows none.
+    """The CallForm with which the template shows a complete call; the first one if none does.
+
+    Some templates drop calls beside a content, or need one; some want the arguments as text, and quote them twice
+    otherwise.
     """
-    forms = [(None, False), ("", False), (None, True), ("", True)]
-    for form in forms:
-        shaped = chat._replace(call_form=form)
+    for form in CALL_FORMS:
+        shaped = dataclasses.replace(chat, call_form=form)
         with contextlib.suppress(Exception):  # the template is foreign code
-            text, spans = render_reply(arrange(CALL_PROBE, shaped), None, shaped)
-            call = text[spans[0][0] : spans[0][1]]
+            messages = rendering.arrange(CALL_PROBE, shaped)
+            text, spans = rendering.render_reply(messages, None, shaped)
+            start, end = spans[0]
+            call = text[start:end]
             if len(spans) == 2 and "probe_call" in call and "value" in call and "\\" not in call:
                 return form
-    return forms[0]
+    return CALL_FORMS[0]
 
 
 def derive_template(tokenizer, text, prompt):
     """The markers in the rendered probe and generation prompt, for a family that TEMPLATES does not name; or None.
 
-    Header: what the generation prompt has behind the question, as far as it stands before both replies, without what
-    closes the question if that can be told apart. Ends: the first special token behind each reply.
+    Header: what the generation prompt has after the question, as far as it precedes both replies, without what closes
+    the question if that can be told apart. Ends: the first special token after each reply.
     """
-    question = render(tokenizer, PROBE[:1])
     found = re.search("Qone(.*?)Aone(.*?)Qtwo(.*?)Atwo(.*)", text, re.DOTALL)
-    first, end_one, second, end_two = found.groups() if found else [""] * 4
-    header = os.path.commonprefix([prompt.rpartition("Qone")[2], first, second])
-    header = header.removeprefix(question.rpartition("Qone")[2]) if len(prompt) > len(question) else header
+    if not found:
+        return None
+    before_one, after_one, before_two, after_two = found.groups()
+    header = os.path.commonprefix([prompt.rpartition("Qone")[2], before_one, before_two])
+    question = rendering.render(tokenizer, PROBE[:1])
+    if len(prompt) > len(question):
+        header = header.removeprefix(question.rpartition("Qone")[2])
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
-    ends = [match[1] for match in map(special.match, (end_two, end_one)) if match and match[1]]
-    return Template((header,), tuple(dict.fromkeys(ends))) if header.strip() and ends else None
+    longest_first = sorted(specials, key=len, reverse=True)
+    special = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
+    matches = [special.match(after_two), special.match(after_one)]
+    ends = dict.fromkeys(match[1] for match in matches if match and match[1])
+    return rendering.Template((header,), tuple(ends)) if header.strip() and ends else None
+
+
+def choose_template(tokenizer, name):
+    """The Template of that name, or one that fits for auto; ends the program if its markers do not occur."""
+    try:
+        text = rendering.render(tokenizer, PROBE)
+        prompt = rendering.render(tokenizer, PROBE[:1], add_generation_prompt=True)
+        templates = TEMPLATES | {"auto": derive_template(tokenizer, text, prompt)}
+        fitting = []
+        for known, template in templates.items():
+            if template and fits(rendering.render(tokenizer, PROBE, **template.options), template):
+                fitting.append(known)
+    except Exception as error:  # the template is foreign code
+        problem = f"{type(error).__name__}: {error}"
+        common.fail(f"the tokenizer's chat template does not render a plain conversation: {problem}")
+    if name == "auto" and fitting:  # a known family comes first: it also has markers that the probe does not show
+        name = fitting[0]
+    template = templates[name]
+    if name in fitting:
+        return template
+    wanted = "markers"
+    if template:
+        wanted = f"{' or '.join(map(repr, template.headers))} ... {template.ends[0]!r}"
+    remedy = "give rows with input_ids and loss_mask"
+    if fitting:
+        remedy = f"use --chat_template {' or '.join(dict.fromkeys([*fitting, 'auto']))}"
+    common.fail(f"chat_template {name}: no {wanted} in what the tokenizer renders: {text[:200]!r}; {remedy}")
 
 
 def make_chat(tokenizer, name, max_length, only_last):
-    """The Chat of a tokenizer and a chat_template. Ends with one line if the template's markers do not occur."""
+    """The Chat of a tokenizer and a chat_template. Ends the program if the template's markers do not occur."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
-    chat = Chat(tokenizer, encoder, TEMPLATES.get(name), "", (None, False), "text", max_length, only_last)
     if not tokenizer.chat_template:  # only rows rendered or tokenised beforehand can be used
-        return chat
-    try:
-        text, prompt = render(tokenizer, PROBE), render(tokenizer, PROBE[:1], add_generation_prompt=True)
-        templates = TEMPLATES | {"auto": derive_template(tokenizer, text, prompt)}
-        texts = {
-            known: render(tokenizer, PROBE, **template.options) for known, template in templates.items() if template
-        }
-    except Exception as error:  # the template is foreign code
-        common.fail(
-            f"the tokenizer's chat template does not render a plain conversation: {type(error).__name__}: {error}"
-        )
-    fitting = [known for known, text in texts.items() if fits(text, templates[known])]
-    if name == "auto" and fitting:  # a known family comes first: it also brings markers that the probe does not show
-        name = fitting[0]
-    template = templates[name]
-    if name not in fitting:
-        wanted = f"{' or '.join(map(repr, template.headers))} ... {template.ends[0]!r}" if template else "markers"
-        others = dict.fromkeys([*fitting, "auto"])
-        remedy = f"use --chat_template {' or '.join(others)}" if fitting else "give rows with input_ids and loss_mask"
-        common.fail(f"chat_template {name}: no {wanted} in what the tokenizer renders: {text[:200]!r}; {remedy}")
-    prompt = render(tokenizer, PROBE[:1], add_generation_prompt=True, **template.options)
-    behind = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
-    opening = min(behind, key=len, default="")
-    at_once = template.options.get("enable_thinking") is False or "</think>" in opening
-    thoughts = "dropped" if at_once else "field" if READS_THOUGHTS.search(str(tokenizer.chat_template)) else "text"
-    chat = chat._replace(template=template, opening=opening, thoughts=thoughts)
-    return chat._replace(call_form=find_call_form(chat))
+        return rendering.Chat(tokenizer, encoder, TEMPLATES.get(name), max_length, only_last)
+    template = choose_template(tokenizer, name)
+    prompt = rendering.render(tokenizer, PROBE[:1], add_generation_prompt=True, **template.options)
+    openings = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
+    opening = min(openings, key=len, default="")
+    thoughts = "text"
+    if template.options.get("enable_thinking") is False or "</think>" in opening:
+        thoughts = "dropped"
+    elif READS_REASONING.search(str(tokenizer.chat_template)):
+        thoughts = "field"
+    chat = rendering.Chat(tokenizer, encoder, template, max_length, only_last, opening, thoughts)
+    return dataclasses.replace(chat, call_form=find_call_form(chat))
 
 
-# ---------------------------------------------------------------------------- building the prepared folder
-def build_split(source, files, chat, options, num_samples, num_proc, cache, again=None):
-    """(Dataset of the rows kept, list of the rejected rows) of one source; cut: number of tokens cut off a row.
+# ==================== The prepared folder ============================================================================
 
-    again: for answer_rows, where the target's own answers are, what the server calls it, and the flags.
-    """
-    from datasets import Dataset, Features, List, Value
 
-    def table(read, *given):
-        yield from ({"line": line, "raw": raw} for line, raw in read(*given))
+class Source(NamedTuple):
+    """A preset or a JSON Lines file, and its files."""
 
-    rows = functools.partial(table, conversations.read_rows, source, files, cache / "hub")
-    data = Dataset.from_generator(rows, cache_dir=str(cache / "raw"), fingerprint="raw")
+    name: str
+    files: list
+
+    def hashes(self):
+        """Of each file; of the rows of a preset without files."""
+        if not self.files:
+            return common.hash_of(conversations.pydoc_lines())
+        return [common.hash_file(path) for path in self.files]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags beside input, target and output. regenerate: None keeps the replies of the data."""
+
+    validation_dataset: str | None = None
+    dataset_path: str | None = None
+    chat_template: str = "llama3"
+    max_length: int = 2048
+    num_samples: int | None = None
+    train_only_last_turn: bool = False
+    validation_ratio: float = 0.0
+    num_proc: int | None = None
+    max_rejected_ratio: float | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    regenerate: regeneration.Settings | None = None
+
+    def permutation(self, count):
+        """The numbers below count in an order that the seed fixes."""
+        return np.random.RandomState(self.seed % 2**32).permutation(count)
+
+
+def as_table(folder, name, read, *given):
+    """Dataset of the (line, bytes) that read(*given) yields; it lies in `folder`."""
+    from datasets import Dataset
+
+    def rows():
+        for line, raw in read(*given):
+            yield {"line": line, "raw": raw}
+
+    return Dataset.from_generator(rows, cache_dir=str(folder / name), fingerprint=name)
+
+
+def read_source(source, options, num_samples, cache, answers_path, answers):
+    """Dataset of the source's rows as bytes, with the target's own replies if there are `answers`."""
+    data = as_table(cache, "raw", conversations.read_rows, source.name, source.files, cache / "hub")
     if num_samples and num_samples < len(data):
-        data = data.select(np.sort(np.random.RandomState(options["seed"]).permutation(len(data))[:num_samples]))
-    if again:
-        lines, path = data["line"][:], again[0]
-        regeneration.answer_rows(lines, lambda index: data[index]["raw"], *again)
-        rows = functools.partial(table, regeneration.answered_rows, lines, path)
-        data = Dataset.from_generator(rows, cache_dir=str(cache / "answers"), fingerprint="answers")
-    columns = {"line": Value("int64"), "input_ids": List(Value("int32")), "loss_mask": List(Value("uint8"))}
-    columns |= {"length": Value("int32"), "cut": Value("int64"), "silent": Value("bool"), "cause": Value("string")}
-    columns |= {"detail": Value("string")}
-    workers = min(num_proc, len(data) // MIN_ROWS_PER_PROCESS)
-    data = data.map(
-        functools.partial(tokenise_row, chat=chat),
+        data = data.select(np.sort(options.permutation(len(data))[:num_samples]))
+    if not answers:
+        return data
+    lines = data["line"][:]
+
+    def read(index):
+        return data[index]["raw"]
+
+    regeneration.answer_rows(lines, read, answers_path, answers.model, answers.settings)
+    return as_table(cache, "answers", regeneration.answered_rows, lines, answers_path)
+
+
+def tokenise_table(data, chat, source, num_proc, cache):
+    """Dataset of line, tokens and cause for a Dataset of rows as bytes."""
+    from datasets import Features, List, Value
+
+    columns = {
+        "line": Value("int64"),
+        "input_ids": List(Value("int32")),
+        "loss_mask": List(Value("uint8")),
+        "length": Value("int32"),
+        "cut": Value("int64"),
+        "reasoning_lost": Value("bool"),
+        "cause": Value("string"),
+        "detail": Value("string"),
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(num_proc or cores, cores, len(data) // MIN_ROWS_PER_PROCESS)
+    return data.map(
+        tokenise_row,
+        fn_kwargs={"chat": chat},
         remove_columns=["raw"],
         features=Features(columns),
         num_proc=workers if workers > 1 else None,
         cache_file_name=str(cache / "tokens.arrow"),
         load_from_cache_file=False,
-        desc=source,
-        new_fingerprint="tokens",  # else datasets would hash the tokenizer
+        desc=source.name,
+        new_fingerprint="tokens",  # otherwise datasets hashes the tokenizer
     )
-    total, lengths = len(data), np.array(data["length"][:])
-    rejected = data.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"]).to_list()
-    data = data.select(np.flatnonzero(lengths)).select_columns(["input_ids", "loss_mask", "length", "cut", "silent"])
-    limit = options["max_rejected_ratio"]
+
+
+def check_rejected(source, kept, rejected, limit):
+    """End the program, naming the causes, if no row is kept or the share of rejected rows is above the limit."""
     if limit is None:
-        limit = conversations.PRESETS[source].rejected if source in conversations.PRESETS else 0.01
-    if not len(data) or len(rejected) > limit * total:
-        first = {row["cause"]: row["line"] for row in reversed(rejected)}
-        counts = Counter(row["cause"] for row in rejected).most_common()
-        causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
-        share = f"{len(rejected)} of {total} rows rejected ({len(rejected) / total:.1%}, max_rejected_ratio {limit:g})"
-        common.fail(f"{source}: {share if len(data) else f'none of {total} rows can be used'}: {causes}")
-    return data, [{"file": source, **row} for row in rejected]
+        preset = conversations.PRESETS.get(source.name)
+        limit = preset.rejected if preset else 0.01
+    total = kept + len(rejected)
+    if kept and len(rejected) <= limit * total:
+        return
+    first = {row["cause"]: row["line"] for row in reversed(rejected)}
+    counts = Counter(row["cause"] for row in rejected).most_common()
+    causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
+    share = f"none of {total} rows can be used"
+    if kept:
+        ratio = len(rejected) / total
+        share = f"{len(rejected)} of {total} rows rejected ({ratio:.1%}, max_rejected_ratio {limit:g})"
+    common.fail(f"{source.name}: {share}: {causes}")
 
 
-def build(sources, chat, options, num_proc, config, folder, caches, again=None):
-    """Write the prepared folder; config gets the counts and is written last, so that it vouches for all the rest.
+def split_validation(data, options):
+    """The splits of the training rows, a share of them kept back for validation."""
+    rows = len(data)
+    size = max(1, round(rows * options.validation_ratio))
+    if size >= rows:
+        common.fail(f"validation_ratio {options.validation_ratio} leaves none of {rows} rows to train on")
+    order = options.permutation(rows)
+    return {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
 
-    again: folder of the target's own answers, what the server calls it, and the flags; None keeps the replies.
-    """
+
+def count_tokens(data, size):
+    """Number of supervised tokens by token id, int64 [size]."""
+    counts = np.zeros(size, dtype=np.int64)
+    for batch in data.with_format("arrow").iter(batch_size=1000):
+        ids = batch["input_ids"].combine_chunks().flatten().to_numpy()
+        mask = batch["loss_mask"].combine_chunks().flatten().to_numpy()
+        counts += np.bincount(ids[mask == 1], minlength=size)
+    return counts
+
+
+def describe_split(split, data, supervised, rejected):
+    """The counts of a split for data_config.json; printed as well."""
+    lengths = np.array(data["length"][:])
+    part = {
+        "rows": len(data),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": supervised,
+        "longest": int(lengths.max()),
+        "truncated": int(np.count_nonzero(data["cut"][:])),
+        "reasoning_left_out": int(np.count_nonzero(data["reasoning_lost"][:])),
+        "rejected": Counter(row["cause"] for row in rejected),
+    }
+    if part["reasoning_left_out"]:
+        print(
+            f"{split}: {part['reasoning_left_out']:,} rows without the reasoning of their last reply: the target "
+            "is asked to answer at once, or its chat template does not show it"
+        )
+    print(
+        f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
+        f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
+        f"rejected: {dict(part['rejected']) or 'none'}"
+    )
+    return part
+
+
+def build(sources, chat, options, config, folder, caches, answers):
+    """Write the prepared folder. config gets the counts and is written last: it vouches for everything else."""
     from datasets import DatasetDict, disable_progress_bars
 
-    if not sys.stderr.isatty():  # in a log file a bar is noise
+    if not sys.stderr.isatty():  # in a log file a progress bar is noise
         disable_progress_bars()
-    splits, rejected, vocabulary = {}, {}, 1 + max(chat.encoder.get_vocab().values())
-    for split, (source, files) in sources.items():
-        cache, samples = caches / split, options["num_samples"] if split == "train" else None
+    splits = {}
+    rejected = {}
+    for split, source in sources.items():
+        cache = caches / split
         cache.mkdir(parents=True)
-        answers = again and (again[0] / f"{split}.jsonl", *again[1:])
-        splits[split], rejected[split] = build_split(source, files, chat, options, samples, num_proc, cache, answers)
-    if options["validation_ratio"]:
-        data, rows = splits["train"], len(splits["train"])
-        if (size := max(1, round(rows * options["validation_ratio"]))) >= rows:
-            common.fail(f"validation_ratio {options['validation_ratio']} leaves none of {rows} rows to train on")
-        order = np.random.RandomState(options["seed"]).permutation(rows)
-        splits = {"train": data.select(np.sort(order[size:])), "validation": data.select(np.sort(order[:size]))}
-    DatasetDict(splits).remove_columns(["cut", "silent"]).save_to_disk(str(folder))
+        samples = options.num_samples if split == "train" else None
+        rows = read_source(source, options, samples, cache, answers and answers.file(split), answers)
+        table = tokenise_table(rows, chat, source, options.num_proc, cache)
+        lengths = np.array(table["length"][:])
+        unusable = table.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"])
+        rejected[split] = [{"file": source.name, **row} for row in unusable.to_list()]
+        splits[split] = table.select(np.flatnonzero(lengths)).remove_columns(["line", "cause", "detail"])
+        check_rejected(source, len(splits[split]), rejected[split], options.max_rejected_ratio)
+    if options.validation_ratio:
+        splits = split_validation(splits["train"], options)
+    DatasetDict(splits).remove_columns(["cut", "reasoning_lost"]).save_to_disk(str(folder))
+    size = 1 + max(chat.encoder.get_vocab().values())
     for split, data in splits.items():
-        lengths, counts = np.array(data["length"][:]), np.zeros(vocabulary, dtype=np.int64)
-        for batch in data.with_format("arrow").iter(batch_size=1000):
-            ids, mask = (batch[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "loss_mask"))
-            counts += np.bincount(ids[mask == 1], minlength=len(counts))
+        counts = count_tokens(data, size)
         if split == "train":
-            torch.save({int(token): int(counts[token]) for token in np.flatnonzero(counts)}, folder / "token_freq.pt")
-        part = config["splits"][split] = {
-            "rows": len(data), "tokens": int(lengths.sum()), "supervised_tokens": int(counts.sum()),
-            "longest": int(lengths.max()), "truncated": int(np.count_nonzero(data["cut"][:])),
-            "reasoning_left_out": int(np.count_nonzero(data["silent"][:])),
-            "rejected": Counter(row["cause"] for row in rejected.get(split, ())),
-        }  # fmt: skip
-        if part["reasoning_left_out"]:
-            print(
-                f"{split}: {part['reasoning_left_out']:,} rows without the reasoning of their last reply: the target "
-                "is asked to answer at once, or its chat template does not show it"
-            )
-        print(
-            f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
-            f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
-            f"rejected: {dict(part['rejected']) or 'none'}"
-        )
+            frequency = {int(token): int(counts[token]) for token in np.flatnonzero(counts)}
+            torch.save(frequency, folder / "token_freq.pt")
+        config["splits"][split] = describe_split(split, data, int(counts.sum()), rejected.get(split, ()))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in rejected.values() for row in rows]
     common.write_atomic(folder / "rejected.jsonl", "".join(lines))
     common.write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def prepare(dataset, output_path, target_model_path, *, validation_dataset=None, dataset_path=None,
-            chat_template="llama3", max_length=2048, num_samples=None, train_only_last_turn=False, validation_ratio=0.0,
-            num_proc=None, max_rejected_ratio=None, seed=0, trust_remote_code=False, regenerate=None):  # fmt: skip
+# ==================== From input to output ===========================================================================
+
+
+def check_options(options, names, output):
+    """End the program with one line if the options do not go together."""
+    known = [*TEMPLATES, "auto"]
+    if options.chat_template not in known:
+        common.fail(f"chat_template {options.chat_template}: known are {', '.join(known)}")
+    if not 0 <= options.validation_ratio < 1:
+        common.fail(f"validation_ratio {options.validation_ratio} must be in [0, 1)")
+    if not 0 <= (options.max_rejected_ratio or 0) <= 1:
+        common.fail(f"max_rejected_ratio {options.max_rejected_ratio} must be in [0, 1]")
+    if options.validation_ratio and options.validation_dataset:
+        common.fail("validation_ratio and validation_dataset: give one of them")
+    presets = [conversations.PRESETS[name] for name in names.values() if name in conversations.PRESETS]
+    if options.dataset_path and not any(preset.hub for preset in presets):
+        common.fail(f"dataset_path is a copy of a preset's hub repository, but dataset is {names['train']}")
+    is_prepared = (output / "data_config.json").is_file()
+    if not is_prepared and (output.is_file() or any(output.glob("*"))):
+        common.fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
+
+
+def list_ingredients(sources, tokenizer, chat, options, target_model_path):
+    """All that the prepared rows depend on; the fingerprint is its hash."""
+    ingredients = {
+        "max_length": options.max_length,
+        "num_samples": options.num_samples,
+        "train_only_last_turn": bool(options.train_only_last_turn),
+        "validation_ratio": options.validation_ratio,
+        "max_rejected_ratio": options.max_rejected_ratio,
+        "seed": options.seed % 2**32,
+        "format_version": dataloader.FORMAT_VERSION,
+        "presets": [source.name for source in sources.values() if source.name in conversations.PRESETS],
+        "inputs": [source.hashes() for source in sources.values()],
+        "tokenizer": target_files.hash_tokenizer(tokenizer),
+        "chat_template": [options.chat_template, *(chat.template or ())],
+    }
+    if options.regenerate:
+        ingredients["regenerate"] = options.regenerate.about(target_model_path)
+    return ingredients
+
+
+def replace_folder(output, write):
+    """Have write(new folder, folder of caches) called, then put the new folder in the place of output.
+
+    Both are renamed, so that a killed build never looks complete. output may be mounted: caches lie elsewhere.
+    """
+    scratch = output.with_name(f".{output.name}.building")
+    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
+    common.remove(scratch)
+    common.remove(caches)
+    try:
+        write(scratch / "new", caches)
+        if output.exists():
+            output.rename(scratch / "old")
+        (scratch / "new").rename(output)
+    finally:
+        common.remove(scratch)
+        common.remove(caches)
+
+
+def show_first_row(data, tokenizer):
+    """Print the first row with what is supervised between ⟦ and ⟧."""
+    ids = np.array(data["train"][0]["input_ids"])
+    mask = np.array(data["train"][0]["loss_mask"])
+    borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
+    parts = []
+    for start, end in itertools.pairwise(borders):
+        text = tokenizer.decode(ids[start:end])
+        parts.append(f"⟦{text}⟧" if mask[start] else text)
+    text = "".join(parts)
+    print(f"the first row, supervised between ⟦ and ⟧:\n{text[:1500]}")
+
+
+def prepare(dataset, output_path, target_model_path, **options):
     """Write the prepared folder, or keep it if its fingerprint is the one wanted. Returns its data_config as a dict.
 
-    dataset: name of a preset or path of a JSON Lines file. regenerate: the flags of REGENERATE_FLAGS, or None, which
-    keeps the replies. One process calls this, the others wait and use open_data.
+    dataset: name of a preset or path of a JSON Lines file. options: the fields of Options. One process calls this,
+    the others wait and use open_data.
     """
-    names = {"train": str(dataset)} | ({"validation": str(validation_dataset)} if validation_dataset else {})
-    output, known = Path(output_path).expanduser().absolute(), [*TEMPLATES, "auto"]
-    foreign = not (stored := output / "data_config.json").is_file() and (output.is_file() or any(output.glob("*")))
-    for wrong, message in (
-        (chat_template not in known, f"chat_template {chat_template}: known are {', '.join(known)}"),
-        (not 0 <= validation_ratio < 1, f"validation_ratio {validation_ratio} must be in [0, 1)"),
-        (not 0 <= (max_rejected_ratio or 0) <= 1, f"max_rejected_ratio {max_rejected_ratio} must be in [0, 1]"),
-        (validation_ratio and validation_dataset, "validation_ratio and validation_dataset: give one of them"),
-        (dataset_path and not any(conversations.PRESETS[x].hub for x in names.values() if x in conversations.PRESETS),
-         f"dataset_path is a copy of a preset's hub repository, but dataset is {dataset}"),
-        (foreign, f"output_path {output} holds something that is not a prepared data set: choose another folder"),
-    ):  # fmt: skip
-        if wrong:
-            common.fail(message)
-    sources = {split: (name, conversations.find_files(name, dataset_path, split)) for split, name in names.items()}
-    tokenizer = target_files.load_tokenizer(target_model_path, trust_remote_code)
-    chat = make_chat(tokenizer, chat_template, max_length, bool(train_only_last_turn))
-    options = {"max_length": max_length, "num_samples": num_samples, "train_only_last_turn": bool(train_only_last_turn)}
-    options |= {"validation_ratio": validation_ratio, "max_rejected_ratio": max_rejected_ratio, "seed": seed % 2**32}
-    inputs = [
-        list(map(common.hash_file, files)) or common.hash_of(conversations.pydoc_lines())
-        for _, files in sources.values()
-    ]
-    ingredients = options | {
-        "format_version": dataloader.FORMAT_VERSION,
-        "presets": [name for name in names.values() if name in conversations.PRESETS],
-        "inputs": inputs, "tokenizer": target_files.hash_tokenizer(tokenizer),
-        "chat_template": [chat_template, *(chat.template or ())],
-    }  # fmt: skip
-    if regenerate:
-        regenerate.template_options = chat.template.options if chat.template else {}  # the server has to render so too
-        ingredients["regenerate"] = regeneration.settings_of(regenerate, target_model_path)
+    options = Options(**options)
+    names = {"train": str(dataset)}
+    if options.validation_dataset:
+        names["validation"] = str(options.validation_dataset)
+    output = Path(output_path).expanduser().absolute()
+    check_options(options, names, output)
+    sources = {}
+    for split, name in names.items():
+        sources[split] = Source(name, conversations.find_files(name, options.dataset_path, split))
+    tokenizer = target_files.load_tokenizer(target_model_path, options.trust_remote_code)
+    chat = make_chat(tokenizer, options.chat_template, options.max_length, bool(options.train_only_last_turn))
+    if options.regenerate and chat.template:  # the server has to render as the data are rendered
+        settings = dataclasses.replace(options.regenerate, template_options=chat.template.options)
+        options = dataclasses.replace(options, regenerate=settings)
+    ingredients = list_ingredients(sources, tokenizer, chat, options, target_model_path)
     fingerprint = common.hash_of(ingredients)
+    stored = output / "data_config.json"
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return dataloader.open_data(output)[1]
-    again = regenerate and regeneration.open_answers(
-        regenerate, target_model_path, output, dict(zip(names, inputs, strict=True))
-    )
+    answers = None
+    if options.regenerate:
+        inputs = dict(zip(names, ingredients["inputs"], strict=True))
+        answers = regeneration.open_answers(options.regenerate, target_model_path, output, inputs)
     config = {
         "format_version": dataloader.FORMAT_VERSION,
         "fingerprint": fingerprint,
         "ingredients": ingredients,
         "splits": {},
+        "dataset": names,
+        "target_model_path": str(target_model_path),
     }
-    config |= {"dataset": names, "target_model_path": str(target_model_path)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    scratch = output.with_name(f".{output.name}.building")  # renamed, so that a killed build never looks complete
-    caches = (
-        Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
-    )  # `output` may be mounted
 
-    def clear():
-        for path in (scratch, caches):
-            shutil.rmtree(path, ignore_errors=True)
+    def write(folder, caches):
+        build(sources, chat, options, config, folder, caches, answers)
 
-    clear()
-    try:
-        build(sources, chat, options, min(num_proc or cores, cores), config, scratch / "new", caches, again)
-        if output.exists():
-            output.rename(scratch / "old")
-        (scratch / "new").rename(output)
-    finally:
-        clear()
+    replace_folder(output, write)
     data, config = dataloader.open_data(output)
-    ids, mask = (np.array(data["train"][0][name]) for name in ("input_ids", "loss_mask"))
-    borders = [0, *np.flatnonzero(np.diff(mask)) + 1, len(ids)]
-    parts = [("⟦{}⟧" if mask[a] else "{}").format(tokenizer.decode(ids[a:b])) for a, b in itertools.pairwise(borders)]
-    print(f"the first row, supervised between ⟦ and ⟧:\n{''.join(parts)[:1500]}\nwritten to {output}")
+    show_first_row(data, tokenizer)
+    print(f"written to {output}")
     return config
 
 
-# ---------------------------------------------------------------------------- command line
-FLAGS = {
-    "input": [
-        ("dataset", str, ..., f"preset ({', '.join(conversations.PRESETS)}) or path of a JSON Lines file"),
-        ("dataset_path", str, None, "local copy of the preset's hub repository, instead of a download"),
-        ("validation_dataset", str, None, "JSON Lines file, or a preset that has such a split"),
-        ("target_model_path", str, ..., "folder or hub id; only the tokenizer is loaded"),
-        ("trust_remote_code", common.boolean, False, "let the tokenizer run code of its own"),
-    ],
-    "what becomes of it": [
-        ("output_path", str, ..., "folder to write"),
-        ("chat_template", str, "llama3", f"{', '.join(TEMPLATES)} or auto, which finds it out"),
-        ("max_length", int, 2048, "tokens; longer rows are truncated at the right", 2),
-        ("num_samples", int, None, "rows of the training input, taken at random; none: all", 1),
-        ("train_only_last_turn", common.boolean, False, "supervise only the last assistant turn of each row"),
-        ("validation_ratio", float, 0.0, "share of the rows kept back for validation"),
-        ("max_rejected_ratio", float, None, "share of unusable rows; none: 0.01; sharegpt, eaglechat 0.1"),
-        ("seed", int, 0, "of num_samples and validation_ratio"),
-        ("num_proc", int, None, "processes, at most one a core; none: one a core", 1),
-    ],
-    "replies of the target itself": regeneration.REGENERATE_FLAGS,
-}
+# ==================== Command line ===================================================================================
 
 
 def parse_args(argv=None):
-    return common.parse_flags(__doc__, FLAGS, argv)
+    parser = common.Parser(__doc__)
+    count = common.at_least(int, 1)
+    add = parser.add_argument_group("input").add_argument
+    presets = ", ".join(conversations.PRESETS)
+    add("--dataset", required=True, help=f"preset ({presets}) or path of a JSON Lines file")
+    add("--dataset_path", help="local copy of the preset's hub repository, instead of a download")
+    add("--validation_dataset", help="JSON Lines file, or a preset that has such a split")
+    add("--target_model_path", required=True, help="folder or hub id; only the tokenizer is loaded")
+    add("--trust_remote_code", action=common.Switch, help="let the tokenizer run code of its own")
+    add = parser.add_argument_group("output").add_argument
+    templates = ", ".join(TEMPLATES)
+    add("--output_path", required=True, help="folder to write")
+    add("--chat_template", default=Options.chat_template, help=f"{templates} or auto, which finds it out")
+    length = common.at_least(int, 2)
+    add("--max_length", type=length, default=Options.max_length, help="tokens; longer rows are truncated at the right")
+    add("--num_samples", type=count, help="rows of the training input, taken at random; none: all")
+    add("--train_only_last_turn", action=common.Switch, help="supervise only the last assistant turn of each row")
+    add("--validation_ratio", type=float, default=0.0, help="share of the rows kept back for validation")
+    add("--max_rejected_ratio", type=float, help="share of unusable rows; none: 0.01; sharegpt, eaglechat 0.1")
+    add("--seed", type=int, default=0, help="of num_samples and validation_ratio")
+    add("--num_proc", type=count, help="processes, at most one a core; none: one a core")
+    regeneration.add_flags(parser)
+    return parser.parse_args(argv)
 
 
 def main(args):
-    options = {**vars(args)}
-    regenerate = argparse.Namespace(**{name: options.pop(name) for name, *_ in regeneration.REGENERATE_FLAGS})
-    if not args.regenerate_endpoint:
-        given = [name for name, _, default, *_ in regeneration.REGENERATE_FLAGS if getattr(args, name) != default]
-        if given:
-            common.fail(f"{', '.join(given)}: without effect as long as no --regenerate_endpoint is given")
-        regenerate = None
-    return prepare(**options, regenerate=regenerate)
+    return prepare(
+        args.dataset,
+        args.output_path,
+        args.target_model_path,
+        validation_dataset=args.validation_dataset,
+        dataset_path=args.dataset_path,
+        chat_template=args.chat_template,
+        max_length=args.max_length,
+        num_samples=args.num_samples,
+        train_only_last_turn=args.train_only_last_turn,
+        validation_ratio=args.validation_ratio,
+        num_proc=args.num_proc,
+        max_rejected_ratio=args.max_rejected_ratio,
+        seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
+        regenerate=regeneration.read_flags(args),
+    )
 
 
 if __name__ == "__main__":

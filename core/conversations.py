@@ -1,4 +1,10 @@
-"""conversations."""
+"""Conversations: one row of JSON as messages, and where rows come from: presets and JSON Lines files.
+
+In:  rows {"conversations" or "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}; the files of a
+     preset, in the layout and schema of its hub repository.
+Out: messages {"role", "content"}, the role one of system, user, assistant and tool; an assistant's also have
+     "reasoning" and "tool_calls".
+"""
 
 import ast
 import contextlib
@@ -7,85 +13,148 @@ import json
 import re
 import sys
 import sysconfig
-from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from core import common
 
-ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human", "prompter"), "user")
+NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"),
+    "tool": ("tool", "function", "observation", "ipython"),
+}
+ROLES = {name: role for role, names in NAMES.items() for name in names}
 
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"), "assistant")
-
-ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
-
-AFTER = {"": "system user", "system": "user", "user": "assistant", "assistant": "user tool", "tool": "tool assistant"}
+NEXT_ROLES = {  # "" is the start of a conversation
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
-# ---------------------------------------------------------------------------- one row of JSON to messages
+# ==================== A row of JSON as messages ======================================================================
+
+
 class Rejected(Exception):
     """A row that cannot be used. Arguments: the cause, by which it is counted, and a short detail."""
 
 
 def read_conversation(row):
-    """(messages, tools) of a row. What follows the last assistant turn is dropped: nothing of it is supervised."""
-    turns, tools = row.get("conversations") or row.get("messages"), row.get("tools") or None
+    """(messages, tools) of a row. Turns after the last assistant turn are dropped: nothing of them is supervised."""
+    turns = row.get("conversations") or row.get("messages")
     if not turns:
         raise Rejected("empty", "no messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not is_list_of_objects(turns):
         raise Rejected("malformed message", "the messages are not a list of objects")
     messages = [read_message(turn) for turn in turns]
     roles = [message["role"] for message in messages]
+    check_order(roles)
+    tools = read_tools(row)
+    after_last = len(roles) - roles[::-1].index("assistant")
+    return messages[:after_last], tools
+
+
+def is_list_of_objects(value):
+    """Is the value a list of JSON objects?"""
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def check_order(roles):
+    """Raise Rejected unless the roles alternate as chat templates expect and one of them is the assistant's."""
     if "assistant" not in roles:
         raise Rejected("no assistant turn", " ".join(roles))
-    if any(role not in AFTER[before].split() for before, role in zip(["", *roles], roles, strict=False)):
-        raise Rejected("roles out of order", " ".join(roles))
-    with contextlib.suppress(ValueError):
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
+    before = ""
+    for role in roles:
+        if role not in NEXT_ROLES[before]:
+            raise Rejected("roles out of order", " ".join(roles))
+        before = role
+
+
+def read_tools(row):
+    """The tools of a row, a list of objects or the JSON of one; None if it has none."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools)
+    if tools is not None and not is_list_of_objects(tools):
         raise Rejected("malformed tools", "neither a list of objects nor the JSON of one")
-    return messages[: len(roles) - roles[::-1].index("assistant")], tools
+    return tools
 
 
 def read_message(turn):
     """A message with role and content; an assistant's also with reasoning (None if it has none) and tool_calls."""
-    if (role := ROLES.get(str(turn.get("role") or turn.get("from")).lower())) is None:
-        raise Rejected("unknown role", repr(turn.get("role") or turn.get("from")))
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+    name = turn.get("role") or turn.get("from")
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        raise Rejected("unknown role", repr(name))
+    content = read_content(turn)
     if role == "tool" and not isinstance(content, str):
         content = json.dumps(content, ensure_ascii=False)
-    message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "cut") if turn.get(key)} | {
-        "role": role
-    }
+    message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "cut") if turn.get(key)}
+    message["role"] = role
     if role == "assistant":
-        texts = (turn[key] for key in REASONING_FIELDS if isinstance(turn.get(key), str) and turn[key].strip())
-        message["reasoning"] = next(texts, None)
+        message["reasoning"] = read_reasoning(turn)
         calls = message.get("tool_calls", [])
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise Rejected("malformed message", "tool_calls is not a list of objects")
-        for call in calls:  # their arguments are text on the wire, but templates want the object
-            function = call.get("function", call)
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise Rejected("malformed message", "a call of tool_calls has no name")
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # an object already, none, or no JSON
-                function["arguments"] = json.loads(function["arguments"])
+        read_calls(calls)
         if not isinstance(content, str | None) or not (content or "").strip():
             if not calls and not message["reasoning"]:
                 raise Rejected("empty", "an assistant turn without content")
             content = None if calls else ""  # some templates drop the calls of a message that has content
     if not isinstance(content, str) and "tool_calls" not in message:
         raise Rejected("malformed message", f"the content of a {role} turn is {type(content).__name__}")
-    return message | {"content": content}
+    message["content"] = content
+    return message
 
 
-# ---------------------------------------------------------------------------- where rows come from: presets, files
-# Suites of tests, and programs that act on import or open windows: their docstrings explain nothing.
+def read_content(turn):
+    """The content of a turn; a list of text parts is concatenated."""
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
+    if not isinstance(content, list):
+        return content
+    if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content
+
+
+def read_reasoning(turn):
+    """The first reasoning field with text in it, or None."""
+    for key in REASONING_FIELDS:
+        text = turn.get(key)
+        if isinstance(text, str) and text.strip():
+            return text
+    return None
+
+
+def read_calls(calls):
+    """Check tool calls and turn their arguments, text on the wire, into the object that templates expect."""
+    if not is_list_of_objects(calls):
+        raise Rejected("malformed message", "tool_calls is not a list of objects")
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Rejected("malformed message", "a call of tool_calls has no name")
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # an object already, none, or no JSON
+            function["arguments"] = json.loads(function["arguments"])
+
+
+# ==================== The preset pydoc: Python's standard library ====================================================
+
+# Test suites, and programs that act on import or open windows: their docstrings explain nothing.
 NOT_DOCUMENTED = {"antigravity", "this", "idlelib", "turtledemo", "test", "tests", "__main__", "idle_test", "lib2to3"}
 
 KINDS = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
+
+QUESTIONS = ("What does the {} {} do?", "Explain the {} {}.", "What is the {} {} for?")
+
+FIRST_PYDOC_TURNS = 8  # messages of a class in one conversation; each further question is one of its own
 
 
 @functools.cache
@@ -94,162 +163,262 @@ def pydoc_lines():
 
     The sources are parsed, nothing is imported. The first four docstrings of a class make one conversation.
     """
-    library, seen, lines = Path(sysconfig.get_path("stdlib")), set(), []
-
-    def turns(name, node):
-        kind, short, doc = KINDS[type(node)], name.rpartition(".")[2], ast.get_docstring(node) or ""
-        if short.startswith("_") or len(doc) < 20 or doc in seen:  # private, hardly documented, or said already
-            return []
-        seen.add(doc)
-        answer = f"{short}({ast.unparse(node.args)})\n\n{doc}" if kind == "function" else f"{kind} {name}\n\n{doc}"
-        question = ("What does the {} {} do?", "Explain the {} {}.", "What is the {} {} for?")[len(name) % 3]
-        return [{"role": "user", "content": question.format(kind, name)}, {"role": "assistant", "content": answer}]
-
-    for module in sorted(sys.stdlib_module_names - NOT_DOCUMENTED):
-        for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
-            parts = path.relative_to(library).with_suffix("").parts
-            module_name = ".".join(parts).removesuffix(".__init__")
-            if not path.is_file() or NOT_DOCUMENTED & set(parts) or re.search(r"(^|\.)_", module_name):
-                continue
-            tree = ast.parse(path.read_bytes())
-            topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
-            for name, node in [(module_name, tree), *topics.items()]:
-                messages = turns(name, node)
-                for part in node.body if type(node) is ast.ClassDef else ():
+    seen = set()
+    lines = []
+    for module_name, path in stdlib_modules():
+        tree = ast.parse(path.read_bytes())
+        topics = {f"{module_name}.{node.name}": node for node in tree.body if type(node) in KINDS}
+        for name, node in [(module_name, tree), *topics.items()]:
+            messages = pydoc_turns(name, node, seen)
+            if isinstance(node, ast.ClassDef):
+                for part in node.body:
                     if type(part) in KINDS:
-                        messages += turns(f"{name}.{part.name}", part)
-                chats = [messages[:8], *(messages[at : at + 2] for at in range(8, len(messages), 2))]
-                lines += [json.dumps({"id": f"pydoc {name}", "conversations": chat}).encode() for chat in chats if chat]
+                        messages += pydoc_turns(f"{name}.{part.name}", part, seen)
+            for turns in split_turns(messages):
+                row = {"id": f"pydoc {name}", "conversations": turns}
+                lines.append(json.dumps(row).encode())
     return lines
 
 
+def stdlib_modules():
+    """(name, path) of the public modules of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for module in sorted(sys.stdlib_module_names - NOT_DOCUMENTED):
+        for path in [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]:
+            parts = path.relative_to(library).with_suffix("").parts
+            name = ".".join(parts).removesuffix(".__init__")
+            is_private = re.search(r"(^|\.)_", name)
+            if path.is_file() and not NOT_DOCUMENTED & set(parts) and not is_private:
+                yield name, path
+
+
+def pydoc_turns(name, node, seen):
+    """[question, answer] on a module, class or function; [] if private, hardly documented, or a docstring of `seen`."""
+    short = name.rpartition(".")[2]
+    doc = ast.get_docstring(node) or ""
+    if short.startswith("_") or len(doc) < 20 or doc in seen:
+        return []
+    seen.add(doc)
+    kind = KINDS[type(node)]
+    title = f"{short}({ast.unparse(node.args)})" if kind == "function" else f"{kind} {name}"
+    question = QUESTIONS[len(name) % 3].format(kind, name)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": f"{title}\n\n{doc}"}]
+
+
+def split_turns(messages):
+    """The messages as conversations."""
+    if messages:
+        yield messages[:FIRST_PYDOC_TURNS]
+    for start in range(FIRST_PYDOC_TURNS, len(messages), 2):
+        yield messages[start : start + 2]
+
+
+# ==================== Rows of the presets ============================================================================
+
+
 def chat(row):
-    """Rows with a list of turns; a piece of a long chat that was cut loses the reply without its question."""
+    """A row with a list of turns. A piece cut out of a long chat may begin with replies without a question: dropped."""
     turns = row.get("conversations") or row.get("messages") or []
     while turns and ROLES.get(turns[0].get("from") or turns[0].get("role")) == "assistant":
         turns = turns[1:]
     return {"messages": turns}
 
 
-def pair(row, question, answer):
-    """Rows with a question in one column and its answer in another."""
-    return chat(
-        {"messages": [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]}
-    )
+def pair(question, answer):
+    """A row of one question and one answer."""
+    return chat({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
 
 
 def gsm8k(row):
     """<<48/2=24>> is meant for a calculator."""
-    return pair({"question": row["question"], "answer": re.sub("<<.*?>>", "", row["answer"])}, "question", "answer")
+    return pair(row["question"], re.sub("<<.*?>>", "", row["answer"]))
 
 
 def instruction(row):
     """Alpaca's form: some instructions have an input of their own."""
-    question = "\n\n".join(filter(None, (row["instruction"], row["input"])))
-    return pair({"question": question, "output": row["output"]}, "question", "output")
+    parts = [row["instruction"], row["input"]]
+    return pair("\n\n".join(filter(None, parts)), row["output"])
 
 
 def math_qa(row):
-    """Options are one text; many rationales are quoted."""
-    question = f"{row['Problem']}\n{row['options']}"
-    return pair({"question": question, "answer": row["Rationale"].strip(' "')}, "question", "answer")
+    """The options are one text; many rationales are quoted."""
+    return pair(f"{row['Problem']}\n{row['options']}", row["Rationale"].strip(' "'))
 
 
 def sciq(row):
     """The options in alphabetical order; the support, if there is one, leads to the answer."""
-    right = row["correct_answer"]
-    options = sorted([right, *(row[f"distractor{i}"] for i in (1, 2, 3))])
+    correct = row["correct_answer"]
+    options = sorted([correct, row["distractor1"], row["distractor2"], row["distractor3"]])
     lines = [f"{letter}) {option}" for letter, option in zip("abcd", options, strict=True)]
-    answer = f"{row['support']}\n\nThe answer is {lines[options.index(right)]}".lstrip()
-    return pair({"question": "\n".join([row["question"], *lines]), "answer": answer}, "question", "answer")
+    answer = f"{row['support']}\n\nThe answer is {lines[options.index(correct)]}".lstrip()
+    return pair("\n".join([row["question"], *lines]), answer)
 
 
-# hub: repositories; files: {split: patterns, of which the first that matches counts}; convert: from the columns to a
-# row that read_conversation reads; rejected: max_rejected_ratio, unless given.
-Preset = namedtuple("Preset", ("hub", "files", "convert", "rejected", "revision"), defaults=(0.01, None))
+class Preset(NamedTuple):
+    """A data set with a name.
+
+    hub: repositories. files: {split: patterns, of which the first that matches counts}. convert: function from the
+    columns to a row that read_conversation reads. columns: those of question and answer, in place of convert.
+    rejected: max_rejected_ratio unless given. revision: of the repository, None for the newest.
+    """
+
+    hub: tuple
+    files: dict
+    convert: Callable | None = None
+    columns: tuple = ()
+    rejected: float = 0.01
+    revision: str | None = None
+
+    def to_row(self, row):
+        """The row of JSON for a row of the repository."""
+        if self.convert:
+            return self.convert(row)
+        question, answer = self.columns
+        return pair(row[question], row[answer])
+
 
 PARQUET = {"train": ("data/train-*.parquet",)}
 
 PRESETS = {
-    # Raw chats; assumed, so that only a wrong template or schema stops.
-    "sharegpt": Preset(("Aeala/ShareGPT_Vicuna_unfiltered",),
-                       {"train": ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)}, chat, 0.1),
-    "ultrachat": Preset(("HuggingFaceH4/ultrachat_200k",),
-                        {"train": ("data/train_sft-*.parquet",), "validation": ("data/test_sft-*.parquet",)}, chat),
-    "eaglechat": Preset(("zhaode/EagleChat",),
-                        {"train": ("data/train-*.parquet", "*.parquet", "*.jsonl", "*.json")}, chat, 0.1),
-    "perfectblend": Preset(("mlabonne/open-perfectblend",), PARQUET, chat),
-    "magpie-qwen2.5-pro-1m-v0.1": Preset(("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1",), PARQUET, chat),
-    "opencodeinstruct": Preset(("nvidia/OpenCodeInstruct",), PARQUET,
-                               functools.partial(pair, question="input", answer="output")),
-    "codealpaca-20k": Preset(("sahil2801/CodeAlpaca-20k",), {"train": ("code_alpaca_20k.json",)}, instruction),
-    "magicoder-evol-instruct": Preset(("ise-uiuc/Magicoder-Evol-Instruct-110K",),
-                                      {"train": ("data-evol_instruct-decontaminated.jsonl",)},
-                                      functools.partial(pair, question="instruction", answer="response")),
-    "gsm8k": Preset(("openai/gsm8k",),
-                    {"train": ("main/train-*.parquet",), "validation": ("main/test-*.parquet",)}, gsm8k),
-    "hendrycks_math": Preset(("EleutherAI/hendrycks_math",),
-                             {"train": ("*/train-*.parquet",), "validation": ("*/test-*.parquet",)},
-                             functools.partial(pair, question="problem", answer="solution")),
-    # The repository holds a program; the hub keeps what it gives as a revision of its own.
-    "math_qa": Preset(("allenai/math_qa",),
-                      {"train": ("default/train/*.parquet", "train.json"),
-                       "validation": ("default/validation/*.parquet", "dev.json")},
-                      math_qa, 0.01, "refs/convert/parquet"),
-    "camel": Preset(("camel-ai/biology", "camel-ai/chemistry", "camel-ai/physics"), {"train": ("*.zip",)},
-                    functools.partial(pair, question="message_1", answer="message_2")),
-    "sciq": Preset(("allenai/sciq",), PARQUET | {"validation": ("data/validation-*.parquet",)}, sciq),
-    "pydoc": Preset((), {"train": ()}, None),
-}  # fmt: skip
+    "sharegpt": Preset(
+        hub=("Aeala/ShareGPT_Vicuna_unfiltered",),
+        files={"train": ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)},
+        convert=chat,
+        rejected=0.1,  # raw chats; the ratio is assumed, so that only a wrong template or schema stops
+    ),
+    "ultrachat": Preset(
+        hub=("HuggingFaceH4/ultrachat_200k",),
+        files={"train": ("data/train_sft-*.parquet",), "validation": ("data/test_sft-*.parquet",)},
+        convert=chat,
+    ),
+    "eaglechat": Preset(
+        hub=("zhaode/EagleChat",),
+        files={"train": ("data/train-*.parquet", "*.parquet", "*.jsonl", "*.json")},
+        convert=chat,
+        rejected=0.1,
+    ),
+    "perfectblend": Preset(hub=("mlabonne/open-perfectblend",), files=PARQUET, convert=chat),
+    "magpie-qwen2.5-pro-1m-v0.1": Preset(
+        hub=("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1",),
+        files=PARQUET,
+        convert=chat,
+    ),
+    "opencodeinstruct": Preset(hub=("nvidia/OpenCodeInstruct",), files=PARQUET, columns=("input", "output")),
+    "codealpaca-20k": Preset(
+        hub=("sahil2801/CodeAlpaca-20k",),
+        files={"train": ("code_alpaca_20k.json",)},
+        convert=instruction,
+    ),
+    "magicoder-evol-instruct": Preset(
+        hub=("ise-uiuc/Magicoder-Evol-Instruct-110K",),
+        files={"train": ("data-evol_instruct-decontaminated.jsonl",)},
+        columns=("instruction", "response"),
+    ),
+    "gsm8k": Preset(
+        hub=("openai/gsm8k",),
+        files={"train": ("main/train-*.parquet",), "validation": ("main/test-*.parquet",)},
+        convert=gsm8k,
+    ),
+    "hendrycks_math": Preset(
+        hub=("EleutherAI/hendrycks_math",),
+        files={"train": ("*/train-*.parquet",), "validation": ("*/test-*.parquet",)},
+        columns=("problem", "solution"),
+    ),
+    "math_qa": Preset(
+        hub=("allenai/math_qa",),
+        files={
+            "train": ("default/train/*.parquet", "train.json"),
+            "validation": ("default/validation/*.parquet", "dev.json"),
+        },
+        convert=math_qa,
+        revision="refs/convert/parquet",  # the repository holds a program; the hub keeps its output as a revision
+    ),
+    "camel": Preset(
+        hub=("camel-ai/biology", "camel-ai/chemistry", "camel-ai/physics"),
+        files={"train": ("*.zip",)},
+        columns=("message_1", "message_2"),
+    ),
+    "sciq": Preset(
+        hub=("allenai/sciq",),
+        files=PARQUET | {"validation": ("data/validation-*.parquet",)},
+        convert=sciq,
+    ),
+    "pydoc": Preset(hub=(), files={"train": ()}),
+}
+
+
+# ==================== Files and their rows ===========================================================================
 
 
 def find_files(name, dataset_path, split):
-    """Files behind the name of a preset or file; missing and empty ones end here, before anything is loaded."""
+    """The files of a preset's split, or of a JSON Lines file; ends the program here if one is missing or empty."""
     if name not in PRESETS:
-        if not (path := Path(name).expanduser()).is_file():
-            common.fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
-        if next(read_lines(path), None) is None:
-            common.fail(f"dataset {name} is empty: no row in it")
-        return [path]
+        return [find_jsonl(name)]
     preset = PRESETS[name]
     if split not in preset.files:
         common.fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
-    patterns, folders = list(preset.files[split]), [Path(dataset_path or "").expanduser()] if preset.hub else []
-    if not dataset_path:
-        folders = [common.download(repo, patterns, "dataset", preset.revision) for repo in preset.hub]
-    files, least = [], 1 if not dataset_path else len(preset.hub)  # a copy has the files of all repositories
-    for folder in folders:
-        found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
-        if len(found) < least:
-            wanted = f"{len(found) or 'no'} {' or '.join(patterns)} in {folder}"
-            common.fail(f"preset {name}: {wanted}, as in {', '.join(preset.hub)} on the hub")
-        files += found
+    patterns = list(preset.files[split])
+    if dataset_path and preset.hub:
+        # One copy holds the files of all the repositories.
+        return match_files(name, Path(dataset_path).expanduser(), patterns, least=len(preset.hub))
+    files = []
+    for repository in preset.hub:
+        folder = common.download(repository, patterns, "dataset", preset.revision)
+        files += match_files(name, folder, patterns, least=1)
     return files
 
 
+def find_jsonl(name):
+    """The path of a JSON Lines file with rows in it."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        common.fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
+    if next(read_lines(path), None) is None:
+        common.fail(f"dataset {name} is empty: no row in it")
+    return path
+
+
+def match_files(name, folder, patterns, least):
+    """The files of the first pattern that matches any; ends the program if they are fewer than `least`."""
+    found = []
+    for pattern in patterns:
+        found = found or sorted(folder.glob(pattern))
+    if len(found) < least:
+        wanted = f"{len(found) or 'no'} {' or '.join(patterns)} in {folder}"
+        common.fail(f"preset {name}: {wanted}, as in {', '.join(PRESETS[name].hub)} on the hub")
+    return found
+
+
 def read_lines(path):
-    """(line number from 1, line) of a file; blank lines at its end are no rows."""
+    """Yield (line number from 1, line) of a file; blank lines at its end are not rows."""
     blank = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            blank.append((number, line.removeprefix(b"\xef\xbb\xbf").strip()))
-            if blank[-1][1]:
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            blank.append((number, line))
+            if line:
                 yield from blank
                 blank = []
 
 
 def read_rows(name, files, cache):
-    """(row number from 1, bytes of the row as JSON)."""
+    """Yield (row number from 1, bytes of the row as JSON)."""
     if name not in PRESETS:
         yield from read_lines(files[0])
     elif not files:
         yield from enumerate(pydoc_lines(), 1)
     else:
-        from datasets import load_dataset
+        yield from read_tables(PRESETS[name], files, cache)
 
-        kind = {"jsonl": "json", "zip": "json"}.get(files[0].suffix[1:], files[0].suffix[1:])
-        table = load_dataset(kind, data_files=list(map(str, files)), split="train", cache_dir=str(cache))
-        for number, row in enumerate(table, 1):
-            with contextlib.suppress(KeyError, TypeError, AttributeError):  # other columns: rejected as it is
-                row = PRESETS[name].convert(row)
-            yield number, json.dumps(row, default=str).encode()
+
+def read_tables(preset, files, cache):
+    """read_rows for the files of a hub repository."""
+    from datasets import load_dataset
+
+    suffix = files[0].suffix[1:]
+    kind = "json" if suffix in ("jsonl", "zip") else suffix
+    table = load_dataset(kind, data_files=[str(file) for file in files], split="train", cache_dir=str(cache))
+    for number, row in enumerate(table, 1):
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # other columns: rejected as it is
+            row = preset.to_row(row)
+        yield number, json.dumps(row, default=str).encode()

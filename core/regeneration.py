@@ -1,4 +1,9 @@
-"""regeneration."""
+"""The target's own replies: a server answers each conversation turn by turn, in place of the replies of the data.
+
+In:  rows of conversations; the URL of a server that speaks OpenAI's protocol and serves the target.
+Out: FOLDER/SPLIT.jsonl: a line for each row, {"row": number, "messages", "tools"} or {"row", "rejected_for": [cause,
+     detail]}; FOLDER/SPLIT.about.json: what the answers depend on. A killed run loses only the rows under way.
+"""
 
 import contextlib
 import fcntl
@@ -6,6 +11,7 @@ import json
 import os
 import queue
 import sys
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -13,229 +19,414 @@ from tqdm import tqdm
 
 from core import common, conversations, server
 
-MANY = 8  # rows for which the server fails, one after another, so that it is taken for gone
+MANY = 8  # consecutive rows for which the server fails, after which it is taken for gone
 
 REFUSED = "refused by the server"
-
-# (name, type, default, help, least value if any): see read_conversations.parse_flags
-REGENERATE_FLAGS = [
-    ("regenerate_endpoint", str, None, "URL of a server whose answers replace the assistant turns; none: they stay"),
-    ("regenerate_model", str, None, "what the server calls the target; none: target_model_path"),
-    ("regenerate_path", str, None, "folder that keeps the answers; none: OUTPUT_PATH.answers"),
-    ("regenerate_temperature", float, None, "of the answers; none: the server's, as a rule the target's own", 0),
-    ("regenerate_max_tokens", int, 4096, "of an answer, reasoning included; what is cut there has no end to learn", 1),
-    ("regenerate_reasoning", ("keep", "drop"), "keep", "whether an answer keeps its reasoning"),
-    ("regenerate_concurrency", int, 64, "conversations under way at once", 1),
-    ("regenerate_timeout", float, 600, "seconds that the server may take for an answer", 1),
-    ("regenerate_retries", int, 6, "times that it is asked again, after 1, 2, 4, ... 60 seconds", 0),
-]
+REFUSED_ROWS = (400, 413, 422)  # refusals that concern one row alone, which as a rule is too long
 
 
-# ---------------------------------------------------------------------------- one conversation
+@dataclass(frozen=True)
+class Settings:
+    """The flags --regenerate_*, and template_options: variables of the chat template with which the server renders."""
+
+    endpoint: str | None = None
+    model: str | None = None
+    path: str | None = None
+    temperature: float | None = None
+    max_tokens: int = 4096
+    reasoning: str = "keep"
+    concurrency: int = 64
+    timeout: float = 600
+    retries: int = 6
+    template_options: dict = field(default_factory=dict)
+
+    def about(self, target):
+        """What the answers depend on, beside the input; where the server is does not matter."""
+        return {
+            "model": self.model or str(target),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "reasoning": self.reasoning,
+            "template": self.template_options,
+        }
+
+
+@dataclass(frozen=True)
+class Answers:
+    """folder: where the answers are kept. model: what the server calls the target."""
+
+    folder: Path
+    model: str
+    settings: Settings
+
+    def file(self, split):
+        """The file of a split's answers."""
+        return self.folder / f"{split}.jsonl"
+
+
+@dataclass
+class Result:
+    """What the server made of one row: content is its line in the file; None if the server failed with `error`."""
+
+    row: int
+    content: dict | None
+    tokens: int = 0
+    error: server.ServerFailed | None = None
+
+
+# ==================== Flags ==========================================================================================
+
+
+def add_flags(parser):
+    """The group of flags --regenerate_*."""
+    add = parser.add_argument_group("replies of the target itself").add_argument
+    count = common.at_least(int, 1)
+    add("--regenerate_endpoint", help="URL of a server whose answers replace the assistant turns; none: they stay")
+    add("--regenerate_model", help="the server's name of the target; none: target_model_path")
+    add("--regenerate_path", help="folder that keeps the answers; none: OUTPUT_PATH.answers")
+    add(
+        "--regenerate_temperature",
+        type=common.at_least(float, 0),
+        help="of the answers; none: the server's default, as a rule the target's own",
+    )
+    add(
+        "--regenerate_max_tokens",
+        type=count,
+        default=Settings.max_tokens,
+        help="of an answer, reasoning included; an answer that is cut there has no end to learn",
+    )
+    add(
+        "--regenerate_reasoning",
+        choices=("keep", "drop"),
+        default=Settings.reasoning,
+        help="whether an answer keeps its reasoning",
+    )
+    add(
+        "--regenerate_concurrency",
+        type=count,
+        default=Settings.concurrency,
+        help="conversations under way at once",
+    )
+    add(
+        "--regenerate_timeout",
+        type=common.at_least(float, 1),
+        default=Settings.timeout,
+        help="seconds that the server may take for an answer",
+    )
+    add(
+        "--regenerate_retries",
+        type=common.at_least(int, 0),
+        default=Settings.retries,
+        help="repeated requests after a failure, after 1, 2, 4, ... 60 seconds",
+    )
+
+
+def read_flags(args):
+    """The Settings of parsed flags; None without an endpoint, where other flags have no effect and end the program."""
+    settings = Settings(
+        endpoint=args.regenerate_endpoint,
+        model=args.regenerate_model,
+        path=args.regenerate_path,
+        temperature=args.regenerate_temperature,
+        max_tokens=args.regenerate_max_tokens,
+        reasoning=args.regenerate_reasoning,
+        concurrency=args.regenerate_concurrency,
+        timeout=args.regenerate_timeout,
+        retries=args.regenerate_retries,
+    )
+    if settings.endpoint:
+        return settings
+    defaults = vars(Settings())
+    given = [f"regenerate_{name}" for name, value in vars(settings).items() if value != defaults[name]]
+    if given:
+        common.fail(f"{', '.join(given)}: without effect as long as no --regenerate_endpoint is given")
+    return None
+
+
+# ==================== One conversation ===============================================================================
+
+
 def to_wire(messages):
     """Messages as the protocol has them: arguments as text, an id for every call and output, no reasoning."""
-    sent, ids = [], []
+    sent = []
+    ids = []  # of the calls whose outputs follow
     for message in messages:
         wire = {key: message[key] for key in ("role", "content", "name") if key in message}
         if calls := message.get("tool_calls"):
             ids = [call.get("id") or f"call_{number}" for number, call in enumerate(calls)]
-            wire["tool_calls"] = []
-            for call, name in zip(calls, ids, strict=True):
-                function = call.get("function", call)
-                arguments = function.get("arguments", {})
-                text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-                function = {"name": function.get("name"), "arguments": text}
-                wire["tool_calls"].append({"id": name, "type": "function", "function": function})
+            wire["tool_calls"] = [call_to_wire(call, call_id) for call, call_id in zip(calls, ids, strict=True)]
         if message["role"] == "tool":
-            wire["tool_call_id"] = message.get("tool_call_id") or (ids.pop(0) if ids else "call_0")
+            following = ids.pop(0) if ids else "call_0"
+            wire["tool_call_id"] = message.get("tool_call_id") or following
         if message["role"] == "assistant" and message["content"]:
-            wire["content"] = message["content"].rpartition("</think>")[2].lstrip("\n")
+            wire["content"] = answer_of(message["content"])
         sent.append(wire)
     return sent
 
 
+def call_to_wire(call, call_id):
+    """A call with its arguments as text."""
+    function = call.get("function", call)
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = {"name": function.get("name"), "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def answer_of(content):
+    """The content without the reasoning in it."""
+    return content.rpartition("</think>")[2].lstrip("\n")
+
+
 def calls_of(message):
-    """[(name, arguments)] of its calls, arguments as the object that they say."""
-    found = []
+    """[(name, arguments)] of a message's calls, arguments as objects."""
+    calls = []
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
         arguments = function.get("arguments")
         with contextlib.suppress(ValueError, TypeError):
             arguments = json.loads(arguments)
-        found.append((function.get("name"), arguments))
-    return found
+        calls.append((function.get("name"), arguments))
+    return calls
 
 
 def read_reply(answer, reasoning):
     """(message, tokens) of a chat completion. content is None if it was cut before there was any."""
     choice = answer["choices"][0]
-    reply, cut = choice["message"], choice.get("finish_reason") == "length"
-    content, thoughts = (
-        reply.get("content") or "",
-        [reply[key] for key in conversations.REASONING_FIELDS if reply.get(key)],
-    )
-    if content.lstrip().startswith("<think>") and "</think>" not in content:  # cut in the middle of a thought
+    reply = choice["message"]
+    is_cut = choice.get("finish_reason") == "length"
+    content = reply.get("content") or ""
+    thoughts = [reply[key] for key in conversations.REASONING_FIELDS if reply.get(key)]
+    if content.lstrip().startswith("<think>") and "</think>" not in content:  # cut inside its reasoning
         content = ""
     message = {"role": "assistant", "content": content}
     if reasoning == "keep" and thoughts:
         message["reasoning_content"] = thoughts[0]
     elif reasoning == "drop":
-        message["content"] = content.rpartition("</think>")[2].lstrip("\n")
-    if reply.get("tool_calls") and not cut:
-        message["tool_calls"] = reply["tool_calls"]
-    elif cut:
+        message["content"] = answer_of(content)
+    if is_cut:
         message["cut"] = True
+    elif reply.get("tool_calls"):
+        message["tool_calls"] = reply["tool_calls"]
     if not message["content"].strip():
         message["content"] = None
-    return message, (answer.get("usage") or {}).get("completion_tokens") or 0
+    usage = answer.get("usage") or {}
+    return message, usage.get("completion_tokens") or 0
+
+
+def read_row(raw):
+    """(messages, tools) of a row, given as the bytes of its line; tools as the protocol has them. Raises Rejected."""
+    try:
+        row = json.loads(raw.decode() or "{}")
+    except (ValueError, RecursionError) as error:
+        raise conversations.Rejected("not JSON", error) from None
+    if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
+        raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
+    messages, tools = conversations.read_conversation(row)
+    tools = tools or ()
+    return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def answer_row(raw, ask, reasoning):
     """({"messages", "tools"} or {"rejected_for"}, tokens generated) of a row, given as the bytes of its line.
 
-    ask(messages, tools) gives a chat completion. The conversation ends with the first reply that is cut, or calls other
-    tools than the row's: what the tools gave, and what was said to it, would not belong to it.
+    ask(messages, tools) returns a chat completion. The conversation ends with the first reply that is cut or calls
+    other tools than the row's: the outputs and questions that follow in the row would not belong to it.
     """
-    answered, total = [], 0
+    answered = []
+    total = 0
     try:
-        try:
-            row = json.loads(raw.decode() or "{}")
-        except (ValueError, RecursionError) as error:
-            raise conversations.Rejected("not JSON", error) from None
-        if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
-            raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
-        messages, tools = conversations.read_conversation(row)
-        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()]
+        messages, tools = read_row(raw)
         for message in messages:
             if message["role"] != "assistant":
                 answered.append(message)
                 continue
-            reply, tokens = read_reply(ask(to_wire(answered), tools), reasoning)
+            completion = ask(to_wire(answered), tools)
+            reply, tokens = read_reply(completion, reasoning)
             total += tokens
             if reply["content"] is None and "tool_calls" not in reply:
                 break
             answered.append(reply)
             if reply.get("cut") or calls_of(reply) != calls_of(message):
                 break
-            if "tool_calls" in reply:  # their ids are those that the outputs name
+            if "tool_calls" in reply:  # the outputs that follow name the ids of the row's calls
                 reply["tool_calls"] = message["tool_calls"]
         while answered and answered[-1]["role"] != "assistant":
             answered.pop()
         if not answered:
             raise conversations.Rejected("no answer", "cut before there was one, or empty")
     except conversations.Rejected as rejected:
-        return {"rejected_for": [rejected.args[0], str(rejected.args[1])[:200]]}, total
+        cause, detail = rejected.args
+        return rejected_for(cause, detail), total
     except server.ServerFailed as error:
-        if error.status not in (400, 413, 422):  # those concern this row alone: as a rule it is too long
+        if error.status not in REFUSED_ROWS:
             raise
-        return {"rejected_for": [REFUSED, str(error)[:200]]}, total
-    return {"messages": answered} | ({"tools": tools} if tools else {}), total
+        return rejected_for(REFUSED, error), total
+    content = {"messages": answered}
+    if tools:
+        content["tools"] = tools
+    return content, total
 
 
-# ---------------------------------------------------------------------------- the file of answers
+def rejected_for(cause, detail):
+    """The line of a row that has no answer."""
+    return {"rejected_for": [cause, str(detail)[:200]]}
+
+
+# ==================== The file of answers ============================================================================
+
+
 def read_answers(file):
-    """{row: (offset, length)} of a file of answers, open for reading and writing; a line without its end is cut off."""
-    found, offset = {}, 0
+    """{row: (offset, length)} of a file of answers, open for reading and writing; drops an incomplete last line."""
+    places = {}
+    offset = 0
     file.seek(0)
     for line in file:
         if not line.endswith(b"\n"):  # the writer was killed
             file.truncate(offset)
             break
         try:
-            found[json.loads(line)["row"]] = (offset, len(line))
+            row = json.loads(line)["row"]
+            places[row] = (offset, len(line))
         except (ValueError, TypeError, KeyError):
             common.fail(f"{file.name}: byte {offset} begins a line that is no answer: remove it, or the file")
         offset += len(line)
     file.seek(0, os.SEEK_END)
-    return found
+    return places
 
 
 def read_answer(file, place):
-    """The bytes of a row's line, without its end."""
-    file.seek(place[0])
-    return file.read(place[1]).rstrip(b"\n")
+    """The bytes of a row's line, without the newline."""
+    offset, length = place
+    file.seek(offset)
+    return file.read(length).rstrip(b"\n")
 
 
-def sort_answers(path, file, found):
+def sort_answers(path, file, places):
     """Rewrite the file in the order of rows, each once; a reader sees the old file or the new one."""
-    offsets = [found[row][0] for row in sorted(found)]
-    if offsets == sorted(offsets) and sum(length for _, length in found.values()) == path.stat().st_size:
+    offsets = [places[row][0] for row in sorted(places)]
+    size = sum(length for _, length in places.values())
+    if offsets == sorted(offsets) and size == path.stat().st_size:
         return
     temporary = path.with_name(f".{path.name}.sorting")
     with open(temporary, "wb") as ordered:
-        for row in sorted(found):
-            ordered.write(read_answer(file, found[row]) + b"\n")
+        for row in sorted(places):
+            ordered.write(read_answer(file, places[row]) + b"\n")
         ordered.flush()
         os.fsync(ordered.fileno())
     os.replace(temporary, path)
 
 
-# ---------------------------------------------------------------------------- all of them
-def settings_of(args, target):
-    """What the answers depend on, beside the input; where the server is does not matter.
-
-    args: the flags, and template_options, the variables of the target's chat template.
-    """
-    names = ("temperature", "max_tokens", "reasoning")
-    model = {"model": args.regenerate_model or str(target)}
-    return model | {name: getattr(args, f"regenerate_{name}") for name in names} | {"template": args.template_options}
+def answered_rows(lines, path):
+    """Yield (row, bytes of its line with the target's own answers) for the numbers `lines`, in their order."""
+    with open(path, "r+b") as file:
+        places = read_answers(file)
+        for row in lines:
+            yield row, read_answer(file, places[row])
 
 
-def open_answers(args, target, output, inputs):
-    """(folder of the answers, what the server calls the target, args), for the inputs {split: hash}.
+# ==================== All conversations ==============================================================================
+
+
+def open_answers(settings, target, output, inputs):
+    """The Answers for the inputs {split: hash}.
 
     Answers of another model, input or setting are neither mixed with these nor deleted: the program ends.
     """
-    folder = Path(args.regenerate_path or f"{output}.answers").expanduser()
+    folder = Path(settings.path or f"{output}.answers").expanduser()
+    abouts = {}
     for split, content in inputs.items():
-        stored, about = folder / f"{split}.about.json", settings_of(args, target) | {"input": content}
-        if stored.is_file():
-            there = json.loads(stored.read_text())
-            if wrong := [
-                f"{key} {there.get(key)}, now {value}" for key, value in about.items() if there.get(key) != value
-            ]:
-                common.fail(
-                    f"{stored}: its answers are of {'; '.join(wrong)}: choose another --regenerate_path, or delete it"
-                )
-    model = args.regenerate_model or server.find_served(
-        "regenerate_endpoint", args.regenerate_endpoint, [target], args.regenerate_retries, args.regenerate_timeout,
-        "if one of them is it, name it with --regenerate_model",
-    )["id"]  # fmt: skip
-    for split, content in inputs.items():
+        path = folder / f"{split}.about.json"
+        abouts[path] = settings.about(target) | {"input": content}
+        check_about(path, abouts[path])
+    model = settings.model or find_model(settings, target)
+    for path, about in abouts.items():
         folder.mkdir(parents=True, exist_ok=True)
-        about = settings_of(args, target) | {"input": content}
-        common.write_atomic(folder / f"{split}.about.json", json.dumps(about, indent=2) + "\n")
-    return folder, model, args
+        common.write_atomic(path, json.dumps(about, indent=2) + "\n")
+    return Answers(folder, model, settings)
 
 
-def ask_all(lines, read, pending, model, args):
-    """Yield (row, answer, tokens) as they come, for the indices pending; None after each that were there at once.
+def check_about(path, about):
+    """End the program if the answers beside `path` depend on something else than `about`."""
+    if not path.is_file():
+        return
+    stored = json.loads(path.read_text())
+    different = [f"{key} {stored.get(key)}, now {value}" for key, value in about.items() if stored.get(key) != value]
+    if different:
+        common.fail(
+            f"{path}: its answers are of {'; '.join(different)}: choose another --regenerate_path, or delete it"
+        )
 
-    ServerFailed if the server refuses everything, or fails for several rows and answers none in between. A row for
-    which it fails alone is set aside, as those that it refuses are.
+
+def find_model(settings, target):
+    """What the server calls the target."""
+    remedy = "if one of them is it, name it with --regenerate_model"
+    entry = server.find_served(
+        "regenerate_endpoint", settings.endpoint, [target], settings.retries, settings.timeout, remedy
+    )
+    return entry["id"]
+
+
+def complete(body, settings):
+    """A chat completion. Raises ValueError for an answer that is none, and what server.request_answer raises."""
+    answer = server.request_answer(settings.endpoint, "chat/completions", body, settings.timeout)
+    if not is_completion(answer):
+        raise ValueError(f"an answer without a message: {str(answer)[:200]}")
+    return answer
+
+
+def is_completion(answer):
+    """Does the answer have a message, and names for all its calls?"""
+    try:
+        message = answer["choices"][0]["message"]
+        names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+        content = message.get("content")
+    except (LookupError, TypeError, AttributeError):
+        return False
+    return isinstance(content, str | None) and all(isinstance(name, str) for name in names)
+
+
+def request_row(row, raw, model, settings):
+    """The Result of a row."""
+
+    def ask(messages, tools):
+        body = {"model": model, "messages": messages, "max_tokens": settings.max_tokens}
+        if tools:
+            body["tools"] = tools
+        if settings.template_options:
+            body["chat_template_kwargs"] = settings.template_options
+        if settings.temperature is not None:
+            body["temperature"] = settings.temperature
+
+        def work():
+            return complete(body, settings)
+
+        return server.keep_asking(f"regenerate_endpoint {settings.endpoint}", f"row {row}", settings.retries, work)
+
+    try:
+        content, tokens = answer_row(raw, ask, settings.reasoning)
+        return Result(row, content, tokens)
+    except server.ServerFailed as error:
+        return Result(row, None, error=error)
+
+
+def ask_all(lines, read, pending, model, settings):
+    """Yield lists of Results, those that arrived together, for the indices `pending`.
+
+    Raises ServerFailed if the server refuses everything, or fails for several consecutive rows. A row for which it
+    fails alone is set aside as refused.
     """
-    name, arrived = f"regenerate_endpoint {args.regenerate_endpoint}", queue.SimpleQueue()
-
-    def work(row, raw):
-        def ask(messages, tools):
-            body = {"model": model, "messages": messages, "max_tokens": args.regenerate_max_tokens}
-            body |= {"tools": tools} if tools else {}
-            body |= {"chat_template_kwargs": args.template_options} if args.template_options else {}
-            if args.regenerate_temperature is not None:
-                body["temperature"] = args.regenerate_temperature
-            return server.keep_asking(name, f"row {row}", args.regenerate_retries, lambda: complete(body, args))
-
-        try:
-            return row, *answer_row(raw, ask, args.regenerate_reasoning)
-        except server.ServerFailed as error:
-            return row, error, 0
-
-    busy, failed, pending = 0, [], iter(pending)
-    pool = ThreadPool(args.regenerate_concurrency)  # of daemons: none of them holds up the end of the program
+    arrived = queue.SimpleQueue()
+    pending = iter(pending)
+    busy = 0
+    failed = []  # since the last row that was answered
+    pool = ThreadPool(settings.concurrency)  # daemon threads: none of them delays the end of the program
     try:
         while True:
-            while busy < args.regenerate_concurrency and (index := next(pending, None)) is not None:
-                pool.apply_async(work, (lines[index], read(index)), callback=arrived.put, error_callback=arrived.put)
+            while busy < settings.concurrency and (index := next(pending, None)) is not None:
+                given = (lines[index], read(index), model, settings)
+                pool.apply_async(request_row, given, callback=arrived.put, error_callback=arrived.put)
                 busy += 1
             if not busy:
                 break
@@ -243,57 +434,52 @@ def ask_all(lines, read, pending, model, args):
             while not arrived.empty():
                 results.append(arrived.get())
             busy -= len(results)
+            finished, failed = sort_results([result for result in results if isinstance(result, Result)], failed)
+            yield finished
             for result in results:
                 if isinstance(result, Exception):
                     raise result
-                if isinstance(result[1], server.ServerFailed):
-                    failed.append(result)
-                    continue
-                yield result
-                yield from ((row, {"rejected_for": [REFUSED, str(error)[:200]]}, 0) for row, error, _ in failed)
-                failed = []
-            yield None
-            if failed and (len(failed) >= min(MANY, args.regenerate_concurrency) or failed[-1][1].status):
+            if failed and (len(failed) >= min(MANY, settings.concurrency) or failed[-1].error.status):
                 break
         if failed:
-            raise failed[-1][1]
+            raise failed[-1].error
     finally:
         pool.terminate()
 
 
-def complete(body, args):
-    """A chat completion; ValueError if the answer is none."""
-    answer = server.request_answer(args.regenerate_endpoint, "chat/completions", body, args.regenerate_timeout)
-    try:
-        message = answer["choices"][0]["message"]
-        right = isinstance(message.get("content"), str | None)
-        names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-        right = right and all(isinstance(name, str) for name in names)
-    except (LookupError, TypeError, AttributeError):
-        right = False
-    if not right:
-        raise ValueError(f"an answer without a message: {str(answer)[:200]}")
-    return answer
+def sort_results(results, failed):
+    """(results to write, failures since the last answer). An answer proves that the server is there: the failures
+    before it are of their rows alone, and are written as refused.
+    """
+    finished = []
+    for result in results:
+        if result.error:
+            failed = [*failed, result]
+            continue
+        finished.append(result)
+        finished += [Result(earlier.row, rejected_for(REFUSED, earlier.error)) for earlier in failed]
+        failed = []
+    return finished, failed
 
 
-def answer_rows(lines, read, path, model, args):
-    """Have the rows answered that the file at path lacks, or that the server refused before; sorted in the end.
+def answer_rows(lines, read, path, model, settings):
+    """Answer the rows that are not in the file at path, or were refused by the server before; then sort the file.
 
     lines: numbers of the rows; read(index): the bytes of lines[index]. Ends the program with one line if the server
-    stays away; what it has answered until then is kept.
+    stays away; the answers until then are kept.
     """
     with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             common.fail(f"{path}: another process writes answers there")
-        found, tokens = read_answers(file), 0
-        refused = {row for row, place in found.items() if REFUSED.encode() in read_answer(file, place)[:80]}
-        pending = [index for index, row in enumerate(lines) if row not in found or row in refused]
-        done = len(lines) - len(pending)
+        places = read_answers(file)
+        refused = {row for row, place in places.items() if REFUSED.encode() in read_answer(file, place)[:80]}
+        pending = [index for index, row in enumerate(lines) if row not in places or row in refused]
+        tokens = 0
         bar = tqdm(
             total=len(lines),
-            initial=done,
+            initial=len(lines) - len(pending),
             unit=" conversations",
             desc=f"answers, {path.stem}",
             dynamic_ncols=True,
@@ -301,27 +487,24 @@ def answer_rows(lines, read, path, model, args):
         )
         try:
             with bar:
-                for answer in ask_all(lines, read, pending, model, args):
-                    if answer is None:
-                        file.flush()
-                        os.fsync(file.fileno())
-                        bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-                        continue
-                    row, content, count = answer
-                    line = json.dumps({"row": row} | content, ensure_ascii=False).encode() + b"\n"
-                    found[row], tokens = (file.seek(0, os.SEEK_END), len(line)), tokens + count
-                    file.write(line)
-                    bar.update()
+                for results in ask_all(lines, read, pending, model, settings):
+                    for result in results:
+                        places[result.row] = append_answer(file, result)
+                        tokens += result.tokens
+                        bar.update()
+                    file.flush()
+                    os.fsync(file.fileno())
+                    bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
         except server.ServerFailed as error:
             common.fail(
-                f"{error}; {len(found):,} of {len(lines):,} rows are there, the same command goes on with the others"
+                f"{error}; {len(places):,} of {len(lines):,} rows are there, the same command goes on with the others"
             )
-        sort_answers(path, file, found)
+        sort_answers(path, file, places)
 
 
-def answered_rows(lines, path):
-    """Yield (row, bytes of its line with the target's own answers) of those rows, in their order."""
-    with open(path, "r+b") as file:
-        found = read_answers(file)
-        for row in lines:
-            yield row, read_answer(file, found[row])
+def append_answer(file, result):
+    """Append a row's line; returns its (offset, length)."""
+    line = json.dumps({"row": result.row} | result.content, ensure_ascii=False).encode() + b"\n"
+    offset = file.seek(0, os.SEEK_END)
+    file.write(line)
+    return offset, len(line)

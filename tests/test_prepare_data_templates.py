@@ -85,12 +85,12 @@ def test_a_thought_that_the_answer_says_again_stays(family, tagged):
         fields = {"content": "the answer is four"} | ({} if tagged else {"reasoning_content": thought})
         fields["content"] = (f"<think>\n{thought}\n</think>\n\n" if tagged else "") + fields["content"]
         messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", **fields}]
-        ids, mask, _, silent = prepare_data.tokenise(json.dumps({"messages": messages}).encode(), chat)
-        return marked(ids, mask, chat.tokenizer), silent
+        ids, mask, _, reasoning_lost = prepare_data.tokenise(json.dumps({"messages": messages}).encode(), chat)
+        return marked(ids, mask, chat.tokenizer), reasoning_lost
 
     chat = prepare_data.make_chat(tokenizer_of(family), names_of(family)[0], 4096, False)
-    (alone, silent), again = text("zzyzx"), text("four")
-    assert silent == ("zzyzx" not in alone) and again == (alone.replace("zzyzx", "four"), silent)
+    (alone, reasoning_lost), again = text("zzyzx"), text("four")
+    assert reasoning_lost == ("zzyzx" not in alone) and again == (alone.replace("zzyzx", "four"), reasoning_lost)
 
 
 def test_reasoning_alone_is_no_reply_of_a_target_that_answers_at_once():

@@ -103,10 +103,8 @@ def target(tmp_path_factory):
 
 
 def settings(server, **options):
-    """The flags of REGENERATE_FLAGS."""
-    values = {name: default for name, _, default, *_ in regeneration.REGENERATE_FLAGS}
-    values |= {"regenerate_endpoint": server.url, "regenerate_concurrency": 8, "template_options": {}}
-    return type("Flags", (), values | {f"regenerate_{name}": value for name, value in options.items()})
+    """Those of the flags, the others at their defaults."""
+    return regeneration.Settings(**{"endpoint": server.url, "concurrency": 8, **options})
 
 
 def answer(server, path, messages, **options):
@@ -307,18 +305,17 @@ def test_a_server_that_stays_away_ends_it_and_what_it_answered_is_kept(server, t
 ALONE = """
 import json, sys
 from pathlib import Path
-from types import SimpleNamespace
-from core.regeneration import answer_rows
+from core.regeneration import Settings, answer_rows
 path, rows, flags = json.load(sys.stdin)
 raw = [json.dumps({"messages": row}).encode() for row in rows]
-answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, Path(path), "m", SimpleNamespace(**flags))
+answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, Path(path), "m", Settings(**flags))
 """
 
 
 def test_killed_again_and_again_it_neither_loses_nor_repeats_a_row(server, tmp_path):
     """kill -9 at several moments; of each row one answer is kept, and what was on the disk is not asked for again."""
     server.delay, path, rows, code, kills = 0.005, tmp_path / "train.jsonl", conversations(150), -signal.SIGKILL, 0
-    flags = {name: value for name, value in vars(settings(server)).items() if name[0] != "_"}
+    flags = vars(settings(server))
     while code == -signal.SIGKILL:
         before = path.stat().st_size if path.exists() else 0
         command = [sys.executable, "-c", ALONE]

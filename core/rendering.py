@@ -1,0 +1,247 @@
+"""Conversations as text by the target's own chat template, and which characters of it the assistant produces.
+
+In:  rows with messages; a Chat: the tokenizer, the markers of its template, and what the template does with reasoning
+     and calls.
+Out: text, and spans [(start, end)] in characters: each assistant turn, its end marker included.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from core import conversations
+
+
+class Template(NamedTuple):
+    """The markers of a chat template.
+
+    An assistant turn follows one of headers and ends with one of ends, the first of which closes a final reply.
+    joins_channels: a header right after an end continues the assistant's turn, which has several channels.
+    shared_ends: the ends begin the next turn, so that the text has none after the last reply: the first end is added,
+    after a call the second. options: variables of the tokenizer's template.
+    """
+
+    headers: tuple
+    ends: tuple
+    joins_channels: bool = False
+    shared_ends: bool = False
+    options: dict = {}
+
+
+class CallForm(NamedTuple):
+    """How a message with calls is handed to the template.
+
+    content: of a message without text; None: transformers leaves the key out. arguments_as_text: not as an object.
+    """
+
+    content: str | None = None
+    arguments_as_text: bool = False
+
+
+@dataclass(frozen=True)
+class Chat:
+    """All that turns a row into tokens.
+
+    encoder: the tokenizer without post-processing, which would trim blanks off the offsets.
+    template: None for auto if the tokenizer has no chat template.
+    opening: what the generation prompt, not the assistant, writes after the header.
+    thoughts: reasoning is "dropped" because the target answers at once, goes into a "field" that the template reads,
+        or stays in the "text" of the reply.
+    """
+
+    tokenizer: Any
+    encoder: Any
+    template: Template | None
+    max_length: int
+    only_last: bool
+    opening: str = ""
+    thoughts: str = "text"
+    call_form: CallForm = CallForm()
+
+
+def render(tokenizer, messages, tools=None, **options):
+    """The conversation as text by the tokenizer's own template; reasoning under every name that templates look for."""
+    named = []
+    for message in messages:
+        reasoning = dict.fromkeys(conversations.REASONING_FIELDS, message.get("reasoning"))
+        named.append(message | reasoning)
+    return tokenizer.apply_chat_template(named, tools=tools, tokenize=False, **options)
+
+
+def one_of(markers):
+    """A pattern that matches any of the markers."""
+    return re.compile("|".join(map(re.escape, markers)))
+
+
+def find_spans(text, template, opening=""):
+    """[(start, end)] in characters of each assistant turn: what the assistant produces, its end marker included."""
+    headers = one_of(template.headers)
+    ends = one_of(template.ends)
+    spans = []
+    position = 0
+    while found := headers.search(text, position):
+        closing = ends.search(text, found.end())
+        limit = closing.start() if closing else len(text)
+        # The last header before the end: the output of the first of several tools also ends with a header.
+        *_, header = headers.finditer(text, found.start(), limit)
+        start = header.end()
+        if text.startswith(opening, start):
+            start += len(opening)
+        position = closing.end() if closing else len(text)
+        if template.joins_channels and spans and spans[-1][1] == header.start():
+            spans[-1] = (spans[-1][0], position)
+        elif start < position:
+            spans.append((start, position))
+    return spans
+
+
+# ==================== Messages in the template's form ================================================================
+
+
+def arrange(messages, chat):
+    """The messages with calls and reasoning in the form in which the target's template shows them. Raises Rejected."""
+    arranged = []
+    for message in messages:
+        message = dict(message)
+        if message["role"] == "assistant" and chat.thoughts != "text":
+            arrange_reasoning(message, chat.thoughts)
+        if message.get("tool_calls"):
+            message["content"] = message["content"] or chat.call_form.content
+            if chat.call_form.arguments_as_text:
+                message["tool_calls"] = [with_text_arguments(call) for call in message["tool_calls"]]
+        arranged.append(message)
+    return arranged
+
+
+def arrange_reasoning(message, thoughts):
+    """Move reasoning out of the content of an assistant's message into its field; "dropped" empties the field."""
+    thought, tag, answer = (message["content"] or "").rpartition("</think>")
+    if tag:
+        message["content"] = answer.lstrip("\n")
+        message["reasoning"] = message["reasoning"] or thought.strip().removeprefix("<think>").strip()
+    if thoughts == "dropped":
+        message["reasoning"] = None
+        if not message["content"] and not message.get("tool_calls"):
+            raise conversations.Rejected("empty", "an assistant turn of reasoning alone; the target does not reason")
+
+
+def with_text_arguments(call):
+    """A call whose arguments are JSON text."""
+    function = call.get("function", call)
+    text = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return call | {"function": function | {"arguments": text}}
+
+
+def split_reasoning(message):
+    """(reasoning, answer) of an assistant's message, in a field or in its text; "" if there is none."""
+    content = message["content"] or ""
+    reasoning = message["reasoning"] or ""
+    if not reasoning and "</think>" in content:
+        reasoning, content = content.removeprefix("<think>").split("</think>", 1)
+    return reasoning.strip(), content
+
+
+def shows_reasoning(text, message):
+    """Does the text of a reply contain the message's reasoning, which its answer may repeat?"""
+    reasoning, answer = split_reasoning(message)
+    return not reasoning or text.count(reasoning) > answer.count(reasoning)
+
+
+# ==================== From messages to text and spans ================================================================
+
+
+def render_reply(messages, tools, chat):
+    """(text, spans) of a conversation that ends with the reply as the target produces it, reasoning included.
+
+    Templates of reasoning models drop the reasoning of every turn: right for the history, but not for the last reply.
+    In that case the text is the generation prompt, followed by what the target answers.
+    """
+    template = chat.template
+    last = messages[-1]
+    text = render(chat.tokenizer, messages, tools, **template.options)
+    if template.shared_ends and not text.endswith(template.ends):
+        text += template.ends[1] if last.get("tool_calls") else template.ends[0]
+    spans = find_spans(text, template, chat.opening)
+    if "tool_calls" in last or not spans:
+        return text, spans
+    start = spans[-1][0]
+    has_tags = "</think>" in str(chat.tokenizer.chat_template)
+    if shows_reasoning(text[start:], last) or not has_tags:
+        return text, spans
+    reasoning, content = split_reasoning(last)
+    if text.startswith("<think></think>", start):  # the template has a place for it, without blanks around it
+        text = text[:start] + f"<think>{reasoning}" + text[start + len("<think>") :]
+    else:
+        prompt = render(chat.tokenizer, messages[:-1], tools, add_generation_prompt=True, **template.options)
+        prompt = re.sub(r"(<think>\n?)?\Z", "<think>\n", prompt, count=1)
+        text = f"{prompt}{reasoning}\n</think>\n\n{content.strip()}{template.ends[0]}"
+    return text, find_spans(text, template, chat.opening)
+
+
+def render_row(row, chat):
+    """(text, spans, whether the text lacks the reasoning of the last reply) of a row with messages. Raises Rejected."""
+    given, tools = conversations.read_conversation(row)
+    check_markers(given, tools, chat.template)
+    messages = arrange(given, chat)
+    try:
+        text, spans = render_reply(messages, tools, chat)
+        check_outputs(messages, tools, chat, text, spans)
+    except conversations.Rejected:
+        raise
+    except Exception as error:  # whatever the template's own code raises on this row concerns this row alone
+        raise conversations.Rejected("template error", f"{type(error).__name__}: {error}") from None
+    check_replies(messages, text, spans)
+    if messages[-1].get("cut"):
+        spans[-1] = cut_span(messages[-1], text, spans[-1])
+    start, end = spans[-1]
+    return text, spans, not shows_reasoning(text[start:end], given[-1])
+
+
+def check_markers(messages, tools, template):
+    """No text may contain a marker: a prompt could declare itself supervised, a reply could end too early."""
+    content = json.dumps([messages, tools], ensure_ascii=False)
+    for marker in template.headers + template.ends:
+        escaped = json.dumps(marker.strip(), ensure_ascii=False)[1:-1]
+        if escaped in content:
+            raise conversations.Rejected("marker inside content", repr(marker))
+
+
+def check_outputs(messages, tools, chat, text, spans):
+    """Raise Rejected if the spans change with the outputs of tools: these would be supervised.
+
+    An unknown template may close a call by a marker of its own, so that the span would run on into the output.
+    """
+    others = []
+    for message in messages:
+        is_output = message["role"] == "tool"
+        others.append(message | {"content": "x"} if is_output else message)
+    if others == messages:
+        return
+    other, other_spans = render_reply(others, tools, chat)
+    produced = [text[start:end] for start, end in spans]
+    if produced != [other[start:end] for start, end in other_spans]:
+        raise conversations.Rejected("turns not marked", "a tool's output would be supervised")
+
+
+def check_replies(messages, text, spans):
+    """Raise Rejected unless each assistant turn has a span with its calls in it."""
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if len(spans) != len(replies):
+        detail = f"{len(spans)} marked replies for {len(replies)} assistant turns"
+        raise conversations.Rejected("turns not marked", detail)
+    for message, (start, end) in zip(replies, spans, strict=True):
+        calls = message.get("tool_calls", ())
+        names = [call.get("function", call).get("name") for call in calls]
+        reply = text[start:end]
+        if any(str(name) not in reply for name in names):
+            raise conversations.Rejected("calls left out", f"the chat template shows no call of {names}")
+
+
+def cut_span(message, text, span):
+    """The span of a reply that was cut, without its end: there is none to learn."""
+    content = message["content"].strip()
+    start = text.rfind(content, *span)
+    if start < 0:
+        raise conversations.Rejected("turns not marked", "an answer that was cut is not shown as it is")
+    return span[0], start + len(content)
