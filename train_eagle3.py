@@ -318,8 +318,7 @@ def optimizer_step(engine, target, batches, d2t, args):
 def blame(batches, losses):
     """Which rows of which rank gave a loss that is not finite, from every rank's micro-batches and their losses."""
     mine = [batch["rows"] for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, (mine, [batch["rows"] for batch in batches]))
+    every = ranks.gather((mine, [batch["rows"] for batch in batches]))
     if any(rows for rows, _ in every):
         return ", ".join(f"the loss of rank {rank} in rows {rows}" for rank, (rows, _) in enumerate(every) if rows)
     return "the gradient, " + ", ".join(f"rank {rank} had rows {rows}" for rank, (_, rows) in enumerate(every))
@@ -418,7 +417,9 @@ def prepare_run(args, world):
     args.engine = checkpoints.engine_kind(
         optimization.engine_config(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     )
-    state = checkpoints.find_state(args)
+    folder, state = checkpoints.find_state(args, args.engine, ("seed", "draft_global_batch_size", "ttt_length"))
+    if state:
+        args.resume_from_checkpoint = str(folder)
     if "nvme" in args.engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     for name in (
@@ -511,6 +512,25 @@ def build_draft(args, config, target, d2t):
     return draft.to(target.embedding.dtype).float()  # what a checkpoint can hold: continuing from a dry run is the same
 
 
+def draft_writer(draft, d2t):
+    """The function that writes the draft's full tensors and its vocabulary mapping into a folder, on rank 0."""
+
+    def write_draft(folder, tensors):
+        vocab_size = draft.config["vocab_size"]
+        if draft.config["draft_vocab_size"] < vocab_size:
+            t2d = torch.zeros(vocab_size, dtype=torch.bool)
+            t2d[vocabulary.target_ids(d2t.cpu())] = True
+            tensors = tensors | {"d2t": d2t.cpu(), "t2d": t2d}
+        draft_files.write_draft(folder, draft.config, tensors)
+
+    return write_draft
+
+
+def save(engine, d2t, args, progress, record=None):
+    """Write a checkpoint of this step. Returns its folder, or None if it cannot be written."""
+    return checkpoints.save_step(engine, vars(args), progress, draft_writer(engine.module, d2t), record)
+
+
 def due(count, interval):
     """Whether something that happens every `interval` (0 = never) happens at `count` (0 = not yet)."""
     return bool(count and interval and count % interval == 0)
@@ -542,14 +562,16 @@ def train(args, engine, target, data, d2t, record, progress):
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             sums, chains, wrong = optimizer_step(engine, target, batches, d2t, args)
+            tokens = torch.tensor(sum(len(batch["input_ids"]) for batch in batches), dtype=torch.float64)
+            parts = {"sums": sums, "chains": chains, "tokens": tokens}
             if wrong:
                 good = good if progress.bad else copy.deepcopy(progress)
                 progress.bad += 1
+                progress.add({name: torch.zeros_like(part) for name, part in parts.items()})
                 record.line(f"step {step} is left out, it is not finite: {wrong}")
             else:
                 progress.bad = 0
-                progress.sums, progress.chains = progress.sums + sums, progress.chains + chains
-                progress.tokens += sum(len(batch["input_ids"]) for batch in batches)
+                progress.add(parts)
                 progress.norms.append(engine.get_global_grad_norm())
             old = record.first and 0 < 60 * args.save_minutes < time.monotonic() - saved
             votes = torch.tensor([len(asked), old], dtype=torch.float32, device=engine.device)
@@ -558,12 +580,12 @@ def train(args, engine, target, data, d2t, record, progress):
             progress.step, progress.seconds = step, time.monotonic() - started
             progress.spent += time.monotonic() - mark
             if progress.bad == args.max_bad_steps:
-                folder = checkpoints.save_step(engine, d2t, args, good, record)
+                folder = save(engine, d2t, args, good, record)
                 message = (
                     f"{progress.bad} steps in a row are not finite, the last good state is {folder or 'not saved'}"
                 )
                 record.close(2)
-                ranks.on_first_rank(functools.partial(common.fail, f"{message}: look at the rows named above"))
+                ranks.fail_together(f"{message}: look at the rows named above")
             if record.first:
                 record.bar.update()
             last = step == args.total_steps
@@ -571,7 +593,7 @@ def train(args, engine, target, data, d2t, record, progress):
             # --- log: the values cover all steps since the last line ---
             if step % args.log_steps == 0 or last:
                 log(args, record, progress, rate)
-                progress.restart(args.ttt_length, engine.device)
+                progress.restart()
 
             # --- evaluate and save: by epochs, by steps, by time, and always at the end ---
             whole = 0 if step % args.steps_per_epoch else step // args.steps_per_epoch  # epochs finished, 0 within one
@@ -582,7 +604,7 @@ def train(args, engine, target, data, d2t, record, progress):
                 if best and not progress.bad and (due_now or args.save_best):
                     progress.best, due_now = best, True
             if due_now:  # never after a step that was left out: --resume tries those again
-                folder = checkpoints.save_step(engine, d2t, args, good if progress.bad else progress, record)
+                folder = save(engine, d2t, args, good if progress.bad else progress, record)
                 progress.best, saved = progress.best if folder else before, time.monotonic()
                 record.line(f"saved {folder}" if folder else "the training goes on")
             if stop and not last:
@@ -610,7 +632,8 @@ def evaluate_now(engine, target, data, d2t, args, record, progress):
 def log(args, record, progress, rate):
     """A row and a line about the steps since the last ones."""
     step, total = progress.step, args.total_steps
-    values = reduced_metrics(progress.sums, progress.chains, args, progress.tokens.reshape(1))
+    sums = progress.sums
+    values = reduced_metrics(sums["sums"], sums["chains"], args, sums["tokens"].reshape(1))
     norms = [float(norm) for norm in progress.norms if norm is not None]  # ZeRO stage 0 reports none
     values |= {
         "lr": rate,
@@ -739,11 +762,11 @@ def main(args):
         common.write_atomic(Path(args.output_dir) / "run.json", json.dumps(settings, indent=2) + "\n")
 
     engine, d2t = optimization.build_engine(args, draft, device), d2t.to(device)
-    progress = checkpoints.resume(engine, args, state) if state else checkpoints.Progress()
-    if not state:
-        progress.restart(args.ttt_length, device)
+    progress = checkpoints.Progress()
+    if state:
+        progress = checkpoints.resume(engine, args.resume_from_checkpoint, state, vars(args))
     if args.dry_run:
-        if not checkpoints.save_step(engine, d2t, args, progress):
+        if not save(engine, d2t, args, progress):
             sys.exit(2)
         return
     record, output_dir = run_record.Record(args, settings), Path(args.output_dir)
@@ -752,15 +775,16 @@ def main(args):
     try:
         if train(args, engine, target, data, d2t, record, progress):
             checkpoints.write_final(
-                engine, d2t, output_dir / "final", {"run.json": json.dumps(settings, indent=2) + "\n"}
+                engine,
+                output_dir / "final",
+                {"run.json": json.dumps(settings, indent=2) + "\n"},
+                draft_writer(engine.module, d2t),
             )
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {output_dir / 'final'}")
     except server.ServerFailed as error:
-        folder = checkpoints.save_step(engine, d2t, args, progress, record)
+        folder = save(engine, d2t, args, progress, record)
         record.close(2)
-        ranks.on_first_rank(
-            functools.partial(common.fail, f"{error}; the draft is saved in {folder}" if folder else error)
-        )
+        ranks.fail_together(f"{error}; the draft is saved in {folder}" if folder else error)
     record.close()
 
 

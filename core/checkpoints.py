@@ -1,6 +1,18 @@
-"""checkpoints."""
+"""Checkpoints: written complete or not at all, found again, kept up to a limit, and read on another number of ranks.
 
-import functools
+Beside DeepSpeed's shards a checkpoint holds tensors by name, with a rule for another number of ranks:
+- sums, one per rank: rank 0 gets the sum over the ranks that wrote them, the others zeros;
+- kept tensors, the same on every rank: every rank gets them;
+- states of the random number generators, one set per rank: only for the same number of ranks.
+
+How the model itself is written is up to the trainer: `write_draft(folder, tensors)` on rank 0.
+
+    step_XXXXXXXX/trainer_state.json   Progress, flags, and size and CRC-32 of every file; written last
+    step_XXXXXXXX/ranks.safetensors    the tensors above
+    step_XXXXXXXX/deepspeed/           DeepSpeed's shards
+    step_XXXXXXXX/...                  what write_draft writes
+"""
+
 import itertools
 import json
 import os
@@ -10,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,72 +33,59 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from core import common, draft_files, ranks, vocabulary
+from core import common, ranks
 
-STATE, RANKS, SHARDS = "trainer_state.json", "ranks.safetensors", "deepspeed"
+STATE = "trainer_state.json"
+RANKS = "ranks.safetensors"
+SHARDS = "deepspeed"
 
-GENERATORS = {"torch", "python", "numpy", "numpy_gauss", "cuda"}
+# ==================== Progress =======================================================================================
 
 
 @dataclass
 class Progress:
-    """Where a training is, beside what the engine holds. The last five are of the steps that are not logged yet."""
+    """Where a training is, beside what the engine holds."""
 
-    step: int = 0  # optimizer steps finished, those left out as well
-    seconds: float = 0.0  # since the training began, all starts together
+    step: int = 0  # optimizer steps finished, including those left out
+    seconds: float = 0.0  # since the training began, over all starts
     best: list = None  # [value, step, name of the metric] of the best checkpoint
     evaluation_due: bool = False  # at this step, and not done yet
     bad: int = 0  # steps left out in a row
-    spent: float = 0.0  # seconds of the steps that are not logged yet
-    sums: torch.Tensor = 0.0  # [K, 4], of this rank
-    chains: torch.Tensor = 0.0  # of this rank
-    tokens: torch.Tensor = 0.0  # of this rank
-    norms: list = field(default_factory=list)
+    kept: dict = field(default_factory=dict)  # tensors by name, the same on every rank
 
-    def restart(self, ttt_length, device):
-        """Begin to sum up anew."""
-        self.sums = torch.zeros(ttt_length, 4, dtype=torch.float64, device=device)
-        self.chains, self.tokens = self.sums.new_zeros(()), torch.zeros((), dtype=torch.float64)
-        self.norms, self.spent = [], 0.0
+    # Of the steps that are not logged yet:
+    spent: float = 0.0  # seconds
+    norms: list = field(default_factory=list)  # gradient norms
+    sums: dict = field(default_factory=dict)  # float64 tensors by name, of this rank
 
+    def add(self, sums):
+        """Add one step's sums {name: tensor}."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
 
-def draft_tensors(engine, d2t):
-    """The draft's tensors on rank 0 (CPU), an empty dict elsewhere; under ZeRO-3 all ranks take part."""
-    draft = engine.module
-    with deepspeed.zero.GatheredParameters(list(draft.parameters()), enabled=engine.zero_optimization_stage() == 3):
-        if dist.get_rank() != 0:
-            return {}
-        tensors = {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
-    vocab_size = draft.config["vocab_size"]
-    if draft.config["draft_vocab_size"] < vocab_size:
-        tensors |= {"d2t": d2t.cpu(), "t2d": torch.zeros(vocab_size, dtype=torch.bool)}
-        tensors["t2d"][vocabulary.target_ids(tensors["d2t"])] = True
-    return tensors
-
-
-def engine_kind(config):
-    """What of DeepSpeed's configuration decides whether shards that were written with it can be read."""
-    zero = config.get("zero_optimization", {})
-    place = zero.get("offload_optimizer", {}).get("device", "none")
-    optimizer = {"none": "AdamW", "cpu": "DeepSpeedCPUAdam"}.get(place, "AdamW on nvme")
-    precision = "bf16" if config["bf16"]["enabled"] else "fp32"
-    return {"precision": precision, "optimizer": optimizer, "zero_stage": zero.get("stage", 0)}
+    def restart(self):
+        """Begin a new interval between two log lines."""
+        self.sums = {}
+        self.norms = []
+        self.spent = 0.0
 
 
 def generator_states():
     """This rank's random number generators, as tensors by name."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    _, keys, position, has_gauss, gauss = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(random.getstate()[1]),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
     }
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def set_generators(states):
-    """Undo what has happened since `generator_states`."""
+    """Set the generators to `generator_states`."""
     torch.set_rng_state(states["torch"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     *keys, position, has_gauss = states["numpy"].tolist()
@@ -94,8 +94,32 @@ def set_generators(states):
         torch.cuda.set_rng_state(states["cuda"])
 
 
+# ==================== What is written ================================================================================
+
+
+def full_tensors(engine):
+    """The model's parameters by name on rank 0 (CPU), {} elsewhere; under ZeRO-3 all ranks take part."""
+    model = engine.module
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        if dist.get_rank() != 0:
+            return {}
+        return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+
+
+def engine_kind(config):
+    """The part of DeepSpeed's configuration that decides whether shards written with it can be read."""
+    zero = config.get("zero_optimization", {})
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    optimizers = {"none": "AdamW", "cpu": "DeepSpeedCPUAdam"}
+    return {
+        "precision": "bf16" if config["bf16"]["enabled"] else "fp32",
+        "optimizer": optimizers.get(device, "AdamW on nvme"),
+        "zero_stage": zero.get("stage", 0),
+    }
+
+
 def sync(path):
-    """Bring a file or a folder to the disk."""
+    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -107,22 +131,29 @@ def measure_file(path):
     """[bytes, CRC-32] of a file."""
     crc = 0
     with path.open("rb") as file:
-        for part in iter(lambda: file.read(2**24), b""):
+        while part := file.read(2**24):
             crc = zlib.crc32(part, crc)
     return [path.stat().st_size, crc]
 
 
+def first_problem(problem):
+    """The first problem of any rank, or "". All ranks call it with their own, "" if there is none."""
+    return next(filter(None, ranks.gather(problem)), "")
+
+
 def write_shards(engine, building):
-    """DeepSpeed's shards of all ranks. What a rank cannot write is returned as text: it must not miss a collective."""
-    writer, problems = engine.checkpoint_engine, []
-    write = writer.save
+    """Write DeepSpeed's shards of all ranks. Returns this rank's problem, as a rank must not miss a collective."""
+    writer = engine.checkpoint_engine
+    original = writer.save
+    problems = []
 
     def save(state_dict, path):
         try:
-            write(state_dict, path)
+            original(state_dict, path)
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(building).free / 1e9
-            problems.append(f"{path} cannot be written, {free:.3f} GB are free: {str(error).splitlines()[0]}")
+            reason = str(error).splitlines()[0]
+            problems.append(f"{path} cannot be written, {free:.3f} GB are free: {reason}")
 
     engine._copy_recovery_script = lambda folder: None  # scripts that belong to DeepSpeed, not to a checkpoint
     writer.save = save
@@ -130,109 +161,119 @@ def write_shards(engine, building):
         engine.save_checkpoint(building, SHARDS, {"universal_checkpoint_info": {}}, save_latest=False)
     finally:
         del writer.save
-    return problems
+    return problems[0] if problems else ""
 
 
-def first_problem(problems):
-    """The first problem of any rank, or None."""
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, problems)
-    return next(itertools.chain.from_iterable(every), None)
+def write_tensors(path, progress, gathered):
+    """ranks.safetensors: kept tensors, and sums and generators of every rank (gathered: [{name: tensor}])."""
+    tensors = {f"same.{name}": tensor.cpu() for name, tensor in progress.kept.items()}
+    for rank, own in enumerate(gathered):
+        for name, tensor in own.items():
+            tensors[f"{rank}.{name}"] = tensor
+    save_file(tensors, path)
 
 
-def write_checkpoint(engine, d2t, folder, state, mine):
-    """A complete checkpoint, visible only when it is whole. All ranks call it; None, or why there is none.
+def own_tensors(progress):
+    """This rank's sums and generators by name."""
+    tensors = {f"sum.{name}": torch.as_tensor(value).cpu() for name, value in progress.sums.items()}
+    for name, tensor in generator_states().items():
+        tensors[f"generator.{name}"] = tensor
+    return tensors
 
-    state: JSON that is the same for all ranks; mine: this rank's tensors by name. A checkpoint that is there already
-    stays, as it is of the same step; anything else of its name is put aside.
+
+def write_checkpoint(engine, folder, state, progress, write_draft):
+    """Write a complete checkpoint, visible only when it is complete. All ranks call it. Returns "" or the problem.
+
+    state: JSON, the same on all ranks. A complete checkpoint of this name stays, as it is of the same step; anything
+    else of this name is put aside.
     """
-    if ranks.on_first_rank(functools.partial(is_complete, folder)):
-        return None
-    first, world = dist.get_rank() == 0, dist.get_world_size()
-    building, every, problems = folder.with_name(f".{folder.name}.building"), [None] * world, []
-    dist.all_gather_object(every, {**mine, **generator_states()})
-    tensors = draft_tensors(engine, d2t)
-    if first:
+    if ranks.on_first_rank(lambda: is_complete(folder)):
+        return ""
+    is_main = dist.get_rank() == 0
+    building = folder.with_name(f".{folder.name}.building")
+    gathered = ranks.gather(own_tensors(progress))
+    tensors = full_tensors(engine)
+    problem = ""
+    if is_main:
         try:
             shutil.rmtree(building, ignore_errors=True)
             (building / SHARDS).mkdir(parents=True)
-            draft_files.write_draft(building, engine.module.config, tensors)
-            save_file(
-                {f"{rank}.{name}": x for rank, part in enumerate(every) for name, x in part.items()}, building / RANKS
-            )
-        except (OSError, SafetensorError, SystemExit) as error:  # the last with a line of its own
-            problems.append(f"{building} cannot be written: {error}")
-    problem = first_problem(problems) or first_problem(write_shards(engine, building))
+            write_draft(building, tensors)
+            write_tensors(building / RANKS, progress, gathered)
+        except (OSError, SafetensorError, SystemExit) as error:  # the last has printed its own line
+            problem = f"{building} cannot be written: {error}"
+    problem = first_problem(problem) or first_problem(write_shards(engine, building))
     if not problem:
         problem = publish(building, folder, state)
-    if first and problem:
+    if is_main and problem:
         shutil.rmtree(building, ignore_errors=True)
     return problem
 
 
 def is_complete(folder):
-    """Whether a whole checkpoint has this name. What else has it gets another one."""
+    """Whether a complete checkpoint has this name. Anything else of this name is renamed."""
     if not folder.exists():
         return False
     state = read_state(folder)
     if state and not find_damage(folder, state):
         return True
-    aside = next(
-        path for i in itertools.count() if not (path := folder.with_name(f"damaged_{i}_{folder.name}")).exists()
-    )
+    names = (folder.with_name(f"damaged_{i}_{folder.name}") for i in itertools.count())
+    aside = next(path for path in names if not path.exists())
     folder.rename(aside)
-    print(f"{folder} is not a complete checkpoint: it is {aside} now", file=sys.stderr)
+    print(f"{folder} is not a complete checkpoint: renamed to {aside}", file=sys.stderr)
     return False
 
 
 def publish(building, folder, state):
-    """Give a checkpoint that is written its name; the ranks bring its files to the disk and measure them together."""
-    rank, problems, files = dist.get_rank(), [], {}
+    """Give a written checkpoint its name. The ranks share the work of flushing and measuring its files."""
+    rank = dist.get_rank()
     paths = ranks.on_first_rank(lambda: [path for path in building.rglob("*") if path.is_file()])
-    every = [None] * dist.get_world_size()
+    problem = ""
+    measured = {}
     try:
-        for path in paths[rank :: len(every)]:
+        for path in paths[rank :: dist.get_world_size()]:
             sync(path)
-            files[str(path.relative_to(building))] = measure_file(path)
+            measured[str(path.relative_to(building))] = measure_file(path)
     except OSError as error:
-        problems.append(f"{path} cannot be written: {error}")
-    dist.all_gather_object(every, files)
-    problem = first_problem(problems)
+        problem = f"{path} cannot be written: {error}"
+    gathered = ranks.gather(measured)
+    problem = first_problem(problem)
     if rank == 0 and not problem:
-        files = {name: numbers for part in every for name, numbers in part.items()}
+        files = {name: numbers for part in gathered for name, numbers in part.items()}
         try:
             common.write_atomic(building / STATE, json.dumps({**state, "files": files}, indent=1) + "\n")
-            for path in (building / SHARDS, building):
-                sync(path)
+            sync(building / SHARDS)
+            sync(building)
             building.rename(folder)
             sync(folder.parent)
         except OSError as error:
-            problems.append(f"{building} cannot be written: {error}")
-    return problem or first_problem(problems)
+            problem = f"{building} cannot be written: {error}"
+    return problem or first_problem(problem)
 
 
-def write_final(engine, d2t, folder, files):
-    """The draft alone, with files {name: text}, in the place of what `folder` has. Ends the program if it cannot."""
-    tensors = draft_tensors(engine, d2t)
+def write_final(engine, folder, files, write_draft):
+    """Replace `folder` by the draft alone, with files {name: text}. Ends the program if it cannot be written."""
+    tensors = full_tensors(engine)
+    previous = folder.with_name(f".{folder.name}.old")
 
     def write():
-        building, old = (folder.with_name(f".{folder.name}.{what}") for what in ("building", "old"))
         try:
-            for path in (building, old):
-                shutil.rmtree(path, ignore_errors=True)
-            draft_files.write_draft(building, engine.module.config, tensors)
-            for name, text in files.items():
-                common.write_atomic(building / name, text)
-            if folder.exists():
-                folder.rename(old)
-            building.rename(folder)
+            common.remove(previous)
+            with common.building(folder) as building:
+                write_draft(building, tensors)
+                for name, text in files.items():
+                    common.write_atomic(building / name, text)
+                if folder.exists():
+                    folder.rename(previous)
             sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            common.remove(previous)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(building, ignore_errors=True)
             common.fail(f"{folder} cannot be written: {error}")
 
     ranks.on_first_rank(write)
+
+
+# ==================== Which ones are kept ============================================================================
 
 
 def step_folder(output_dir, step):
@@ -242,62 +283,86 @@ def step_folder(output_dir, step):
 def link_newest(folder, best):
     """The links beside a checkpoint: `latest` to it, and `best` to that of best = [value, step, name] or None.
 
-    On storage without symbolic links, as that of services may be, files with the checkpoint's name.
+    Storage without symbolic links, as some services have it, gets files with the checkpoint's name.
     """
-    names = {"latest": folder.name} | ({"best": step_folder("", best[1]).name} if best else {})
-    for name, target in names.items():
-        if folder.with_name(target).exists():
-            new = folder.with_name(f".{name}.building")
-            new.unlink(missing_ok=True)
-            try:
-                new.symlink_to(target)
-            except OSError:
-                new.write_text(target)
-            new.replace(folder.with_name(name))
+    targets = {"latest": folder.name}
+    if best:
+        targets["best"] = step_folder("", best[1]).name
+    for name, target in targets.items():
+        if not folder.with_name(target).exists():
+            continue
+        new = folder.with_name(f".{name}.building")
+        new.unlink(missing_ok=True)
+        try:
+            new.symlink_to(target)
+        except OSError:
+            new.write_text(target)
+        new.replace(folder.with_name(name))
 
 
 def remove_old(output_dir, limit, best):
-    """Remove the oldest checkpoints beyond `limit`, on one rank. The best stays, and folders with files of others."""
+    """Remove the oldest checkpoints beyond `limit`. The best one stays, and folders with files of other origin."""
+    best_name = step_folder("", best[1]).name if best else None
     for folder in checkpoints(output_dir)[limit:]:
-        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-        ours = {STATE, *(read_state(folder) or {"files": ()})["files"]}
-        if there == ours and not (best and folder.name == step_folder("", best[1]).name):
-            gone = folder.with_name(f".{folder.name}.building")  # no checkpoint any more, at once
-            folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        state = read_state(folder) or {"files": ()}
+        written = {STATE, *state["files"]}
+        present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+        if present != written or folder.name == best_name:
+            continue
+        removed = folder.with_name(f".{folder.name}.building")  # from the rename on it is no checkpoint
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
-def save_step(engine, d2t, args, progress, record=None):
-    """output_dir/step_XXXXXXXX with `latest`. Returns the folder, or None after a line if it cannot be written."""
-    folder, within = step_folder(args.output_dir, progress.step), progress.step % args.steps_per_epoch
+def save_step(engine, flags, progress, write_draft, record=None):
+    """Write output_dir/step_XXXXXXXX and the links. All ranks call it.
+
+    flags: all flags by name, given and derived. Returns the folder, or None after a line if it cannot be written.
+    """
+    folder = step_folder(flags["output_dir"], progress.step)
+    steps_per_epoch = flags["steps_per_epoch"]
     state = {
-        "step": progress.step, "epoch": progress.step / args.steps_per_epoch,
-        "rows_read_in_epoch": within * args.draft_global_batch_size, "seconds": progress.seconds, "best": progress.best,
-        "evaluation_due": progress.evaluation_due, "spent": progress.spent, "world_size": dist.get_world_size(),
-        "norms": [float(norm) for norm in progress.norms if norm is not None], "flags": vars(args),
-    }  # fmt: skip
-    mine = {name: torch.as_tensor(getattr(progress, name)).cpu() for name in ("sums", "chains", "tokens")}
-    lost = record.keep() if record else ""
-    problem = first_problem([lost] if lost else []) or write_checkpoint(engine, d2t, folder, state, mine)
+        "step": progress.step,
+        "epoch": progress.step / steps_per_epoch,
+        "rows_read_in_epoch": progress.step % steps_per_epoch * flags["draft_global_batch_size"],
+        "seconds": progress.seconds,
+        "best": progress.best,
+        "evaluation_due": progress.evaluation_due,
+        "spent": progress.spent,
+        "world_size": dist.get_world_size(),
+        "norms": [float(norm) for norm in progress.norms if norm is not None],
+        "flags": flags,
+    }
+    unwritten = record.keep() if record else ""  # a checkpoint relies on the rows before it
+    problem = first_problem(unwritten) or write_checkpoint(engine, folder, state, progress, write_draft)
     if dist.get_rank() == 0 and problem:
         print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
     elif dist.get_rank() == 0:
         try:
             link_newest(folder, progress.best)
-            if args.save_total_limit:
-                remove_old(args.output_dir, args.save_total_limit, progress.best)
+            if flags["save_total_limit"]:
+                remove_old(flags["output_dir"], flags["save_total_limit"], progress.best)
         except OSError as error:
-            print(f"{folder} is whole, but: {error}", file=sys.stderr)
+            print(f"{folder} is complete, but: {error}", file=sys.stderr)
     return None if problem else folder
 
 
 def checkpoints(output_dir):
     """The folders step_*, the newest first."""
-    return sorted(
-        (path for path in Path(output_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)),
-        key=lambda path: int(path.name[5:]),
-        reverse=True,
-    )
+    folders = [path for path in Path(output_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def remove_leftovers(output_dir):
+    """Remove what an interruption left half-written or half-removed; nobody may be writing."""
+    for path in Path(output_dir).glob(".*.building"):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ==================== What is read ===================================================================================
 
 
 def read_state(folder):
@@ -310,7 +375,7 @@ def read_state(folder):
 
 
 def find_damage(folder, state):
-    """What is wrong with a checkpoint's files; empty if nothing is."""
+    """The problem with a checkpoint's files; "" if there is none."""
     for name, numbers in state["files"].items():
         try:
             if measure_file(Path(folder) / name) != numbers:
@@ -321,120 +386,138 @@ def find_damage(folder, state):
 
 
 def find_checkpoint(folders):
-    """(folder, state) of the first of these folders that is whole; those that are not are named. Twice None if none."""
+    """(folder, state) of the first folder that is a complete checkpoint, or (None, None). Names the others."""
     for folder in folders:
         state = read_state(folder)
-        wrong = find_damage(folder, state) if state else f"{STATE} cannot be read"
-        if not wrong:
+        problem = find_damage(folder, state) if state else f"{STATE} cannot be read"
+        if not problem:
             return folder, state
-        print(f"{folder} is not a complete checkpoint, it is passed over: {wrong}", file=sys.stderr)
+        print(f"{folder} is not a complete checkpoint, it is passed over: {problem}", file=sys.stderr)
     return None, None
 
 
-def find_state(args):
-    """With --resume the trainer_state.json to go on from; its folder becomes resume_from_checkpoint. None: from step 0.
+def find_state(args, engine, decisive):
+    """With --resume the checkpoint to continue: (folder, trainer_state.json), or (None, None) to start from step 0.
 
     The newest complete checkpoint of output_dir comes first, then resume_from_checkpoint.
+    engine: `engine_kind` of this start. decisive: names of the flags that have to be those of the checkpoint.
     """
     if not args.resume or args.no_resume_from_checkpoint:
-        return None
+        return None, None
     given = args.resume_from_checkpoint
-    elsewhere = [Path(given)] if given and (Path(given) / STATE).exists() else []
+    elsewhere = []
+    if given and (Path(given) / STATE).exists():
+        elsewhere.append(Path(given))
     folder, state = find_checkpoint(checkpoints(args.output_dir) + elsewhere)
     if not folder:
-        rest = f"from the weights of {given}" if given else "from the beginning"
-        print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {rest}", file=sys.stderr)
-        return None
-    if folder not in elsewhere:  # an interruption may have come before them
+        start = f"from the weights of {given}" if given else "from the beginning"
+        print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {start}", file=sys.stderr)
+        return None, None
+    if folder not in elsewhere:  # an interruption may have come before the links
         link_newest(folder, state["best"])
-    args.resume_from_checkpoint, flags = str(folder), state["flags"]
-    rest = "or start from its weights without --resume"
-    for name in ("seed", "draft_global_batch_size", "ttt_length"):
-        if flags[name] != getattr(args, name):
+    for name in decisive:
+        if state["flags"][name] != getattr(args, name):
             common.fail(
-                f"{folder} was trained with {name} {flags[name]}, not {getattr(args, name)}: they decide what its "
-                f"remaining steps are; give the same, {rest}"
+                f"{folder} was trained with {name} {state['flags'][name]}, not {getattr(args, name)}: it decides what "
+                "the remaining steps are; give the same, or start from its weights without --resume"
             )
-    before, now = flags["engine"], args.engine
-    if "nvme" in before["optimizer"]:
+    check_engine(folder, state["flags"]["engine"], engine)
+    return folder, state
+
+
+def check_engine(folder, written, engine):
+    """End the program if shards of one `engine_kind` cannot be read with another."""
+    remedy = "or start from its weights without --resume"
+    if "nvme" in written["optimizer"]:
         common.fail(
             f"{folder} was trained with optimizer states on nvme, of which DeepSpeed restores only a part: start from "
             "its weights without --resume"
         )
     for name in ("precision", "optimizer"):
-        if before[name] != now[name]:
+        if written[name] != engine[name]:
             common.fail(
-                f"{folder} was trained with {name} {before[name]}, deepspeed_config means {now[name]}: give the same, "
-                f"{rest}"
+                f"{folder} was trained with {name} {written[name]}, deepspeed_config means {engine[name]}: give the "
+                f"same, {remedy}"
             )
-    stages = {before["zero_stage"], now["zero_stage"]}
-    if len(stages) > 1 and stages != {1, 2}:
-        stage, other = before["zero_stage"], now["zero_stage"]
+    before = written["zero_stage"]
+    stage = engine["zero_stage"]
+    if before != stage and {before, stage} != {1, 2}:
         common.fail(
-            f"{folder} was trained with ZeRO stage {stage}, deepspeed_config has stage {other}: DeepSpeed converts "
-            f"only 1 and 2 into one another; give one that fits, {rest}"
+            f"{folder} was trained with ZeRO stage {before}, deepspeed_config has stage {stage}: DeepSpeed converts "
+            f"only 1 and 2 into one another; give one that fits, {remedy}"
         )
-    return state
 
 
-def remove_leftovers(output_dir):
-    """Remove what an interruption left half-written or half-removed; while nobody writes."""
-    for path in Path(output_dir).glob(".*.building"):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+def convert_shards(shards, converted):
+    """DeepSpeed's universal form of shards, which any number of ranks can read."""
+    shutil.rmtree(converted.parent, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", shards, "--output_folder", converted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        output = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        common.fail(f"{shards} cannot be converted for {dist.get_world_size()} ranks: {output[-1]}")
 
 
-def read_shards(engine, args, state):
+def read_shards(engine, folder, state, flags):
     """Weights, fp32 masters and optimizer of a checkpoint, whatever the number of ranks that wrote it."""
-    folder, stage = Path(args.resume_from_checkpoint), args.engine["zero_stage"]
-    same = (state["world_size"], state["flags"]["engine"]["zero_stage"]) == (dist.get_world_size(), stage)
-    if same or stage == 0:  # which has no shards
+    shards = folder / SHARDS
+    stage = flags["engine"]["zero_stage"]
+    same_world = state["world_size"] == dist.get_world_size()
+    same_stage = state["flags"]["engine"]["zero_stage"] == stage
+    if stage == 0 or (same_world and same_stage):  # stage 0 has no shards
         path, _ = engine.load_checkpoint(str(folder), SHARDS)
     else:
-        other = Path(args.output_dir) / ".universal.building"
-
-        def convert():
-            shutil.rmtree(other, ignore_errors=True)
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-                       "--input_folder", folder / SHARDS, "--output_folder", other / SHARDS]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-                common.fail(f"{folder / SHARDS} cannot be converted for {dist.get_world_size()} ranks: {said[0]}")
-
-        ranks.on_first_rank(convert)
+        universal = Path(flags["output_dir"]) / ".universal.building"
+        ranks.on_first_rank(lambda: convert_shards(shards, universal / SHARDS))
         engine._config.load_universal_checkpoint = True
-        path, _ = engine.load_checkpoint(str(other), SHARDS)
+        path, _ = engine.load_checkpoint(str(universal), SHARDS)
         engine._config.load_universal_checkpoint = False
         dist.barrier()
         if dist.get_rank() == 0:
-            shutil.rmtree(other, ignore_errors=True)
+            shutil.rmtree(universal, ignore_errors=True)
     if not path:
-        common.fail(f"DeepSpeed finds nothing to load in {folder / SHARDS}")
+        common.fail(f"DeepSpeed finds nothing to load in {shards}")
 
 
-def read_ranks(folder, state):
-    """This rank's tensors {name: tensor} of `write_checkpoint`, and its generators are set as they were.
-
-    On another number of ranks rank 0 gets the sums over the ranks that there were, the others zeros.
-    """
-    tensors, rank = load_file(Path(folder) / RANKS), dist.get_rank()
-    every = [{} for _ in range(state["world_size"])]
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        every[int(number)][name] = tensor
+def read_tensors(folder, state):
+    """(sums, kept) of this rank, each {name: tensor}; sets the generators if the number of ranks is the same."""
+    rank = dist.get_rank()
+    kept = {}
+    sums = defaultdict(dict)  # by rank
+    generators = defaultdict(dict)
+    for key, tensor in load_file(folder / RANKS).items():
+        if key.startswith("same."):
+            kept[key.removeprefix("same.")] = tensor
+            continue
+        writer, kind, name = key.split(".", 2)
+        by_rank = {"sum": sums, "generator": generators}[kind]
+        by_rank[int(writer)][name] = tensor
     if state["world_size"] == dist.get_world_size():
-        set_generators(every[rank])
-        return every[rank]
-    names = every[0].keys() - GENERATORS
-    return {name: sum(part[name] for part in every) * (rank == 0) for name in names}
+        set_generators(generators[rank])
+        return sums[rank], kept
+    totals = {}
+    for name in sums[0]:
+        total = sum(sums[writer][name] for writer in range(state["world_size"]))
+        totals[name] = total if rank == 0 else torch.zeros_like(total)
+    return totals, kept
 
 
-def resume(engine, args, state):
-    """The Progress of a checkpoint; the engine and the random number generators get what it holds."""
-    read_shards(engine, args, state)
-    names = "step", "seconds", "best", "evaluation_due", "spent", "norms"
-    progress = Progress(**{name: state[name] for name in names})
-    mine = read_ranks(args.resume_from_checkpoint, state)
-    progress.sums, progress.chains = mine["sums"].to(engine.device), mine["chains"].to(engine.device)
-    progress.tokens = mine["tokens"]
-    return progress
+def resume(engine, folder, state, flags):
+    """The Progress of a checkpoint; the engine and the random number generators get what it holds.
+
+    folder, state: as `find_state` returns them. flags: all flags of this start by name, given and derived.
+    """
+    folder = Path(folder)
+    read_shards(engine, folder, state, flags)
+    sums, kept = read_tensors(folder, state)
+    return Progress(
+        step=state["step"],
+        seconds=state["seconds"],
+        best=state["best"],
+        evaluation_due=state["evaluation_due"],
+        spent=state["spent"],
+        norms=state["norms"],
+        sums={name: tensor.to(engine.device) for name, tensor in sums.items()},
+        kept={name: tensor.to(engine.device) for name, tensor in kept.items()},
+    )

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -261,22 +262,44 @@ def check_disk(name, folder):
         common.fail(f"{name} {folder}: DeepSpeed's async_io needs libaio with its headers (Debian: libaio-dev)")
 
 
+def gather(value):
+    """Every rank's value, in the order of the ranks. All ranks call it; values are pickled."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+@dataclass
+class Outcome:
+    """What rank 0 tells the others about work that they wait for."""
+
+    value: object = None
+    exit_code: object = 1  # 0: the value counts
+
+
 def on_first_rank(work):
-    """Run work() on rank 0 while the others wait, and give them its result; if it ends the program, all end."""
-    result = [None, 1]
+    """The result of work() on rank 0, on all ranks. All wait for it; if it ends the program, all end."""
+    outcome = Outcome()
     if dist.get_rank() == 0:
         try:
-            result = [work(), 0]
+            outcome = Outcome(work(), exit_code=0)
         except SystemExit as stop:
-            result[1] = stop.code
+            outcome.exit_code = stop.code
             raise
         finally:
-            dist.broadcast_object_list(result)
+            dist.broadcast_object_list([outcome])
     else:
-        dist.broadcast_object_list(result)
-        if result[1]:
-            sys.exit(result[1])
-    return result[0]
+        received = [None]
+        dist.broadcast_object_list(received)
+        outcome = received[0]
+        if outcome.exit_code:
+            sys.exit(outcome.exit_code)
+    return outcome.value
+
+
+def fail_together(message):
+    """End the program on all ranks with one line, of rank 0."""
+    on_first_rank(lambda: common.fail(message))
 
 
 def check_shared(name, folder, patience=10):
@@ -287,15 +310,15 @@ def check_shared(name, folder, patience=10):
         os.close(handle)  # mounted storage shows a file to other nodes when it is closed
         return path
 
-    path, every, until = on_first_rank(write), [None] * dist.get_world_size(), time.monotonic() + patience
+    path = on_first_rank(write)
+    until = time.monotonic() + patience
     while not (seen := os.path.exists(path)) and time.monotonic() < until:
         time.sleep(0.2)
-    dist.all_gather_object(every, "" if seen else socket.gethostname())
+    hosts = gather("" if seen else socket.gethostname())
     if dist.get_rank() == 0:
         os.unlink(path)
-    if lacking := ", ".join(sorted({host for host in every if host})):
-        message = f"{name} {folder} is another folder on {lacking}: checkpoints need one that all nodes share"
-        on_first_rank(functools.partial(common.fail, message))
+    if missing := ", ".join(sorted({host for host in hosts if host})):
+        fail_together(f"{name} {folder} is another folder on {missing}: checkpoints need one that all nodes share")
 
 
 def on_each_node(work):

@@ -175,7 +175,7 @@ def test_best_is_what_could_be_saved_and_of_one_metric(work, tmp_path, monkeypat
     monkeypatch.setattr(
         checkpoints,
         "write_checkpoint",
-        lambda engine, d2t, folder, *rest: "no" if folder.name[-2:] == "04" else write(engine, d2t, folder, *rest),
+        lambda engine, folder, *rest: "no" if folder.name[-2:] == "04" else write(engine, folder, *rest),
     )
     flags = "--eval_steps", 2, "--save_steps", 2
     train(work, out, *flags)
