@@ -101,9 +101,7 @@ def write_all(args, target, store, data, pending):
             bar.update(sum(tokens[split][number] for split, number in passed))
             bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
         store.flush(wait=True)
-    every = [None] * world
-    dist.all_gather_object(every, bad)
-    return [name for part in every for name in part]
+    return [name for part in ranks.gather(bad) for name in part]
 
 
 # (name, type, default, help, least value if any): see read_conversations.parse_flags

@@ -754,8 +754,12 @@ def main(args):
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
     draft = build_draft(args, config, target, d2t.to(target.embedding.device))
 
-    settings = run_record.run_settings(args, data_config, state["step"] if state else 0)
+    first_step = state["step"] if state else 0
+    source = ranks.on_first_rank(lambda: run_record.edited_source(__file__, first_step))
+    settings = run_record.run_settings(args, data_config, first_step, source)
     if dist.get_rank() == 0:
+        for name, text in source.items():
+            common.write_atomic(Path(args.output_dir) / name, text)
         counts = vocabulary.read_token_freq(Path(data_folder) / "token_freq.pt")
         share = sum(counts.get(token, 0) for token in vocabulary.target_ids(d2t).tolist()) / sum(counts.values())
         print(run_record.summary(args, config, layers, draft, target, data, data_config, share))

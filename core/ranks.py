@@ -1,10 +1,13 @@
-"""ranks."""
+"""Processes: joining the process group, results shared by all ranks, lost ranks, signals.
+
+A command runs as `ranks.run_watched(main, args)` and begins with `ranks.start_distributed(...)`. From then on a rank
+that dies, hangs or fails ends all others within seconds, with a line that names it.
+"""
 
 import atexit
 import contextlib
 import ctypes
 import datetime
-import functools
 import json
 import os
 import secrets
@@ -82,63 +85,76 @@ def remove_old_locks():
 
 
 class Watch:
-    """Ends this rank when another one has died, hangs or has failed, with a line that names that one.
+    """Ends this rank when another one dies, hangs or fails, with a line that names that one.
 
-    Each rank has a connection with rank 0, and sends every second what its peer shall say when it is gone. The kernel
-    closes the connection of a process that dies, however it does. Rank 0 then ends with the same words, and so all do.
-    A rank that ends as it should leaves an empty line. Who does not know the run's token is not listened to.
+    Each rank has a connection to rank 0 and sends every second the last words that count once it is gone. The kernel
+    closes the connection of a process that dies, whatever the cause. Rank 0 then ends with the same words, and so do
+    the others. A rank that ends as it should leaves an empty line. A peer without the token of the run is ignored.
     """
 
     running = None
 
     def __init__(self, limit):
-        self.limit, self.peers, self.sending, self.ending = limit, [], threading.Lock(), threading.Lock()
+        self.limit = limit  # seconds of silence after which a peer counts as hanging
+        self.peers = []
+        self.sending = threading.Lock()
+        self.ending = threading.Lock()  # never released: the first reason counts
         self.me = f"rank {dist.get_rank()} (host {socket.gethostname()}, pid {os.getpid()})"
-        self.words = f"{self.me} has died: it was killed, or its own output says why"
-        server, where = None, [None, secrets.token_hex()]
+        self.last_words = f"{self.me} has died: it was killed, or its own output says why"
+        server = None
+        address = {"port": None, "token": secrets.token_hex()}
         if dist.get_rank() == 0:
             both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
             server = socket.create_server(("", 0), backlog=4096, **both)
             server.settimeout(1)
-            where[0] = server.getsockname()[1]
-        dist.broadcast_object_list(where)
-        port, self.token = where
-        atexit.register(self.tell, "")
-        os.register_at_fork(after_in_child=self.let_go)
-        threading.Thread(target=self.beat, args=[server, port], daemon=True).start()
+            address["port"] = server.getsockname()[1]
+        address = on_first_rank(lambda: address)
+        self.token = address["token"]
+        atexit.register(self.send, "")
+        os.register_at_fork(after_in_child=self.close_after_fork)
+        threading.Thread(target=self.heartbeat, args=[server, address["port"]], daemon=True).start()
 
-    def beat(self, server, port):
-        """Connect, rank 0 with whoever comes and another rank with rank 0, and repeat this rank's words for good."""
-        if not server:
-            try:
-                peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
-                peer.sendall(f"{self.token}\n".encode())
-            except OSError as error:
-                print(
-                    f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
-                    "a rank that is lost will show only after dist_timeout",
-                    file=sys.stderr,
-                )
-                return
-            threading.Thread(target=self.hear, args=[peer], daemon=True).start()
+    def heartbeat(self, server, port):
+        """Connect to rank 0, or on rank 0 accept the others, and repeat this rank's last words every second."""
+        if not server and not self.connect(port):
+            return
         while True:
             if server:
                 with contextlib.suppress(TimeoutError):
-                    threading.Thread(target=self.hear, args=[server.accept()[0], True], daemon=True).start()
+                    self.start_listening(server.accept()[0], unknown=True)
             else:
                 time.sleep(1)
-            self.tell()
+            self.send()
 
-    def hear(self, peer, unknown=False):
-        """Listen to a peer until its end, or until it is silent for `limit` seconds."""
+    def connect(self, port):
+        """Connect to rank 0. Returns whether that succeeds."""
+        try:
+            peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+            peer.sendall(f"{self.token}\n".encode())
+        except OSError as error:
+            print(
+                f"{self.me} cannot reach port {port} of {os.environ['MASTER_ADDR']} ({error}): "
+                "a rank that is lost will show only after dist_timeout",
+                file=sys.stderr,
+            )
+            return False
+        self.start_listening(peer)
+        return True
+
+    def start_listening(self, peer, unknown=False):
+        threading.Thread(target=self.listen, args=[peer, unknown], daemon=True).start()
+
+    def listen(self, peer, unknown=False):
+        """Read a peer's words until its connection ends, or until it is silent for `limit` seconds."""
         peer.settimeout(self.limit)
-        lines, words = peer.makefile(errors="replace"), ""
+        lines = peer.makefile(errors="replace")
+        words = ""
         try:
             if unknown and lines.readline(100).strip() != self.token:
                 return
             self.peers.append(peer)
-            peer.sendall(f"{self.words}\n".encode())
-            for line in iter(functools.partial(lines.readline, 10000), ""):
+            peer.sendall(f"{self.last_words}\n".encode())
+            while line := lines.readline(10000):
                 words = line
         except OSError as error:  # or a reset, as the end left something unread
             if isinstance(error, TimeoutError):
@@ -147,27 +163,35 @@ class Watch:
         if words.startswith("rank"):  # not the empty line
             self.end(words.strip())
 
-    def let_go(self):
+    def close_after_fork(self):
         """In a forked process: close the connections, or they would stay open when this rank dies."""
         for peer in self.peers:
             with contextlib.suppress(OSError):
                 os.close(peer.fileno())
 
-    def tell(self, words=None):
-        """Send this rank's words, from now on the given ones."""
+    def send(self, last_words=None):
+        """Send this rank's last words, replaced by the given ones if any."""
         with self.sending:
-            self.words = self.words if words is None else words
+            if last_words is not None:
+                self.last_words = last_words
             for peer in self.peers:
-                with contextlib.suppress(OSError):  # gone: `hear` sees it
-                    peer.sendall(f"{self.words}\n".encode())
+                with contextlib.suppress(OSError):  # gone: `listen` sees it
+                    peer.sendall(f"{self.last_words}\n".encode())
 
-    def end(self, why):
-        """End this rank, on rank 0 all others too."""
-        self.ending.acquire()  # for good: the first reason counts
-        self.tell(why)
+    def end(self, reason):
+        """End this rank, and on rank 0 all others."""
+        self.ending.acquire()
+        self.send(reason)
         sys.stdout.flush()
-        print(f"error: {why}", file=sys.stderr, flush=True)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def exit_code(error):
+    """The exit code of a program that ends with this exception."""
+    if not isinstance(error, SystemExit):
+        return 1
+    return error.code if isinstance(error.code, int) else int(bool(error.code))
 
 
 def run_watched(main, args):
@@ -175,15 +199,15 @@ def run_watched(main, args):
     try:
         main(args)
     except BaseException as error:
-        watch, stop = Watch.running, isinstance(error, SystemExit)
-        code = 1 if not stop else error.code if isinstance(error.code, int) else bool(error.code)
+        watch = Watch.running
+        code = exit_code(error)
         if not watch or not code:
             raise
-        if not stop:
+        if not isinstance(error, SystemExit):
             time.sleep(1)  # if this follows from another rank's death, the watch has seen that, and ends this one
             print(f"{watch.me}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         watch.ending.acquire()
-        watch.tell(f"{watch.me} ended by {error!r}: its own output says why")
+        watch.send(f"{watch.me} ended by {error!r}: its own output says why")
         time.sleep(2)  # for ranks that fail for the same reason to say so
         sys.stdout.flush()
         os._exit(code)
@@ -196,7 +220,8 @@ def stop_signals():
 
     The training ends when its step is done. A second Ctrl-C ends it at once.
     """
-    asked, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    asked = []
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def note(number, frame):
         asked.append(signal.Signals(number).name)

@@ -1,4 +1,4 @@
-"""run_record."""
+"""What a run writes about itself: run.json with its provenance, metrics.jsonl, curves.png, trackers, printed lines."""
 
 import atexit
 import datetime
@@ -27,42 +27,84 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetens
 TRACKER_SECONDS = 60  # that training waits at most for the trackers to open, and at its end for them to finish
 
 
-def folder_behind(args):
-    """The folder with run.json and metrics.jsonl of the run that a checkpoint continues: output_dir once it has those
-    of the same run, else the checkpoint's own. None: there are no metrics."""
-    folders, names = (Path(args.output_dir), Path(args.resume_from_checkpoint).resolve().parent), {}
-    for folder in (folder for folder in folders if (folder / "metrics.jsonl").exists()):
-        path = folder / "run.json"
-        names[folder] = json.loads(path.read_text()).get("run_id") if path.exists() else None
-    return next((folder for folder in names if names[folder] == [*names.values()][-1]), None)
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def run_settings(args, data_config, step):
-    """run.json of a start that goes on behind `step`; what an earlier one said stays under "earlier_starts".
+def run_id(folder):
+    """The id in the run.json of a folder, or None."""
+    path = folder / "run.json"
+    return json.loads(path.read_text()).get("run_id") if path.exists() else None
+
+
+def continued_folder(args):
+    """The folder with run.json and metrics.jsonl of the run that a checkpoint continues, or None without metrics.
+
+    It is output_dir once that holds them of the same run, else the checkpoint's own folder.
+    """
+    folders = (Path(args.output_dir), Path(args.resume_from_checkpoint).resolve().parent)
+    folders = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
+    for folder in folders:
+        if run_id(folder) == run_id(folders[-1]):
+            return folder
+    return None
+
+
+def ask_git(*words):
+    """What git prints about this repository, or None without git, a repository or a commit."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(REPOSITORY), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def edited_source(trainer, step):
+    """{file name: text} that is needed beside the commit to repeat a start that goes on behind `step`.
+
+    The difference to the commit and the trainer's source if the tree is edited, the latter alone without git, else
+    nothing. Each start that continues a run has names of its own.
+    """
+    difference = ask_git("diff", "--binary", "HEAD", "--", ".")
+    if difference == "":
+        return {}
+    trainer = Path(trainer)
+    suffix = f"_{step:08d}" if step else ""
+    files = {f"{trainer.stem}{suffix}.py": trainer.read_text()}
+    if difference:
+        files[f"source{suffix}.diff"] = difference
+    return files
+
+
+def run_settings(args, data_config, step, source_files=()):
+    """run.json of a start that goes on behind `step`; the earlier ones stay under "earlier_starts".
 
     It is the same run, by its id, unless it goes on elsewhere from a checkpoint behind which the run itself went on.
+    source_files: names of the files of `edited_source`, beside run.json.
     """
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    earlier, behind, key = [], folder_behind(args) if step else None, os.urandom(8).hex()
-    if behind and (behind / "run.json").exists():
-        before = json.loads((behind / "run.json").read_text())
-        earlier, own = [*before.pop("earlier_starts", []), before], Path(args.resume_from_checkpoint).resolve()
-        later = any(path.name > own.name for path in own.parent.glob("step_*"))
-        if behind.resolve() == Path(args.output_dir).resolve() or not later:
+    commit = ask_git("rev-parse", "HEAD")
+    continued = continued_folder(args) if step else None
+    earlier = []
+    key = os.urandom(8).hex()
+    if continued and (continued / "run.json").exists():
+        before = json.loads((continued / "run.json").read_text())
+        earlier = [*before.pop("earlier_starts", []), before]
+        checkpoint = Path(args.resume_from_checkpoint).resolve()
+        went_on = any(path.name > checkpoint.name for path in checkpoint.parent.glob("step_*"))
+        if continued.resolve() == Path(args.output_dir).resolve() or not went_on:
             key = before.get("run_id", key)
     return {
         "argv": sys.argv,
         "flags": vars(args),
         "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": git.stdout.strip() if git else None,
+        "git_commit": commit.strip() if commit else None,
+        "source_files": sorted(source_files),
         "world_size": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "data_fingerprint": data_config["fingerprint"],
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "run_id": key,
         "starts_behind_step": step,
-        "continues": str(behind) if behind else None,
+        "continues": str(continued) if continued else None,
         "earlier_starts": earlier,
     }
 
@@ -325,7 +367,7 @@ class Record:
 def leave(code):
     """End the process at once: what a tracker that hangs would do at exit hangs as well."""
     if ranks.Watch.running and not code:
-        ranks.Watch.running.tell("")  # to the other ranks: this is no failure
+        ranks.Watch.running.send("")  # to the other ranks: this is no failure
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -13,9 +13,9 @@ from core import ranks
 
 @pytest.fixture
 def watch():
-    """Rank 0's watch without a process group: what `hear` needs."""
+    """Rank 0's watch without a process group: what `listen` needs."""
     watch = ranks.Watch.__new__(ranks.Watch)
-    watch.limit, watch.peers, watch.token, watch.words = 5, [], "0123", "rank 0 has died"
+    watch.limit, watch.peers, watch.token, watch.last_words = 5, [], "0123", "rank 0 has died"
     watch.sending, watch.ended = threading.Lock(), []
     watch.end = watch.ended.append
     return watch
@@ -24,7 +24,7 @@ def watch():
 def hear(watch, *lines):
     """What a stranger or a rank that sends these lines and goes leaves behind; what it was told."""
     ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=watch.hear, args=[ours, True])
+    thread = threading.Thread(target=watch.listen, args=[ours, True])
     thread.start()
     theirs.sendall(b"".join(lines))
     theirs.shutdown(socket.SHUT_WR)
@@ -55,7 +55,7 @@ def test_a_forked_process_closes_the_connections_and_nothing_else(watch):
     watch.peers.append(ours)
     child = os.fork()
     if not child:
-        watch.let_go()
+        watch.close_after_fork()
         os.write(writing, b"open")
         try:
             os.fstat(ours.fileno())

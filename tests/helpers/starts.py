@@ -86,7 +86,7 @@ def serve():
                     ranks.run_watched(train_eagle3.main, train_eagle3.parse_args(request["argv"]))
                     code = 0
                     if ranks.Watch.running:
-                        ranks.Watch.running.tell("")  # as at the exit of a process that was not forked
+                        ranks.Watch.running.send("")  # as at the exit of a process that was not forked
                 except SystemExit as stop:
                     code = stop.code
                 finally:
