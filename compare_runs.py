@@ -33,8 +33,12 @@ def describe_run(rows):
         "tokens/s": statistics.median(rates) if rates else None,
     }
     for name in ("loss", "acc_0", "chain_length"):
-        columns[name], columns[f"best {name}"], _ = last_and_best(rows, "train", name)
-    columns["validation loss"], columns["best validation loss"], _ = last_and_best(rows, "validation", "loss")
+        last, best, _ = last_and_best(rows, "train", name)
+        columns[name] = last
+        columns[f"best {name}"] = best
+    last, best, _ = last_and_best(rows, "validation", "loss")
+    columns["validation loss"] = last
+    columns["best validation loss"] = best
     last, best, step = last_and_best(rows, "validation", "acceptance_length")
     columns["acceptance_length"] = last
     columns["best acceptance_length"] = best
@@ -53,7 +57,8 @@ def print_table(table):
     header = ["run", *next(iter(table.values()))]
     lines = [header]
     for path, columns in table.items():
-        lines.append([path, *(format_value(column, value) for column, value in columns.items())])
+        values = [format_value(column, value) for column, value in columns.items()]
+        lines.append([path, *values])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     for run, *values in lines:

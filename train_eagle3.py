@@ -573,7 +573,7 @@ def train(args, engine, target, data, d2t, record, progress):
                 progress.bad = 0
                 progress.add(parts)
                 progress.norms.append(engine.get_global_grad_norm())
-            old = record.first and 0 < 60 * args.save_minutes < time.monotonic() - saved
+            old = record.is_main and 0 < 60 * args.save_minutes < time.monotonic() - saved
             votes = torch.tensor([len(asked), old], dtype=torch.float32, device=engine.device)
             dist.all_reduce(votes)
             stop, old = votes.tolist()
@@ -586,7 +586,7 @@ def train(args, engine, target, data, d2t, record, progress):
                 )
                 record.close(2)
                 ranks.fail_together(f"{message}: look at the rows named above")
-            if record.first:
+            if record.is_main:
                 record.bar.update()
             last = step == args.total_steps
 

@@ -259,13 +259,16 @@ class Tracker(threading.Thread):
 
     def __init__(self, name, args, settings, rows):
         super().__init__(daemon=True, name=name)
-        self.open, self.rows = (lambda: TRACKERS[name](args, settings)), rows
-        self.opened, self.queue = threading.Event(), queue.SimpleQueue()  # of (values, step); None: that was all
+        self.args = args
+        self.settings = settings
+        self.rows = rows  # [(values, step)] of earlier starts
+        self.opened = threading.Event()
+        self.queue = queue.SimpleQueue()  # of (values, step); None: the end
         self.start()
 
     def run(self):
         try:
-            log, close = self.open()
+            log, close = TRACKERS[self.name](self.args, self.settings)
             self.opened.set()
             for values, step in itertools.chain(self.rows, iter(self.queue.get, None)):
                 log(values, step)
@@ -288,17 +291,25 @@ class Record:
     """Where measured values go on rank 0: metrics.jsonl, the trackers, the terminal. Elsewhere it does nothing."""
 
     def __init__(self, args, settings):
-        self.first, step = dist.get_rank() == 0, settings["starts_behind_step"]
-        if self.first:
-            path = Path(args.output_dir) / "metrics.jsonl"
-            behind = settings.get("continues")
-            rows = [row for row in read_metrics(behind) if row["step"] <= step] if behind else []
-            common.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-            self.file, self.unwritten = path.open("ab", buffering=0), b""
-            self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])
-            self.bar = tqdm(
-                total=args.total_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-            )
+        self.is_main = dist.get_rank() == 0
+        if not self.is_main:
+            return
+        step = settings["starts_behind_step"]
+        path = Path(args.output_dir) / "metrics.jsonl"
+        rows = []
+        if settings.get("continues"):  # rows of later steps are measured again
+            rows = [row for row in read_metrics(settings["continues"]) if row["step"] <= step]
+        common.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""
+        self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])
+        self.bar = tqdm(
+            total=args.total_steps,
+            initial=step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
 
     def open_trackers(self, args, settings, rows):
         self.stdin = sys.stdin
@@ -311,14 +322,17 @@ class Record:
                 print(f"{tracker.name} is not open after {TRACKER_SECONDS} s, training begins", file=sys.stderr)
 
     def row(self, split, step, epoch, values):
-        if self.first:
-            values = {name: float(f"{x:.9g}") if isinstance(x, float) else x for name, x in values.items()}
-            row = {"split": split, "step": step, "epoch": round(epoch, 6), **values}
-            self.unwritten += f"{json.dumps(row)}\n".encode()
-            if problem := self.write():
-                print(f"{problem}; the rows are kept in memory", file=sys.stderr)
-            for tracker in self.trackers:
-                tracker.queue.put((tracked(row), step))
+        """Write a row of metrics.jsonl, {name: number}, and hand it to the trackers."""
+        if not self.is_main:
+            return
+        row = {"split": split, "step": step, "epoch": round(epoch, 6)}
+        for name, value in values.items():
+            row[name] = float(f"{value:.9g}") if isinstance(value, float) else value
+        self.unwritten += f"{json.dumps(row)}\n".encode()
+        if problem := self.write():
+            print(f"{problem}; the rows are kept in memory", file=sys.stderr)
+        for tracker in self.trackers:
+            tracker.queue.put((tracked(row), step))
 
     def write(self, sync=False):
         """Append the rows that are not written yet, all of them or none. Returns "" or why that is not possible."""
@@ -336,32 +350,38 @@ class Record:
 
     def keep(self):
         """Bring the rows to the disk, as a checkpoint relies on them. Returns "" or why that is not possible."""
-        return self.write(sync=True) if self.first else ""
+        return self.write(sync=True) if self.is_main else ""
 
     def line(self, text):
-        if self.first:
+        """Print a line above the progress bar."""
+        if self.is_main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self, code=0):
-        """Draw the curves and end the trackers. code: with which the program will end, should one of them hang."""
-        if self.first:
-            self.bar.close()
-            if problem := self.write():
-                print(f"{problem}: its last rows are lost", file=sys.stderr)
-            self.file.close()
-            for tracker in self.trackers:
-                tracker.queue.put(None)
-            path = Path(self.file.name).with_name("curves.png")
-            try:
-                path.write_bytes(draw_curves({path.parent.name: read_metrics(self.file.name)}))
-            except (Exception, SystemExit) as error:  # no picture is worth a run; without matplotlib there is none
-                path.unlink(missing_ok=True)
-                print(f"{path} is not drawn: {error}", file=sys.stderr)
-            if late := ", ".join(join(self.trackers)):
-                print(f"{late}: not done {TRACKER_SECONDS} s after the training, which ends now", file=sys.stderr)
-                atexit.register(leave, code)
-            sys.stdin = self.stdin
+        """Draw the curves and end the trackers. code: with which the program ends, should one of them hang."""
+        if not self.is_main:
+            return
+        self.bar.close()
+        if problem := self.write():
+            print(f"{problem}: its last rows are lost", file=sys.stderr)
+        self.file.close()
+        for tracker in self.trackers:
+            tracker.queue.put(None)
+        self.draw()
+        if late := ", ".join(join(self.trackers)):
+            print(f"{late}: not done {TRACKER_SECONDS} s after the training, which ends now", file=sys.stderr)
+            atexit.register(leave, code)
+        sys.stdin = self.stdin
+
+    def draw(self):
+        """Write curves.png; no picture is worth a run, and without matplotlib there is none."""
+        path = Path(self.file.name).with_name("curves.png")
+        try:
+            path.write_bytes(draw_curves({path.parent.name: read_metrics(self.file.name)}))
+        except (Exception, SystemExit) as error:
+            path.unlink(missing_ok=True)
+            print(f"{path} is not drawn: {error}", file=sys.stderr)
 
 
 def leave(code):
@@ -405,43 +425,60 @@ def curve(rows, split, name):
     return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def draw_curves(runs):
-    """PNG (bytes) of the curves of runs {name: rows of metrics.jsonl}; several runs differ by colour."""
-    from matplotlib.figure import Figure
-
-    rows = [row for run in runs.values() for row in run]
-    steps = sorted(
-        (name for name in {name for row in rows for name in row} if name.startswith("acc_")),
-        key=lambda name: int(name[4:]),
-    )
-    steps = steps if len(runs) == 1 else [*steps[:1], *steps[1:][-1:]]  # of several runs the first and the last
-    panels = {
-        "loss": [("training", "train", "loss", "-"), ("validation", "validation", "loss", "o")],
-        "accuracy by step of the chain": [
-            (name, "train", name, ":" if len(runs) > 1 and name != steps[0] else "-") for name in steps
+def panels_of(runs):
+    """{title of a panel: [(label, split, metric, style)]} of the picture of these runs."""
+    names = {name for rows in runs.values() for row in rows for name in row if name.startswith("acc_")}
+    names = sorted(names, key=lambda name: int(name.removeprefix("acc_")))
+    if len(runs) > 1:  # the first and the last
+        names = names[:1] + names[1:][-1:]
+    accuracies = []
+    for name in names:
+        style = ":" if len(runs) > 1 and name != names[0] else "-"
+        accuracies.append((name, "train", name, style))
+    return {
+        "loss": [
+            ("training", "train", "loss", "-"),
+            ("validation", "validation", "loss", "o"),
         ],
-        "acceptance length": [("of the validation rows", "validation", "acceptance_length", "o-"),
-                              ("chain length in training", "train", "chain_length", ":")],
+        "accuracy by step of the chain": accuracies,
+        "acceptance length": [
+            ("of the validation rows", "validation", "acceptance_length", "o-"),
+            ("chain length in training", "train", "chain_length", ":"),
+        ],
         "learning rate": [("", "train", "lr", "-")],
         "tokens/s": [("", "train", "tokens_per_second", "-")],
-    }  # fmt: skip
+    }
+
+
+def draw_panel(axis, title, curves, runs):
+    """The curves of one panel: a single run's differ by colour, several runs have one colour each."""
+    for number, rows in enumerate(runs.values()):
+        for position, (label, split, name, style) in enumerate(curves):
+            colour = number if len(runs) > 1 else position
+            x, y = curve(rows, split, name)
+            if len(x) == 1:  # a line needs two points
+                style = "o"
+            axis.plot(x, y, style, color=f"C{colour % 10}", label="" if number else label)
+    axis.set(xlabel="optimizer step", ylabel=title)
+    axis.grid(alpha=0.3)
+    if any(label for label, *_ in curves):
+        axis.legend(fontsize="small")
+
+
+def draw_curves(runs):
+    """PNG (bytes) of the curves of runs {name: rows of metrics.jsonl}."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 8), layout="constrained")
-    *axes, key = figure.subplots(2, 3).flat
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for number, run in enumerate(runs.values()):
-            for at, (label, split, name, style) in enumerate(curves):
-                colour = f"C{(number if len(runs) > 1 else at) % 10}"
-                x, y = curve(run, split, name)
-                style = "o" if len(x) == 1 else style  # a line needs two points
-                axis.plot(x, y, style, color=colour, label="" if number else label)
-        axis.set(xlabel="optimizer step", ylabel=title)
-        axis.grid(alpha=0.3)
-        if any(label for label, *_ in curves):
-            axis.legend(fontsize="small")
-    key.axis("off")
+    *axes, legend = figure.subplots(2, 3).flat
+    for axis, (title, curves) in zip(axes, panels_of(runs).items(), strict=True):
+        draw_panel(axis, title, curves, runs)
+    legend.axis("off")
     if len(runs) > 1:
-        handles = [key.plot([], [], color=f"C{i % 10}", label=name)[0] for i, name in enumerate(runs)]
-        key.legend(handles=handles, loc="center")
+        handles = []
+        for number, name in enumerate(runs):
+            handles += legend.plot([], [], color=f"C{number % 10}", label=name)
+        legend.legend(handles=handles, loc="center")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
