@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from core import ranks
 
@@ -78,7 +79,14 @@ def test_lock_of_a_build_that_was_killed_is_removed_and_of_one_under_way_is_not(
     assert capsys.readouterr().err == f"{old} was left by a build that was interrupted: removed\n"
 
 
-def test_folder_that_a_node_does_not_see_is_named(work, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+
+
+def test_folder_that_a_node_does_not_see_is_named(group, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranks.os.path, "exists", lambda path: False)
     monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node-b")
     with pytest.raises(SystemExit):
@@ -87,7 +95,7 @@ def test_folder_that_a_node_does_not_see_is_named(work, tmp_path, monkeypatch, c
     assert f"output_dir {tmp_path} is another folder on node-b" in line and not list(tmp_path.iterdir())
 
 
-def test_folder_whose_files_appear_late_is_shared(tmp_path, monkeypatch):
+def test_folder_whose_files_appear_late_is_shared(group, tmp_path, monkeypatch):
     """As on mounted storage, where another node sees a file once it is closed, or when its cache runs out."""
     seen, exists = [], os.path.exists
 
