@@ -105,7 +105,9 @@ class Store:
 
     def remove_rests(self):
         """Remove what an interruption left half-written; while nobody writes."""
-        for path in [*self.folder.glob(".*.building"), *self.folder.glob(".index.json.*.tmp")]:
+        # `.tmp...`: safetensors writes under a name of its own first.
+        patterns = (".*.building", ".index.json.*.tmp", ".tmp*")
+        for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
             path.unlink(missing_ok=True)
 
     def refresh(self):
