@@ -1,7 +1,7 @@
-# Sourced by the examples and by tests/run.sh: makes the Python environment once and activates it.
+# Sourced by the examples and by tests/run.sh: creates the Python environment once and activates it.
 #
-# It is the folder .venv of the repository, or EAGLE3_VENV. To use an environment of your own as it is, set
-# EAGLE3_VENV=none; it then has to hold what requirements.txt names.
+# It is the folder .venv of the repository, or EAGLE3_VENV. EAGLE3_VENV=none uses the active Python, which then needs
+# the packages of requirements.txt.
 
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 _requirements=${EAGLE3_REQUIREMENTS:-$_root/requirements.txt}
@@ -18,7 +18,7 @@ if [ "${EAGLE3_VENV:-}" != none ]; then
         exit 2
     }
     command -v c++ >/dev/null || {
-        echo "error: no C++ compiler; DeepSpeed builds a small helper with it: install g++ (or your system's build tools)" >&2
+        echo "error: no C++ compiler, with which DeepSpeed builds a small helper: install g++ (or your build tools)" >&2
         exit 2
     }
     _header=$("$_python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
@@ -26,14 +26,14 @@ if [ "${EAGLE3_VENV:-}" != none ]; then
         echo "error: no $_header, which DeepSpeed's helper includes: install Python's headers (Debian: python3-dev)" >&2
         exit 2
     }
-    # A copy of each requirements file that was installed lies in the environment: installed again only if one differs.
-    # Other files than requirements.txt include it, so both are installed then.
+    # The environment keeps a copy of each installed requirements file, and packages are installed again only if one
+    # differs. Other requirements files include requirements.txt, so both are copied then.
     _copy() { local name=${1#"$_root/"}; echo "$_venv/installed-${name//\//-}"; }
     if ! cmp -s "$_root/requirements.txt" "$(_copy "$_root/requirements.txt")" ||
         ! cmp -s "$_requirements" "$(_copy "$_requirements")"; then
         echo "installing ${_requirements#"$_root/"} into $_venv (some minutes)"
         [ -x "$_venv/bin/python" ] || "$_python" -m venv "$_venv"
-        rm -f "$_venv"/installed* # until pip is done, nothing vouches for what is there
+        rm -f "$_venv"/installed* # until pip has finished, the environment counts as incomplete
         "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$_requirements"
         cp "$_root/requirements.txt" "$(_copy "$_root/requirements.txt")"
         [ "$_requirements" -ef "$_root/requirements.txt" ] || cp "$_requirements" "$(_copy "$_requirements")"

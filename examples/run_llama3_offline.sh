@@ -1,46 +1,29 @@
 #!/usr/bin/env bash
-# EAGLE-3 draft for Llama-3.1-8B-Instruct, trained offline: first the target's hidden states are written to the disk,
-# then the draft is trained from them, without the target. Conversations of ShareGPT, a draft vocabulary of 32,000 tokens.
+# EAGLE-3 draft for Llama-3.1-8B-Instruct, trained offline: first the target's hidden states are written to disk, then
+# the draft is trained from them, without the target (docs/hidden_states.md).
 #
 #   bash examples/run_llama3_offline.sh
-#   TARGET=/models/Llama-3.1-8B-Instruct DATASET=chats.jsonl HIDDEN_STATES=/disk/states bash examples/run_llama3_offline.sh
+#   TARGET=/models/llama DATASET=chats.jsonl HIDDEN_STATES=/disk/states bash examples/run_llama3_offline.sh
 #
-# STAGES=states ends after the first stage, STAGES=train does the second alone: on another machine, say, that sees the
-# same OUTPUT and HIDDEN_STATES. Interrupted in the first stage and started again, it goes on where it stopped.
+# STAGES=states ends after the hidden states; STAGES=train does the rest, for example on another machine with the same
+# OUTPUT and HIDDEN_STATES. Other variables and the arguments are those of run_llama3_online.sh. Started again after an
+# interruption, it continues where it stopped.
 #
-# Hardware: meant for one node of 8 GPUs with 80 GB; for the training alone a smaller GPU is enough (NUM_GPUS=1). The
-# states take up to 33 KB a token in bfloat16 and 16 KB in fp8; the total is printed before anything is written.
-# Time and acceptance length: not measured yet.
-# Written 2026-11-21. Every variable can be overridden from the environment.
+# Hardware: meant for one node of 8 GPUs with 80 GB; the training alone needs one smaller GPU (NUM_GPUS=1), if
+# NUM_PROMPTS=0 leaves out the evaluation, which loads the target. The states take up to 33 KB a token in bfloat16, 16
+# KB in fp8; the total is printed before anything is written. Runs on a CPU with a small target.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 
-TARGET=${TARGET:-meta-llama/Llama-3.1-8B-Instruct}  # folder or hub id
-DATASET=${DATASET:-sharegpt}                        # preset, or a JSON Lines file of conversations
-DATASET_PATH=${DATASET_PATH:-}                      # local copy of the preset's hub repository; empty: download
-CHAT_TEMPLATE=${CHAT_TEMPLATE:-llama3}
-OUTPUT=${OUTPUT:-output/llama3-8b-offline}
-STAGES=${STAGES:-all}                               # states, train, or all
-NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
+export TARGET=${TARGET:-meta-llama/Llama-3.1-8B-Instruct}
+export OUTPUT=${OUTPUT:-output/llama3-8b-offline}
+STAGES=${STAGES:-all}                                 # states, train, or all
+NUM_GPUS=${NUM_GPUS:-8}                               # ranks on this node
+BATCH_SIZE=${BATCH_SIZE:-8}                           # sequences per rank in one forward of the target
 HIDDEN_STATES=${HIDDEN_STATES:-$OUTPUT/hidden_states}
 HIDDEN_STATES_DTYPE=${HIDDEN_STATES_DTYPE:-bfloat16}  # fp8 takes half
-MAX_DISK=${MAX_DISK:-}                              # GB that the states may take; empty: what the disk has
-BATCH_SIZE=${BATCH_SIZE:-8}                         # sequences per rank in one forward of the target
-DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
-DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-32000}
-MAX_LENGTH=${MAX_LENGTH:-2048}                      # tokens
-VALIDATION_RATIO=${VALIDATION_RATIO:-0.005}
-NUM_EPOCHS=${NUM_EPOCHS:-2}
-TTT_LENGTH=${TTT_LENGTH:-7}
-LEARNING_RATE=${LEARNING_RATE:-1e-4}
-GLOBAL_BATCH=${GLOBAL_BATCH:-16}                    # sequences per optimizer step, all ranks
-MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one forward of the draft
-LOG_STEPS=${LOG_STEPS:-50}
-SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints; started again, training goes on
-REPORT_TO=${REPORT_TO:-tensorboard}
-NUM_PROMPTS=${NUM_PROMPTS:-32}                      # of the evaluation, which loads the target; 0 = none
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
+MAX_DISK=${MAX_DISK:-}                                # GB that the states may take; empty: what the disk has
 
 case $STAGES in states | train | all) ;; *)
     echo "error: STAGES is $STAGES: choose states, train or all" >&2
@@ -48,10 +31,7 @@ case $STAGES in states | train | all) ;; *)
 esac
 
 if [ "$STAGES" != train ]; then
-    echo "=== 1a. data: conversations to tokens and loss mask"
-    python prepare_data.py --dataset "$DATASET" ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
-        --target_model_path "$TARGET" --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" \
-        --validation_ratio "$VALIDATION_RATIO" --output_path "$OUTPUT/data"
+    STAGES=1 bash examples/run_llama3_online.sh
 
     echo "=== 1b. the target's hidden states"
     deepspeed --num_gpus "$NUM_GPUS" prepare_hidden_states.py \
@@ -60,32 +40,5 @@ if [ "$STAGES" != train ]; then
 fi
 [ "$STAGES" != states ] || exit 0
 
-echo "=== 2a. the draft's vocabulary"
-python build_vocab_mapping.py --token_freq_path "$OUTPUT/data/token_freq.pt" --draft_vocab_size "$DRAFT_VOCAB_SIZE" \
-    --target_model_path "$TARGET" --output_path "$OUTPUT/vocab_mapping"
-
-echo "=== 2b. training: of the target only its head and embedding are loaded"
-deepspeed --num_gpus "$NUM_GPUS" train_eagle3.py \
-    --target_model_path "$TARGET" \
-    --data_path "$OUTPUT/data" --hidden_states_path "$HIDDEN_STATES" --on_missing raise \
-    --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
-    --max_length "$MAX_LENGTH" --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
-    --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
-    --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
-    --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
-    --deepspeed_config "$DEEPSPEED_CONFIG" \
-    --output_dir "$OUTPUT/draft"
-
-echo "=== 2c. check and evaluation"
-python export_draft.py --check "$OUTPUT/draft/final"
-[ "$NUM_PROMPTS" = 0 ] || python evaluate_draft.py \
-    --target_model_path "$TARGET" --draft_model_path "$OUTPUT/draft/final" \
-    --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
-    --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
-
-echo "Serve it:"
-echo "  vllm serve $TARGET --speculative-config '{\"method\": \"eagle3\", \"model\": \"$OUTPUT/draft/final\"," \
-    "\"num_speculative_tokens\": 3}'"
-echo "  python -m sglang.launch_server --model-path $TARGET --speculative-algorithm EAGLE3" \
-    "--speculative-draft-model-path $OUTPUT/draft/final --speculative-num-steps 3 --speculative-eagle-topk 1" \
-    "--speculative-num-draft-tokens 4"
+STAGES="2 3 4" BATCH_SIZE=2 exec bash examples/run_llama3_online.sh \
+    --hidden_states_path "$HIDDEN_STATES" --on_missing raise "$@"

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# EAGLE-3 draft for Llama-3.1-8B-Instruct, trained online: the target stays in memory and its hidden states are formed
-# while training. Conversations of ShareGPT, a draft vocabulary of 32,000 tokens.
+# EAGLE-3 draft for Llama-3.1-8B-Instruct, trained online: the target stays in memory and computes its hidden states
+# during training. ShareGPT conversations, a draft vocabulary of 32,000 tokens.
+#
+# This is the complete recipe. The recipes of other targets set its variables and run it.
 #
 #   bash examples/run_llama3_online.sh
-#   TARGET=/models/Llama-3.1-8B-Instruct DATASET=chats.jsonl bash examples/run_llama3_online.sh
+#   TARGET=/models/Llama-3.1-8B-Instruct DATASET=chats.jsonl NUM_GPUS=4 bash examples/run_llama3_online.sh
+#   bash examples/run_llama3_online.sh --weight_decay 0.1     # arguments go to train_eagle3.py
+#   STAGES="3 4" bash examples/run_llama3_online.sh           # some of the stages
 #
-# Hardware: meant for one node of 8 GPUs with 80 GB. Time and acceptance length: not measured yet.
-# Written 2026-11-21. Every variable can be overridden from the environment.
+# Started again after an interruption, it continues where it stopped.
+#
+# Hardware: meant for one node of 8 GPUs with 80 GB. Runs on a CPU with a small target. Every variable can be
+# overridden from the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
@@ -16,52 +22,73 @@ DATASET=${DATASET:-sharegpt}                        # preset, or a JSON Lines fi
 DATASET_PATH=${DATASET_PATH:-}                      # local copy of the preset's hub repository; empty: download
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-llama3}
 OUTPUT=${OUTPUT:-output/llama3-8b-online}
-NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
-DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
-DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-32000}
+NUM_SAMPLES=${NUM_SAMPLES:-}                        # conversations, drawn at random; empty: all
 MAX_LENGTH=${MAX_LENGTH:-2048}                      # tokens
-VALIDATION_RATIO=${VALIDATION_RATIO:-0.005}
+VALIDATION_RATIO=${VALIDATION_RATIO:-0.005}         # share of the conversations that selects the best checkpoint
+DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-32000}
+NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
+LAUNCHER=${LAUNCHER:-deepspeed --num_gpus $NUM_GPUS}  # command that starts the ranks
+TP_SIZE=${TP_SIZE:-1}                               # ranks that share one copy of the target
+BATCH_SIZE=${BATCH_SIZE:-2}                         # sequences per rank in one forward of the target
+DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
 NUM_EPOCHS=${NUM_EPOCHS:-2}
 TTT_LENGTH=${TTT_LENGTH:-7}
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}                    # sequences per optimizer step, all ranks
 MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one forward of the draft
 LOG_STEPS=${LOG_STEPS:-50}
-SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints; started again, training goes on
+SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints
 REPORT_TO=${REPORT_TO:-tensorboard}
-NUM_PROMPTS=${NUM_PROMPTS:-32}                      # of the evaluation
+NUM_PROMPTS=${NUM_PROMPTS:-32}                      # of the evaluation, which loads the target on one GPU; 0: none
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
+SERVE_GPUS=${SERVE_GPUS:-$TP_SIZE}                  # GPUs that serve the target
+STAGES=${STAGES:-1 2 3 4}
 
-echo "=== 1. data: conversations to tokens and loss mask"
-python prepare_data.py --dataset "$DATASET" ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
-    --target_model_path "$TARGET" --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" \
-    --validation_ratio "$VALIDATION_RATIO" --output_path "$OUTPUT/data"
+if [[ $STAGES == *1* ]]; then
+    echo "=== 1. data: conversations to tokens and loss mask"
+    python prepare_data.py --dataset "$DATASET" ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
+        --target_model_path "$TARGET" --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" \
+        ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"} --validation_ratio "$VALIDATION_RATIO" --output_path "$OUTPUT/data"
+fi
 
-echo "=== 2. the draft's vocabulary"
-python build_vocab_mapping.py --token_freq_path "$OUTPUT/data/token_freq.pt" --draft_vocab_size "$DRAFT_VOCAB_SIZE" \
-    --target_model_path "$TARGET" --output_path "$OUTPUT/vocab_mapping"
+if [[ $STAGES == *2* ]]; then
+    echo "=== 2. the draft's vocabulary"
+    python build_vocab_mapping.py --token_freq_path "$OUTPUT/data/token_freq.pt" \
+        --draft_vocab_size "$DRAFT_VOCAB_SIZE" --target_model_path "$TARGET" --output_path "$OUTPUT/vocab_mapping"
+fi
 
-echo "=== 3. training"
-deepspeed --num_gpus "$NUM_GPUS" train_eagle3.py \
-    --target_model_path "$TARGET" \
-    --data_path "$OUTPUT/data" \
-    --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
-    --max_length "$MAX_LENGTH" --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
-    --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
-    --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
-    --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
-    --deepspeed_config "$DEEPSPEED_CONFIG" \
-    --output_dir "$OUTPUT/draft"
+if [[ $STAGES == *3* ]]; then
+    echo "=== 3. training"
+    $LAUNCHER train_eagle3.py \
+        --target_model_path "$TARGET" --data_path "$OUTPUT/data" --max_length "$MAX_LENGTH" \
+        --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
+        --tp_size "$TP_SIZE" --batch_size "$BATCH_SIZE" \
+        --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
+        --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
+        --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
+        --save_best --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
+        --deepspeed_config "$DEEPSPEED_CONFIG" \
+        --output_dir "$OUTPUT/draft" "$@"
+fi
 
-echo "=== 4. check and evaluation"
-python export_draft.py --check "$OUTPUT/draft/final"
-python evaluate_draft.py --target_model_path "$TARGET" --draft_model_path "$OUTPUT/draft/final" \
-    --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
-    --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
+if [[ $STAGES == *4* ]]; then
+    echo "=== 4. the best checkpoint: export, check and evaluation"
+    # Drafts overfit: the last step is seldom the best one.
+    BEST=$OUTPUT/draft/best
+    [ ! -f "$BEST" ] || BEST=$OUTPUT/draft/$(cat "$BEST") # on storage without links a file with the checkpoint's name
+    [ -e "$BEST" ] || BEST=$OUTPUT/draft/final            # no validation rows
+    # The draft alone: a checkpoint has other files, which an engine may take for weights.
+    python export_draft.py "$BEST" --format flat --output "$OUTPUT/served"
+    python export_draft.py --check "$OUTPUT/served"
+    [ "$NUM_PROMPTS" = 0 ] || python evaluate_draft.py \
+        --target_model_path "$TARGET" --draft_model_path "$OUTPUT/served" \
+        --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
+        --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
 
-echo "Serve it:"
-echo "  vllm serve $TARGET --speculative-config '{\"method\": \"eagle3\", \"model\": \"$OUTPUT/draft/final\"," \
-    "\"num_speculative_tokens\": 3}'"
-echo "  python -m sglang.launch_server --model-path $TARGET --speculative-algorithm EAGLE3" \
-    "--speculative-draft-model-path $OUTPUT/draft/final --speculative-num-steps 3 --speculative-eagle-topk 1" \
-    "--speculative-num-draft-tokens 4"
+    echo "Serve it:"
+    echo "  vllm serve $TARGET --tensor-parallel-size $SERVE_GPUS --speculative-config '{\"method\": \"eagle3\"," \
+        "\"model\": \"$OUTPUT/served\", \"num_speculative_tokens\": 3}'"
+    echo "  python -m sglang.launch_server --model-path $TARGET --tp-size $SERVE_GPUS --speculative-algorithm EAGLE3" \
+        "--speculative-draft-model-path $OUTPUT/served --speculative-num-steps 3 --speculative-eagle-topk 1" \
+        "--speculative-num-draft-tokens 4"
+fi
