@@ -141,10 +141,10 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("target_model_backend", "hf", RUNS_TARGET),
     Foreign("sglang_.*", "", RUNS_TARGET),
     Foreign("eval_hidden_states_path", "", "--hidden_states_path has those of the validation split too"),
-    Foreign("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see Long sequences in the README"),
+    Foreign("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see docs/performance.md"),
     Foreign("profile|profile_record_shapes|verbose", "false", MEASURED),
     Foreign("profile_(start_step|num_steps)", "", MEASURED),
     Foreign("max_num_steps", "", "write --total_steps, and --scheduler_total_steps where the schedule is longer"),
     Foreign("wandb", "false", "write --report_to wandb"),
-    Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see Trackers in the README"),
+    Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see docs/metrics.md"),
 )  # fmt: skip

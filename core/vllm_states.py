@@ -124,7 +124,7 @@ class Server:
         path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if not path:
             raise server.ServerFailed(
-                "its answer names no file: start it with extract_hidden_states, as the README says"
+                "its answer names no file: start it with extract_hidden_states, as examples/run_llama3_vllm.sh does"
             )
         try:
             with open(f"{path}.lock") as lock:

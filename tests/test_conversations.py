@@ -105,9 +105,9 @@ def test_a_preset_with_its_own_validation_split(tmp_path):
     assert config["ingredients"]["presets"] == ["sciq", "sciq"]
 
 
-def test_the_readme_names_every_preset_its_repository_and_whether_it_has_a_validation_split():
-    readme = (tiny.REPOSITORY / "README.md").read_text()
+def test_the_docs_name_every_preset_its_repository_and_whether_it_has_a_validation_split():
+    page = (tiny.REPOSITORY / "docs" / "data.md").read_text()
     for name, preset in conversations.PRESETS.items():
-        (line,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}`")]
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
         assert all(repository.rpartition("/")[2] in line for repository in preset.hub)
         assert line.startswith(f"| `{name}` +") == ("validation" in preset.files)
