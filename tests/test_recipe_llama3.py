@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from core import draft_files
-from helpers import tiny
+from helpers import tiny, training
 from helpers.recipes import SMALL, run, tells_acceptance
 
 pytestmark = pytest.mark.slow
@@ -18,27 +18,29 @@ def test_llama3_recipe_with_a_small_target(tmp_path):
     """The real recipe, with its paths and sizes overridden by variables."""
     tiny.write_target(tmp_path / "target")
     tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(40, 2))
-    printed = run(
-        "run_llama3_online.sh",
-        900,
-        OUTPUT=tmp_path / "out",
-        TARGET=tmp_path / "target",
-        NUM_GPUS=2,
-        DATASET=tmp_path / "chats.jsonl",
-        DRAFT_VOCAB_SIZE=200,
-        VALIDATION_RATIO=0.1,
-        NUM_EPOCHS=1,
-        TTT_LENGTH=3,
-        NUM_PROMPTS=2,
-        MAX_NEW_TOKENS=12,
-        LOG_STEPS=1,
-        OMP_NUM_THREADS=1,
-    )
+    out = tmp_path / "out"
+    variables = {
+        "OUTPUT": out, "TARGET": tmp_path / "target", "NUM_GPUS": 2, "DATASET": tmp_path / "chats.jsonl",
+        "DRAFT_VOCAB_SIZE": 200, "VALIDATION_RATIO": 0.1, "NUM_EPOCHS": 1, "TTT_LENGTH": 3, "MAX_NEW_TOKENS": 12,
+        "LOG_STEPS": 1, "OMP_NUM_THREADS": 1,
+    }  # fmt: skip
+    printed = run("run_llama3_online.sh", 900, NUM_PROMPTS=2, **variables)
     assert "ranks       world 2 = dp 2 x tp 1" in printed and "complete: " in printed
-    assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []
-    assert (tmp_path / "out" / "evaluation" / "acceptance.png").exists()
-    config = json.loads((tmp_path / "out" / "draft" / "final" / "config.json").read_text())
+    assert draft_files.check_draft(out / "draft" / "final") == []
+    assert (out / "evaluation" / "acceptance.png").exists()
+    config = json.loads((out / "draft" / "final" / "config.json").read_text())
     assert config["draft_vocab_size"] == 200
+
+    # What is served is the best checkpoint, also where storage keeps its name in a file instead of a link.
+    best = (out / "draft" / "best").resolve()
+    assert training.furthest(training.weights(out / "served"), training.weights(best)) == 0
+    assert {path.name for path in (out / "served").iterdir()} == {"config.json", "model.safetensors"}
+    (out / "draft" / "best").unlink()
+    (out / "draft" / "best").write_text(best.name)
+    (out / "served" / "model.safetensors").unlink()
+    printed = run("run_llama3_online.sh", 300, STAGES=4, NUM_PROMPTS=0, **variables)
+    assert "=== 3." not in printed and "complete: " in printed
+    assert training.furthest(training.weights(out / "served"), training.weights(best)) == 0
 
 
 def test_single_gpu_recipe_with_a_small_target(tmp_path):
