@@ -31,10 +31,10 @@ KNOWN = {script.__name__: flags(script) for script in SCRIPTS}
 
 
 def is_read(name, command, core):
-    """Whether a flag's value is used: as args.NAME anywhere, or in the command by its name as text or **vars(args)."""
+    """Whether a flag's value is used: as args.NAME or flags["NAME"], or in the command as text or by **vars(args)."""
     declared = re.compile(rf'\("{name}", |--{name}\b')
     command, core = declared.sub("", command), declared.sub("", core)
-    if re.search(rf"args\.{name}\b", command + core) or re.search(rf"[\"']{name}[\"']", command):
+    if re.search(rf"args\.{name}\b|flags\[\"{name}\"\]", command + core) or re.search(rf"[\"']{name}[\"']", command):
         return True
     return "**vars(args)" in command and name in command
 
@@ -52,6 +52,7 @@ def test_a_flag_that_is_not_read_is_found():
     for declared in ('("speed", int, 1, "help"),', 'add("--speed", type=int, help="speed of --speed")'):
         assert not is_read("speed", declared, declared)
         assert is_read("speed", declared + "\nargs.speed", "") and is_read("speed", declared, "args.speed")
+        assert is_read("speed", declared, 'flags["speed"]')
         assert is_read("speed", declared + "\nprepare(**vars(args))\ndef prepare(speed):", "")
 
 
