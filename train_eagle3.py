@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,12 +59,15 @@ from core import (
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# Of the MLP only matrix products are kept for the backward pass; the activation, cheap and large, is formed again.
-KEEP_PRODUCTS = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
-
+QKV = ("q_proj", "k_proj", "v_proj")
+LLAMA_KEYS = (  # of the draft's configuration, which transformers' layer reads
+    "hidden_size", "intermediate_size", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rms_norm_eps", "max_position_embeddings", "norm_before_residual",
+)  # fmt: skip
 RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the draft is random
 
-QKV = ("q_proj", "k_proj", "v_proj")
+
+# ==================== The draft ======================================================================================
 
 
 class HalfLinear(nn.Linear):
@@ -72,32 +76,46 @@ class HalfLinear(nn.Linear):
     def forward(self, x, half, base=None):
         """W[:, half] x for x [T, H], half 0: of the embedding, 1: of the feature; base [T, out] is added."""
         weight = self.weight.chunk(2, dim=1)[half]
-        return F.linear(x, weight) if base is None else torch.addmm(base, x, weight.T)
+        if base is None:
+            return F.linear(x, weight)
+        return torch.addmm(base, x, weight.T)
 
 
 class DraftHead(nn.Linear):
-    """Logits, or if given what `HeadLoss` takes, the loss. A module's call, as ZeRO-3 gathers weights for such."""
+    """Logits or, with what `losses.head_loss` takes, the loss: ZeRO-3 gathers weights for a module's call only."""
 
     def forward(self, hidden, *teaching):
-        return losses.HeadLoss.apply(hidden, self.weight, *teaching) if teaching else super().forward(hidden)
+        if teaching:
+            return losses.head_loss(hidden, self.weight, *teaching)
+        return super().forward(hidden)
 
 
 class DraftLayer(nn.Module):
     """One Llama layer whose attention reads the token's embedding beside the feature.
 
-    What the embedding adds to q, k and v is the same in each step that reads the token: it is formed once a token
-    (`token_parts`) and handed to every step.
+    What the embedding adds to q, k and v is the same in each ttt_step that reads the token: it is computed once a token
+    (`token_parts`) and handed to every step. Sizes: H hidden, A heads, G key-value heads of D.
     """
 
     def __init__(self, config):
         super().__init__()
-        size, eps, self.head_dim = config.hidden_size, config.rms_norm_eps, config.head_dim
-        widths = [self.head_dim * n for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-        self.input_layernorm, self.hidden_norm = nn.RMSNorm(size, eps), nn.RMSNorm(size, eps)
-        linears = {name: HalfLinear(2 * size, width, bias=False) for name, width in zip(QKV, widths, strict=True)}
-        self.self_attn = nn.ModuleDict(linears | {"o_proj": nn.Linear(widths[0], size, bias=False)})
-        self.post_attention_layernorm, self.mlp = nn.RMSNorm(size, eps), LlamaMLP(config)
-        self.norm_before_residual, self.gradient_checkpointing = getattr(config, "norm_before_residual", False), False
+        size = config.hidden_size
+        eps = config.rms_norm_eps
+        self.head_dim = config.head_dim
+        queries = self.head_dim * config.num_attention_heads
+        keys = self.head_dim * config.num_key_value_heads
+        self.input_layernorm = nn.RMSNorm(size, eps)  # of the embedding
+        self.hidden_norm = nn.RMSNorm(size, eps)  # of the feature
+        self.self_attn = nn.ModuleDict({
+            "q_proj": HalfLinear(2 * size, queries, bias=False),
+            "k_proj": HalfLinear(2 * size, keys, bias=False),
+            "v_proj": HalfLinear(2 * size, keys, bias=False),
+            "o_proj": nn.Linear(queries, size, bias=False),
+        })  # fmt: skip
+        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.mlp = LlamaMLP(config)
+        self.norm_before_residual = getattr(config, "norm_before_residual", False)
+        self.gradient_checkpointing = False
 
     def token_parts(self, embeds):
         """What embeddings [T, H] add to q [T, A·D], k and v [T, G·D]."""
@@ -105,67 +123,79 @@ class DraftLayer(nn.Module):
         return [self.self_attn[name](x, half=0) for name in QKV]
 
     def forward(self, parts, feature, cos, sin, attend, rows=None):
-        """Hidden states [n, H] of the slots `rows` (int64 [n], None: all) of feature [T, H]; keys and values for all.
+        """One ttt_step: hidden states [n, H] of the slots `rows` (int64 [n], None: all) of feature [T, H].
 
         parts: token parts of q [n, A·D], k and v [T, G·D]; cos, sin [T, D];
-        attend(q [n, A, D], k [T, G, D], v [T, G, D]) -> [n, A, D].
+        attend(q [n, A, D], k [T, G, D], v [T, G, D]) -> [n, A, D] and anything, which is returned as well.
         """
         normed = self.hidden_norm(feature)
 
-        def project(i):
-            x = self.self_attn[QKV[i]](normed, half=1, base=parts[i]).unflatten(-1, (-1, self.head_dim))
-            return x * cos[:, None] + rotate_half(x) * sin[:, None] if i < 2 else x
+        def project(name, part, x):
+            x = self.self_attn[name](x, half=1, base=part)
+            return x.unflatten(-1, (-1, self.head_dim))
 
-        k, v = project(1), project(2)
-        if rows is not None:
+        k = rotate(project("k_proj", parts[1], normed), cos, sin)
+        v = project("v_proj", parts[2], normed)
+        if rows is not None:  # keys and values of all slots, queries of the live ones
             feature, normed, cos, sin = (x.index_select(0, rows) for x in (feature, normed, cos, sin))
-        mixed = self.self_attn["o_proj"](attend(project(0), k, v).flatten(1))
-        hidden = (normed if self.norm_before_residual else feature) + mixed
-        mlp = lambda x: self.mlp(self.post_attention_layernorm(x))  # noqa: E731 (what is recomputed as a whole)
-        if self.gradient_checkpointing:  # all of the layer is formed again
-            return hidden + mlp(hidden)
-        # ZeRO-3 may gather the weights anew in the backward pass, an operation that a selective checkpoint refuses.
-        selective = {} if hasattr(self.mlp.down_proj.weight, "ds_id") else {"context_fn": KEEP_PRODUCTS}
-        return hidden + checkpoint(mlp, hidden, **selective, **RECOMPUTED)
+        q = rotate(project("q_proj", parts[0], normed), cos, sin)
+
+        mixed, keys = attend(q, k, v)
+        residual = normed if self.norm_before_residual else feature
+        hidden = residual + self.self_attn["o_proj"](mixed.flatten(1))
+        if self.gradient_checkpointing:  # the caller recomputes all of the layer
+            return hidden + self.normed_mlp(hidden), keys
+        # Of the MLP only matrix products are kept for the backward pass; the activation, cheap and large, is recomputed.
+        # ZeRO-3 may gather the weights again in the backward pass, an operation that a selective checkpoint refuses.
+        selective = {} if hasattr(self.mlp.down_proj.weight, "ds_id") else {"context_fn": keep_products}
+        return hidden + checkpoint(self.normed_mlp, hidden, **selective, **RECOMPUTED), keys
+
+    def normed_mlp(self, hidden):
+        return self.mlp(self.post_attention_layernorm(hidden))
+
+
+def rotate(x, cos, sin):
+    """x [T, heads, D] turned by the angles behind cos, sin [T, D]."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
+def keep_products():
+    """Of a checkpointed region matrix products are kept, all else is recomputed."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
 
 
 class DraftModel(nn.Module):
     """The EAGLE-3 draft; its parameters carry the names of the checkpoint. Sizes: H hidden, Vd draft vocabulary.
 
-    config: the flat config.json (export_draft.py). embedding [V, H]: the target's table, frozen; a plain attribute and
-    not a parameter, because the target holds it already and it must reach neither the engine nor the checkpoint.
+    config: the flat config.json (core/draft_files.py). embedding [V, H]: the target's table, frozen; a plain attribute
+    and not a parameter, because the target holds it already and it must reach neither the engine nor the checkpoint.
     """
 
     def __init__(self, config, embedding):
         super().__init__()
-        self.config, self.embedding = config, embedding
+        self.config = config
+        self.embedding = embedding
         self.attention_backend = "sdpa"
-        size, eps = config["hidden_size"], config["rms_norm_eps"]
-        features = config.get("target_hidden_size", size)
-        count = draft_files.num_auxiliary(config)
-        self.input_norm = nn.RMSNorm(count * features, eps) if config.get("norm_before_fc") else None
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(features, eps) for _ in range(count)) if config.get("fc_norm") else None
-        self.fc = nn.Linear(count * features, size, bias=False)
-        rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "hidden_act",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "max_position_embeddings",
-        )
-        sizes = {name: config[name] for name in (*names, "norm_before_residual") if name in config}
-        llama = LlamaConfig(rope_parameters=rope, **sizes)
+        size = config["hidden_size"]
+        eps = config["rms_norm_eps"]
+        target_size = config.get("target_hidden_size", size)
+        count = draft_files.num_auxiliary(config)  # auxiliary layers
+        llama = llama_config(config)
+        self.input_norm = None
+        self.fc_norm = None
+        if config.get("norm_before_fc"):
+            self.input_norm = nn.RMSNorm(count * target_size, eps)
+        if config.get("fc_norm"):
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(target_size, eps) for _ in range(count))
+        self.fc = nn.Linear(count * target_size, size, bias=False)
         self.midlayer = DraftLayer(llama)
         self.norm = nn.RMSNorm(size, eps)
         self.lm_head = DraftHead(size, config["draft_vocab_size"], bias=False)
         # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers
         # to bf16, whose 8 bits are an error of radians at long positions.
         rotary = LlamaRotaryEmbedding(llama)
-        self.frequencies, self.rotary_scale = rotary.inv_freq.clone(), rotary.attention_scaling
+        self.frequencies = rotary.inv_freq.clone()  # [D/2]
+        self.rotary_scale = rotary.attention_scaling
 
     def initialise(self, head_rows):
         """Linear layers normal with 0.02, norms one, the head the target's own rows [Vd, H] if the sizes allow it."""
@@ -185,96 +215,177 @@ class DraftModel(nn.Module):
         return self.fc(auxiliary)
 
     def rotary(self, positions, dtype):
-        """cos, sin [T, D] of positions [T]; formed in fp32 (float64 for a float64 draft), then rounded to dtype."""
+        """cos, sin [T, D] of positions [T]; computed in fp32 (float64 for a float64 draft), then rounded to dtype."""
         wide = torch.promote_types(dtype, torch.float32)
         self.frequencies = self.frequencies.to(positions.device)  # a copy the first time, then nothing
         angles = positions[:, None].to(wide) * self.frequencies.to(wide)
         angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+        cos = angles.cos() * self.rotary_scale
+        sin = angles.sin() * self.rotary_scale
+        return cos.to(dtype), sin.to(dtype)
+
+    def embed(self, tokens):
+        """The target's embeddings [T, H] of tokens [T], in the draft's dtype."""
+        return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
 
     def step(self, tokens, feature, positions, attend):
-        """One step: tokens [T] int64, feature [T, H], positions [T] -> the next feature [T, H] and logits [T, Vd]."""
-        parts = self.midlayer.token_parts(F.embedding(tokens, self.embedding).to(feature.dtype))
-        hidden = self.midlayer(parts, feature, *self.rotary(positions, feature.dtype), attend)
+        """One ttt_step as served: tokens [T], feature [T, H], positions [T] -> next feature [T, H], logits [T, Vd]."""
+        parts = self.midlayer.token_parts(self.embed(tokens))
+        cos, sin = self.rotary(positions, feature.dtype)
+        hidden, _ = self.midlayer(parts, feature, cos, sin, attend)
         normed = self.norm(hidden)
-        return (normed if self.config.get("norm_output") else hidden), self.lm_head(normed)
+        return self.next_feature(hidden, normed), self.lm_head(normed)
+
+    def next_feature(self, hidden, normed):
+        """What the next ttt_step reads as its feature."""
+        return normed if self.config.get("norm_output") else hidden
 
     def forward(self, *args, **kwargs):
         """The objective; inside the module's forward because ZeRO-3 gathers the weights by its hooks."""
         return objective(self, *args, **kwargs)
 
 
+def llama_config(config):
+    """transformers' configuration of the draft's layer, from the flat config.json."""
+    rope = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+    sizes = {name: config[name] for name in LLAMA_KEYS if name in config}
+    return LlamaConfig(rope_parameters=rope, **sizes)
+
+
+# ==================== The loss =======================================================================================
+
+
+def token_loss(logits, p, mass):
+    """Soft cross-entropy -Σ p log q of each prediction: [N].
+
+    logits [N, Vd] of the draft; p [N, Vd]: the target's distribution, renormalised over the draft vocabulary; mass [N]:
+    the share of the target's probability that lies in it. All in fp32 at least. Autograd differentiates this function.
+    """
+    return -(p * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def token_metrics(logits, p, mass, best, draft_ids):
+    """What is logged of each prediction: {name: [N]}. Each becomes NAME_0 ... NAME_{K-1} in metrics.jsonl.
+
+    Arguments as in token_loss; best [N]: the target's argmax over its full vocabulary; draft_ids [Vd]: target ids of
+    the draft vocabulary. "acc" is also what chain lengths are counted by.
+    """
+    q = logits.softmax(dim=-1)
+    return {
+        "acc": draft_ids[logits.argmax(dim=-1)] == best,
+        "accept": torch.minimum(p * mass[:, None], q).sum(dim=-1),  # the share that speculative sampling accepts
+    }
+
+
 def objective(draft, input_ids, position_ids, auxiliary, last, head, plan, d2t, decay):
     """The training-time test over concatenated documents, for live slots only.
 
-    Later steps' keys are seen by their own slot alone. So at step 0 an unsupervised slot matters by its key and value
+    Keys of later steps are seen by their own slot alone. So at step 0 an unsupervised slot matters by its key and value
     only, and later not at all: losses and gradients are those of computing every slot in every step.
-    input_ids, position_ids [T] int64; auxiliary [T, n·Ht], last [T, Ht] and head: the target's; plan: of `plan_slots`;
-    d2t [Vd] int64 offsets; decay: the weight of step i is decay^i.
-    Returns the loss summed over slots and steps (not yet divided by anything), the sums behind the metrics
-    (float64 [K, 4]: cross-entropy, argmax correct, acceptance, count), and which predictions were right (bool [K, T]).
+
+    input_ids, position_ids [T] int64; auxiliary [T, n·Ht], last [T, Ht] and head: the target's; plan: slots.Plan; d2t
+    [Vd] int64 offsets; decay: step i weighs decay^i.
+    Returns the loss summed over slots and steps (not yet divided by anything); the sums of each step, {name: float64
+    [K]}, of "loss", the metrics, and the number of "slots"; and which predictions are right (bool [K, T]).
     """
-    layer, dtype = draft.midlayer, draft.fc.weight.dtype
-    lives, keeps = plan.live.split(plan.counts), plan.keep.split(plan.counts)
-    blocks = plan.blocks.split([-(-n // slots.BLOCK) for n in plan.counts], dim=1)
-    tokens = layer.token_parts(F.embedding(input_ids, draft.embedding).to(dtype))
+    dtype = draft.fc.weight.dtype
+    live_slots = plan.live.split(plan.counts)  # K tensors [n_i]
+    keeps = plan.keep.split(plan.counts)
+    tokens = draft.midlayer.token_parts(draft.embed(input_ids))  # q [T, A·D], k and v [T, G·D]
+    feature = draft.features(auxiliary.to(dtype))  # [T, H]
+    keys = Keys()
+    outputs = []
+    for i, live in enumerate(live_slots):
+        if i > 0 and len(live) < len(feature):  # chains that ended
+            feature = feature.index_select(0, keeps[i])
+            keys = keys._replace(own=[x.index_select(0, keeps[i]) for x in keys.own])
+        if draft.midlayer.gradient_checkpointing:
+            hidden, keys = checkpoint(ttt_step, draft, plan, position_ids, i, tokens, feature, keys, **RECOMPUTED)
+        else:
+            hidden, keys = ttt_step(draft, plan, position_ids, i, tokens, feature, keys)
+        outputs.append(draft.norm(hidden))  # [n_i, H]
+        feature = draft.next_feature(hidden, outputs[-1])
 
-    def run(i, parts, feature, first, own):
-        """Step i: hidden states, and keys and values: at step 0 of all slots (later given as `first`), after that the
-        live slots' own of steps 1 to i (given as `own` without the last)."""
-        live, state = lives[i], []
-
-        def attend(q, k, v):
-            if i == 0:
-                state[:] = k, v
-            else:
-                new = k[:, :, None], v[:, :, None]  # [n, G, 1, D]
-                state[:] = [torch.cat(pair, dim=2) for pair in zip(own, new, strict=True)] if own else new
-            pairs = (k, v, ()) if i == 0 else (*first, state)
-            if draft.attention_backend == "flex_attention" and len(live):
-                return attention.flex_slots(q, *pairs, live, live - position_ids[live], blocks[i])
-            return attention.SlotAttention.apply(q, *pairs[:2], live, plan.spans[i], *pairs[2])
-
-        rotary = draft.rotary(position_ids[live] + i if i else position_ids, dtype)
-        return layer(parts, feature, *rotary, attend, None if i else live), *state
-
-    wrapped = functools.partial(checkpoint, **RECOMPUTED) if layer.gradient_checkpointing else lambda f, *x: f(*x)
-    feature, first, own, outputs = draft.features(auxiliary.to(dtype)), (), (), []
-    for i, live in enumerate(lives):
-        if i and len(live) < len(feature):
-            feature, *own = (x.index_select(0, keeps[i]) for x in (feature, *own))
-        parts = [x.index_select(0, live + 1 + i) if i or x is tokens[0] else x.roll(-1, dims=0) for x in tokens]
-        hidden, *state = wrapped(run, i, parts, feature, first, own)
-        first, own = (first, state) if i else (state, ())
-        outputs.append(draft.norm(hidden))
-        feature = outputs[-1] if draft.config.get("norm_output") else hidden
-
-    factors = [torch.full_like(live, decay**i, dtype=attention.upcast(feature).dtype) for i, live in enumerate(lives)]
-    hidden = torch.cat(outputs)
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = [torch.full_like(live, decay**i, dtype=wide) for i, live in enumerate(live_slots)]
+    hidden = torch.cat(outputs)  # [R, H]
     outputs.clear()  # twice the memory otherwise
-    loss, values = draft.lm_head(hidden, last, head, plan, vocabulary.target_ids(d2t), torch.cat(factors))
-    parts = values.split(plan.counts)
-    sums = torch.stack([F.pad(part.double().sum(0), (0, 1), value=len(part)) for part in parts])
-    correct = torch.zeros(len(parts), len(input_ids), dtype=torch.bool, device=input_ids.device)
-    for row, live, part in zip(correct, lives, parts, strict=True):
-        row[live] = part[:, 1] > 0
+    teacher = losses.Teacher(head, last, vocabulary.target_ids(d2t))
+    loss, values = draft.lm_head(hidden, torch.cat(weights), teacher, plan, token_loss, token_metrics)
+
+    sums = {name: step_sums(value, plan.counts) for name, value in values.items()}
+    sums["slots"] = torch.stack([sums["loss"].new_full((), count) for count in plan.counts])
+    correct = torch.zeros(len(live_slots), len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for row, live, right in zip(correct, live_slots, values["acc"].split(plan.counts), strict=True):
+        row[live] = right > 0
     return loss, sums, correct
 
 
+class Keys(NamedTuple):
+    """Keys and values that the slots of a ttt_step see, beside those that the step adds."""
+
+    first: tuple = ()  # step 0's of all slots: k, v [T, G, D]
+    own: tuple = ()  # the live slots' own of steps 1 to i - 1: k, v [n, G, i - 1, D]
+
+
+def ttt_step(draft, plan, position_ids, i, tokens, feature, keys):
+    """Step i of the training-time test: hidden states [n_i, H] of its live slots, and the Keys with those it adds.
+
+    tokens: token parts of q, k, v by token; feature: at step 0 [T, H] of all slots, later [n_i, H] of the live ones.
+    """
+    live = plan.live.split(plan.counts)[i]  # [n_i]
+    read = live + 1 + i  # the token that each live slot reads
+    q, k, v = tokens
+    if i == 0:  # all slots have keys and values
+        parts = (q.index_select(0, read), k.roll(-1, dims=0), v.roll(-1, dims=0))
+        positions = position_ids
+    else:
+        parts = [x.index_select(0, read) for x in tokens]
+        positions = position_ids[live] + i
+
+    def attend(q, k, v):
+        """q [n_i, A, D], the k and v that the step adds -> [n_i, A, D] and the Keys with them."""
+        if i == 0:
+            seen = Keys(first=(k, v))
+        else:
+            new = (k[:, :, None], v[:, :, None])  # [n_i, G, 1, D]
+            if keys.own:
+                new = [torch.cat(pair, dim=2) for pair in zip(keys.own, new, strict=True)]
+            seen = Keys(keys.first, new)
+        if draft.attention_backend == "flex_attention" and len(live) > 0:
+            begin = live - position_ids[live]  # the first token of each slot's document
+            blocks = plan.blocks.split([slots.block_count(n) for n in plan.counts], dim=1)[i]
+            return attention.flex_slots(q, *seen.first, seen.own, live, begin, blocks), seen
+        return attention.SlotAttention.apply(q, *seen.first, live, plan.spans[i], *seen.own), seen
+
+    cos, sin = draft.rotary(positions, feature.dtype)
+    return draft.midlayer(parts, feature, cos, sin, attend, live if i == 0 else None)
+
+
+def step_sums(values, counts):
+    """Sums [K] in float64 of values [R]: counts[0] rows of step 0, then counts[1] of step 1, and so on."""
+    return torch.stack([part.double().sum() for part in values.split(counts)])
+
+
 def chain_lengths(correct):
-    """n_j [T]: the number of leading steps that are all right, of correct [K, T] bool."""
+    """n_j [T]: the number of leading ttt_steps that are all right, of correct [K, T] bool."""
     return correct.long().cumprod(dim=0).sum(dim=0)
 
 
-def metric_values(sums, chains, loss_weight_sum):
-    """Metrics by name from sums [K, 4] and chains (sum of n_j), as floats. loss_weight_sum: decay^i per step."""
-    counts = [max(row[3], 1.0) for row in sums]
-    values = {"loss": sum(w * row[0] for w, row in zip(loss_weight_sum, sums, strict=True)) / counts[0]}
-    for name, column in (("loss", 0), ("acc", 1), ("accept", 2)):
-        values |= {f"{name}_{i}": row[column] / counts[i] for i, row in enumerate(sums)}
-    return values | {"chain_length": 1 + chains / counts[0]}
+def metric_values(sums, decay):
+    """Metrics by name, as floats, from sums over slots {"loss": [K], "acc": [K], ..., "slots": [K], "chains": number}."""
+    sums = dict(sums)
+    counts = [max(count, 1.0) for count in sums.pop("slots")]
+    chains = sums.pop("chains")
+    values = {"loss": sum(decay**i * loss for i, loss in enumerate(sums["loss"])) / counts[0]}
+    for name, steps in sums.items():
+        for i, total in enumerate(steps):
+            values[f"{name}_{i}"] = total / counts[i]
+    values["chain_length"] = 1 + chains / counts[0]
+    return values
 
 
+# ==================== The data =======================================================================================
 def run_objective(draft, target, batches, d2t, args):
     """Yield what the draft's objective returns for each of this rank's micro-batches."""
     for batch, (auxiliary, last) in zip(batches, target.states(batches), strict=True):

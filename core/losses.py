@@ -1,65 +1,121 @@
-"""losses."""
+"""The draft's head and its loss, chunk by chunk, for any token loss that autograd differentiates.
+
+Logits of all rows never exist at once: a chunk's logits are computed, compared with the teacher piece by piece,
+replaced by their gradient, and multiplied back. So the peak is one chunk, whatever the vocabulary and the length. The
+gradient is computed in the forward pass, as in the fused linear cross-entropy of Liger-Kernel (arXiv 2410.10989).
+"""
+
+from typing import NamedTuple
 
 import torch
 
-from core import attention
+from core import attention, target_model
 
-COMPARE_ROWS = 16  # of these, compared at a time: they stay in the cache of a CPU core
+PIECE_ROWS = 16  # rows compared at a time on a CPU: they stay in the cache of a core
 
 
-def compare(logits, p, mass):
-    """A draft's logits against its teacher: both [N, Vd]; p over the draft vocabulary, mass [N]: its share of all.
+class Teacher(NamedTuple):
+    """What the target says about the next token, read for a few tokens at a time."""
 
-    Returns cross-entropy, argmax and acceptance (sum of min(p, q)), [N] each, and the first one's gradient, q - p.
+    head: target_model.Head
+    last: torch.Tensor  # [T, Ht]: the target's last hidden states
+    draft_ids: torch.Tensor  # [Vd]: target ids of the draft vocabulary, ascending
+
+    def read(self, tokens):
+        """p [n, Vd] over the draft vocabulary, its mass [n], argmax over the full vocabulary [n]; see Head.teacher."""
+        return self.head.teach(self.last[tokens], self.draft_ids)
+
+
+def head_loss(hidden, weight, row_weights, teacher, plan, token_loss, token_metrics):
+    """Loss and metrics of the draft's head.
+
+    hidden [R, H]: normed outputs of the plan's rows; it is overwritten. weight [Vd, H]: the draft's head. row_weights
+    [R]. plan: teachers, order, places and chunks as in slots.Plan.
+    token_loss(logits [n, Vd], p [n, Vd], mass [n]) -> [n]; token_metrics(logits, p, mass, best [n], draft_ids [Vd]) ->
+    {name: [n]}; logits and p in fp32 at least.
+
+    Returns the loss, Σ row_weights · token loss, and {name: [R]} of "loss" and the metrics. A row whose teacher's
+    argmax lies outside the draft vocabulary cannot be right: it adds no loss, but its metrics count.
     """
-    best, index = logits.max(dim=-1)
-    q = logits.softmax(dim=-1)
-    total = best - q.gather(1, index[:, None])[:, 0].log()
-    entropy = total - torch.linalg.vecdot(p, logits)
-    return entropy, index, torch.minimum(p * mass[:, None], q).sum(dim=-1), q - p
+    empty = hidden.new_empty(0, len(weight), dtype=row_weights.dtype)
+    nothing = teacher.draft_ids[:0]
+    names = list(token_metrics(empty, empty, empty[:, 0], nothing, teacher.draft_ids))
+    functions = (token_loss, token_metrics)
+    loss, values = HeadLoss.apply(hidden, weight, row_weights, teacher, plan, functions, 1 + len(names))
+    return loss, dict(zip(["loss", *names], values, strict=True))
 
 
 class HeadLoss(torch.autograd.Function):
-    """Head, softmax, soft cross-entropy and metrics chunk by chunk; gradients are formed at once, no logits kept."""
+    """head_loss as one operation of autograd, whose forward pass computes the gradients as well."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, last, head, plan, known, factors):
-        """hidden [R, H]: normed outputs of the plan's rows; weight [Vd, H]: the draft's head; last [T, Ht], head: the
-        target's; known [Vd]: target ids of the draft vocabulary; factors [R]: the weight of each row's step.
-        Returns the weighted sum of the cross-entropies and [R, 3]: cross-entropy, right, acceptance.
-        """
-        wide, cuda = torch.promote_types(hidden.dtype, torch.float32), hidden.device.type == "cuda"
-        values = hidden.new_empty(len(hidden), 3, dtype=wide)
-        draws = torch.zeros(len(head.weight), dtype=torch.bool, device=hidden.device).index_fill_(0, known, True)
-        hidden = hidden.detach()  # its gradient takes its place, row by row: the caller has no use for it any more
+    def forward(ctx, hidden, weight, row_weights, teacher, plan, functions, count):
+        token_loss, token_metrics = functions
         learns = ctx.needs_input_grad[0]  # not while evaluating
-        ctx.grads = hidden, torch.zeros_like(weight, dtype=wide) if learns else None
-        logits = hidden.new_empty(max((stop - row for *_, row, stop in plan.chunks), default=0), len(weight))
-        work, most = (attention.compiled(compare), len(logits)) if cuda else (compare, COMPARE_ROWS)
+        hidden = hidden.detach()  # each row is replaced by its gradient once it has been read
+        weight_grad = torch.zeros_like(weight, dtype=row_weights.dtype) if learns else None
+        most = max((stop - row for _, _, row, stop in plan.chunks), default=0)
+        buffer = hidden.new_empty(most, len(weight))
+        in_vocabulary = torch.zeros(len(teacher.head.weight), dtype=torch.bool, device=hidden.device)
+        in_vocabulary.index_fill_(0, teacher.draft_ids, True)
+        values = row_weights.new_empty(count, len(hidden))  # losses, then each metric
+
         for first, end, row, stop in plan.chunks:
-            rows, places = plan.order[row:stop], plan.places[row:stop] - first
-            p, mass, best = head.teach(last[plan.teachers[first:end]], known)
-            x, best = hidden[rows], best[places]
-            drawn = draws[best]  # elsewhere the draft cannot be right and learns nothing
-            chunk = torch.mm(x, weight.T, out=logits[: stop - row])
-            for at in range(0, stop - row, most):
-                part = slice(at, min(at + most, stop - row))
-                of = places[part]
-                entropy, index, accept, grad = work(chunk[part].to(wide), p.index_select(0, of), mass[of])
-                entropy, right = torch.where(drawn[part], entropy, 0.0), known[index] == best[part]
-                values[rows[part]] = torch.stack([entropy, right.to(wide), accept], dim=-1)
-                chunk[part] = grad
-            if learns:
-                scale = (factors[rows] * drawn)[:, None].to(x.dtype)
-                hidden[rows] = (chunk @ weight).mul_(scale)
-                if wide == x.dtype:
-                    ctx.grads[1].addmm_(chunk.T, x.mul_(scale))
-                else:  # added up in fp32
-                    ctx.grads[1].add_(chunk.T @ x.mul_(scale))
+            rows = plan.order[row:stop]
+            of_row = plan.places[row:stop] - first  # its teacher among the chunk's
+            p, mass, best = teacher.read(plan.teachers[first:end])
+            learnable = in_vocabulary[best[of_row]]
+            x = hidden[rows]
+            logits = torch.mm(x, weight.T, out=buffer[: stop - row])
+            found = compare(logits, p, mass, best, of_row, teacher.draft_ids, token_loss, token_metrics, learns)
+            found[0] = torch.where(learnable, found[0], 0.0)
+            values[:, rows] = torch.stack(found)
+            if learns:  # logits hold their gradient now
+                scale = (row_weights[rows] * learnable)[:, None].to(x.dtype)
+                hidden[rows] = (logits @ weight).mul_(scale)
+                add_product(weight_grad, logits.T, x.mul_(scale))
+
+        ctx.grads = (hidden, weight_grad)
         ctx.mark_non_differentiable(values)
-        return (values[:, 0] * factors).sum(), values
+        return (values[0] * row_weights).sum(), values
 
     @staticmethod
     def backward(ctx, grad, _):
-        (hidden, weight), ctx.grads = ctx.grads, None  # or autograd would copy what is still referred to here
+        hidden, weight = ctx.grads
+        ctx.grads = None  # or autograd would copy what is still referred to here
         return hidden.mul_(grad), weight.mul_(grad).to(hidden.dtype), None, None, None, None, None
+
+
+def compare(logits, p, mass, best, of_row, draft_ids, token_loss, token_metrics, learns):
+    """Token losses and metrics of a chunk, [[n], ...]; with `learns` the logits [n, Vd] become the losses' gradients.
+
+    p, mass, best: of the chunk's teachers; of_row [n]: which of them each row has.
+    """
+    on_gpu = logits.is_cuda
+    if on_gpu:
+        token_loss = attention.compiled(token_loss)
+        token_metrics = attention.compiled(token_metrics)
+    size = len(logits) if on_gpu else PIECE_ROWS
+    pieces = []
+    for at in range(0, len(logits), size):
+        piece = slice(at, at + size)
+        teachers = of_row[piece]
+        z = logits[piece].to(p.dtype)
+        p_rows = p.index_select(0, teachers)
+        mass_rows = mass[teachers]
+        metrics = token_metrics(z, p_rows, mass_rows, best[teachers], draft_ids)
+        with torch.set_grad_enabled(learns):
+            z = z.detach().requires_grad_(learns)
+            loss = token_loss(z, p_rows, mass_rows)
+            if learns:
+                (logits[piece],) = torch.autograd.grad(loss.sum(), z)
+        pieces.append([loss.detach(), *[value.to(p.dtype) for value in metrics.values()]])
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
+def add_product(total, a, b):
+    """total += a @ b, added up in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

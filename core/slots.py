@@ -1,17 +1,24 @@
-"""slots."""
+"""Slots: which drafts are supervised, where they are, and what they read.
+
+Slot j of a document drafts x[j+2+i] at ttt_step i from the token x[j+1+i]. `plan_slots` turns the loss mask of a
+micro-batch into a `Plan` on the CPU, so that no step of the training waits for the device.
+"""
 
 import bisect
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-QUERY_CHUNK = 128  # slots whose attention is formed at a time
+QUERY_CHUNK = 128  # slots whose attention is computed at a time
+BLOCK = 128  # slots and keys in a block of FlexAttention
+HEAD_ROWS = 1024  # rows of draft logits that exist at a time
+HEAD_TOKENS = 512  # tokens of teacher logits that exist at a time
 
-BLOCK = 128  # slots and keys of a block of FlexAttention
 
-HEAD_ROWS, HEAD_TOKENS = 1024, 512  # rows of draft logits, and tokens of teacher logits, that exist at a time
+# ==================== What is supervised =============================================================================
 
 
 def positions_of(lengths, device=None):
@@ -19,22 +26,28 @@ def positions_of(lengths, device=None):
     return torch.cat([torch.arange(n, device=device) for n in lengths])
 
 
-def supervised_slots(loss_mask, document_ids, steps):
-    """Which slots are supervised at which step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
+def documents_of(lengths):
+    """The index of its sequence for every token, [sum(lengths)] int64."""
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
-    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [steps, T]. A chain starts behind a
-    token that the target itself produced and ends with the reply; once dead it stays dead.
+
+def supervised_slots(loss_mask, document_ids, ttt_length):
+    """Which slots are supervised at which ttt_step: slot j at step i iff x[j+1] ... x[j+2+i] all are the assistant's.
+
+    loss_mask [T] (1 = produced by the assistant), document_ids [T]; returns bool [ttt_length, T]. A chain starts after
+    a token that the target itself produced and ends with the reply; once dead it stays dead.
     """
 
-    def ahead(n):
-        """loss_mask n tokens further on, 0 beyond the document."""
+    def mask_ahead(n):
+        """loss_mask n tokens ahead, 0 beyond the document."""
         inside = torch.zeros_like(loss_mask, dtype=torch.bool)
         inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
         return inside & loss_mask.bool().roll(-n)
 
-    alive, rows = ahead(1), []
-    for i in range(steps):
-        alive = alive & ahead(2 + i)
+    alive = mask_ahead(1)
+    rows = []
+    for i in range(ttt_length):
+        alive = alive & mask_ahead(2 + i)
         rows.append(alive)
     return torch.stack(rows)
 
@@ -43,9 +56,10 @@ def acceptance_walk(accepted, loss_mask):
     """Walk each reply of one document as serving does; returns the accepted drafts n_j of every pass of the target.
 
     accepted: n_j per slot, loss_mask: per token (sequences of int). The target itself produces the reply's first token;
-    each pass accepts n_j drafts and adds one token of the target's own, so the walk moves on by n_j + 1 slots.
+    each pass accepts n_j drafts and adds one token of the target's own, so the walk advances by n_j + 1 slots.
     """
-    passes, start = [], 0
+    passes = []
+    start = 0
     for supervised, run in itertools.groupby(loss_mask):
         end = start + len(list(run))
         slot = max(start - 1, 0)
@@ -56,73 +70,123 @@ def acceptance_walk(accepted, loss_mask):
     return passes
 
 
+def tokens_read(loss_mask):
+    """(n, teachers): training reads the auxiliary states of the first n tokens, and the last states of teachers [U].
+
+    loss_mask [T] of one sequence. No key after the last supervised slot is seen. A teacher is the token after a slot of
+    step 0; later steps have the same teachers, further ahead.
+    """
+    live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
+    count = int(live[-1]) + 1 if len(live) else 0
+    return count, live + 1
+
+
+def measure_read(split):
+    """(n, number of teachers) of each row, as `tokens_read` defines them: int64 [rows] twice."""
+    counts = []
+    teachers = []
+    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
+        mask = batch["loss_mask"].combine_chunks()
+        values = mask.flatten().to_numpy()
+        row = mask.value_parent_indices().to_numpy()
+        first = np.cumsum(mask.value_lengths()) - mask.value_lengths()
+        live = np.flatnonzero(values[1:-1] & values[2:] & (row[:-2] == row[2:]))  # slots of step 0, of all rows
+        count = np.zeros(len(mask), np.int64)
+        count[row[live]] = live + 1 - first[row[live]]  # the last slot of a row overwrites the others
+        counts.append(count)
+        teachers.append(np.bincount(row[live], minlength=len(mask)))
+    return np.concatenate(counts), np.concatenate(teachers)
+
+
+# ==================== The plan of a micro-batch ======================================================================
+
+
 class Plan(NamedTuple):
-    """Where the live slots of a micro-batch are, for K steps; made on the CPU, so that no step waits for the device.
+    """Where the live slots of a micro-batch are, for K ttt_steps.
 
     Rows are the live slots of step 0, then of step 1, and so on: R in all.
     """
 
     counts: list  # K ints n_i: live slots of each step
     live: torch.Tensor  # [R]: the slots, ascending in each step
-    keep: torch.Tensor  # [R]: their places among those of the step before, at step 0 among all
-    spans: list  # K of [(first, end, first key, end)]: at most QUERY_CHUNK queries of one document, and their keys
-    blocks: torch.Tensor  # [4, sum n_i / BLOCK]: a query block's first key block, first full one, end of these, end
+    keep: torch.Tensor  # [R]: their places among the slots of the step before, at step 0 among all
+    spans: list  # K lists of (first query, end query, first key, end key): at most QUERY_CHUNK queries of one document
+    blocks: torch.Tensor  # [4, sum ceil(n_i / BLOCK)]: a query block's first key block, first full one, their end, end
     teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
-    order: torch.Tensor  # [R]: rows by the token of their teacher
+    order: torch.Tensor  # [R]: rows sorted by the token of their teacher
     places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
-    chunks: list  # [(first, end teacher, first, end row)]: what the head computes at a time
+    chunks: list  # (first teacher, end teacher, first row, end row): what the head computes at a time
 
 
 def plan_slots(supervised, lengths):
-    """The Plan for documents of `lengths` tokens behind one another; supervised bool [K, T]: of any shrinking rule."""
-    *first_tokens, _ = bounds = [0, *itertools.accumulate(lengths)]
+    """The Plan of concatenated documents of `lengths` tokens; supervised bool [K, T], by any rule that only shrinks."""
+    bounds = [0, *itertools.accumulate(lengths)]
     starts = torch.tensor(bounds)
     live = [row.nonzero().flatten() for row in supervised]
     keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
-    spans, blocks = [], []
-    for slots in live:
-        borders = itertools.pairwise(torch.searchsorted(slots, starts).tolist())
-        pieces = zip(first_tokens, borders, strict=True)
-        cuts = [(at, min(at + QUERY_CHUNK, end), begin) for begin, (first, end) in pieces
-                for at in range(first, end, QUERY_CHUNK)]  # fmt: skip
-        spans.append([(at, end, begin, int(slots[end - 1]) + 1) for at, end, begin in cuts])
-        head = torch.arange(0, len(slots), BLOCK)
-        tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)
-        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # of each slot's document
-        first, end = begin[head] // BLOCK, slots[tail] // BLOCK + 1
-        # Full: seen whole by every query of the block, so behind the last one's document begins, up to the first slot.
-        full = torch.minimum(-(-begin[tail] // BLOCK), end)
-        blocks.append(torch.stack([first, full, torch.maximum(full, (slots[head] + 1) // BLOCK), end]))
-    tokens, order = torch.cat([slots + 1 + i for i, slots in enumerate(live)]).sort(stable=True)
+    tokens = torch.cat([slots + 1 + i for i, slots in enumerate(live)])
+    tokens, order = tokens.sort(stable=True)
     teachers, places = tokens.unique_consecutive(return_inverse=True)
-    ends, chunks, first, row = places.bincount(minlength=len(teachers)).cumsum(0).tolist(), [], 0, 0
-    while first < len(teachers):
-        end = min(max(bisect.bisect_right(ends, row + HEAD_ROWS), first + 1), first + HEAD_TOKENS)
-        chunks.append((first, end, row, ends[end - 1]))
-        first, row = end, ends[end - 1]
-    counts, flat = [len(slots) for slots in live], (torch.cat(live), torch.cat(keep))
-    return Plan(counts, *flat, spans, torch.cat(blocks, dim=1), teachers, order, places, chunks)
+    return Plan(
+        counts=[len(slots) for slots in live],
+        live=torch.cat(live),
+        keep=torch.cat(keep),
+        spans=[cut_spans(slots, starts) for slots in live],
+        blocks=torch.cat([find_blocks(slots, starts) for slots in live], dim=1),
+        teachers=teachers,
+        order=order,
+        places=places,
+        chunks=cut_chunks(places.bincount(minlength=len(teachers))),
+    )
 
 
-def tokens_read(loss_mask):
-    """(n, teachers): training reads the auxiliary states of the first n tokens, and the last ones of teachers [U].
+def cut_spans(slots, starts):
+    """Queries in chunks of one document: [(first query, end query, first key, end key)].
 
-    loss_mask [T] of one sequence. Behind the last slot that is supervised no key is seen. A teacher is the token behind
-    a slot of step 0; later steps have the same ones, further on.
+    slots [n] ascending; starts [documents + 1]: the first token of each document, and the end.
     """
-    live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
-    return (int(live[-1]) + 1 if len(live) else 0), live + 1
+    spans = []
+    borders = torch.searchsorted(slots, starts).tolist()
+    for first_key, (first, end) in zip(starts.tolist(), itertools.pairwise(borders), strict=False):
+        for at in range(first, end, QUERY_CHUNK):
+            stop = min(at + QUERY_CHUNK, end)
+            spans.append((at, stop, first_key, int(slots[stop - 1]) + 1))
+    return spans
 
 
-def measure_read(split):
-    """(n, number of teachers) of each row, as `tokens_read` says: int64 [rows] twice."""
-    counts, teachers = [], []
-    for batch in split.select_columns("loss_mask").with_format("arrow").iter(batch_size=1000):
-        mask = batch["loss_mask"].combine_chunks()
-        values, row = mask.flatten().to_numpy(), mask.value_parent_indices().to_numpy()
-        first = np.cumsum(mask.value_lengths()) - mask.value_lengths()
-        live = np.flatnonzero(values[1:-1] & values[2:] & (row[:-2] == row[2:]))  # slots of step 0, of all rows
-        counts.append(np.zeros(len(mask), np.int64))
-        counts[-1][row[live]] = live + 1 - first[row[live]]  # of a row's slots the last one stays
-        teachers.append(np.bincount(row[live], minlength=len(mask)))
-    return np.concatenate(counts), np.concatenate(teachers)
+def find_blocks(slots, starts):
+    """[4, ceil(n / BLOCK)]: per block of queries its first key block, its full key blocks' first and end, its end.
+
+    A key block is full if every query of the block sees all of it: it begins after the document of the last query
+    begins, and ends before the first query.
+    """
+    head = torch.arange(0, len(slots), BLOCK)  # first query of each block
+    tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)  # last query
+    begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # first token of each slot's document
+    first = begin[head] // BLOCK
+    end = slots[tail] // BLOCK + 1
+    full = torch.minimum((begin[tail] + BLOCK - 1) // BLOCK, end)
+    full_end = torch.maximum(full, (slots[head] + 1) // BLOCK)
+    return torch.stack([first, full, full_end, end])
+
+
+def cut_chunks(rows_of_teacher):
+    """Teachers in chunks of at most HEAD_TOKENS, their rows at most HEAD_ROWS: [(first, end teacher, first, end row)].
+
+    rows_of_teacher [U]: the number of rows that read each teacher, at most K.
+    """
+    ends = rows_of_teacher.cumsum(0).tolist()
+    chunks = []
+    first = row = 0
+    while first < len(ends):
+        fitting = bisect.bisect_right(ends, row + HEAD_ROWS)
+        end = min(max(fitting, first + 1), first + HEAD_TOKENS)
+        chunks.append((first, end, row, ends[end - 1]))
+        first = end
+        row = ends[end - 1]
+    return chunks
+
+
+def block_count(count):
+    """Blocks of FlexAttention that hold `count` slots."""
+    return math.ceil(count / BLOCK)

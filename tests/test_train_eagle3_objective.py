@@ -88,9 +88,9 @@ def inputs(documents, draft_ids, dtype, steps=STEPS):
 @pytest.fixture(params=["sdpa", "sdpa without a kernel", "flex_attention"])
 def backend(request, monkeypatch):
     """Each way to attend, with chunks and blocks so small that documents have several of each."""
-    sizes = {"QUERY_CHUNK": 5, "BLOCK": 8, "HEAD_ROWS": 16, "HEAD_TOKENS": 7, "COMPARE_ROWS": 4}
+    sizes = {"QUERY_CHUNK": 5, "BLOCK": 8, "HEAD_ROWS": 16, "HEAD_TOKENS": 7, "PIECE_ROWS": 4}
     for name, size in sizes.items():
-        monkeypatch.setattr(losses if name == "COMPARE_ROWS" else slots, name, size)
+        monkeypatch.setattr(losses if name == "PIECE_ROWS" else slots, name, size)
     if request.param == "sdpa without a kernel":
         monkeypatch.setattr(attention, "MASKED_KERNEL", ())
     monkeypatch.setattr(attention, "flex_attention", flex_in_plain_torch)
@@ -150,7 +150,8 @@ def compare_with_statement(case, dtype, tolerance):
     loss, sums, correct = train_eagle3.objective(draft, **inputs(documents, draft_ids, dtype))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
-    assert sums.tolist() == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
+    found = zip(*(sums[name].tolist() for name in ("loss", "acc", "accept", "slots")), strict=True)
+    assert [list(row) for row in found] == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
     assert train_eagle3.chain_lengths(correct).tolist() == sum(expected_accepted, [])
     for name, gradient in gradients(draft).items():
         if expected == 0:
@@ -273,7 +274,8 @@ def test_packed_equals_one_by_one():
     sum(loss for loss, _, _ in singles).backward()
     assert float(packed) == pytest.approx(sum(float(loss) for loss, _, _ in singles), rel=1e-12)
     assert torch.equal(packed_correct, torch.cat([correct for _, _, correct in singles], dim=1))
-    assert torch.allclose(packed_sums, sum(sums for _, sums, _ in singles), rtol=1e-12)
+    for name, value in packed_sums.items():
+        assert torch.allclose(value, sum(sums[name] for _, sums, _ in singles), rtol=1e-12), name
     for name, gradient in gradients(draft).items():
         assert relative(gradient, together[name]) < 1e-12, name
 
@@ -319,7 +321,9 @@ def test_acceptance_walk_by_hand():
 
 
 def test_metric_values_are_sums_over_sums():
-    values = train_eagle3.metric_values([[8.0, 2.0, 3.0, 4.0], [6.0, 1.0, 0.5, 2.0]], 5.0, [1.0, 0.5])
+    values = train_eagle3.metric_values(
+        {"loss": [8.0, 6.0], "acc": [2.0, 1.0], "accept": [3.0, 0.5], "slots": [4.0, 2.0], "chains": 5.0}, 0.5
+    )
     assert values["loss"] == pytest.approx((8 + 0.5 * 6) / 4)
     assert (values["loss_1"], values["acc_0"], values["accept_1"]) == (3.0, 0.5, 0.25)
     assert values["chain_length"] == 1 + 5 / 4
