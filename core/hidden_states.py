@@ -2,12 +2,10 @@
 
 import concurrent.futures
 import functools
-import itertools
 import json
 import os
 import sys
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from core import common, dataloader, ranks, server, slots, target_files, target_model, vllm_states
+from core import common, dataloader, slots, target_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
 
@@ -153,6 +151,19 @@ class Store:
             self.flush()
         return True
 
+    before_norm = False  # whether the last hidden states are those before the final norm
+
+    @property
+    def layer_count(self):
+        """Auxiliary layers."""
+        return len(self.index["layers"])
+
+    def drop_unwritten(self):
+        """Forget the rows that are not written yet."""
+        self.writing = None
+        self.new = {}
+        self.size = 0
+
     def flush(self, wait=False):
         """Write the rows kept as one shard, while the program goes on. OSError if this or the one before fails."""
         if self.writing:
@@ -187,196 +198,3 @@ def write_shard(path, rows):
     except (OSError, SafetensorError) as error:
         building.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error
-
-
-# (name, type, default, help, least value if any): see read_conversations.parse_flags
-SOURCE_FLAGS = [
-    ("hidden_states_path", str, None, "folder of prepare_hidden_states.py or hs_N.safetensors; none: target in memory"),
-    ("on_missing", ("generate", "skip", "warn", "raise"), "generate", "rows that it lacks; generate: by the target"),
-    ("on_generate", ("cache", "delete"), "delete", "whether what is generated is kept there"),
-    ("hidden_states_dtype", tuple(DTYPES), "bfloat16", "of a new folder; fp8: e4m3, a scale per token and layer"),
-    *vllm_states.SERVER_FLAGS,
-]
-
-
-def open_target(args, model_dir, device, layers, data, data_config):
-    """The Target, or with args.hidden_states_path a Source: then the target is loaded only to generate missing rows."""
-    load = functools.partial(target_model.load_as_asked, args, model_dir, device, layers)
-    generate, server = args.on_missing == "generate", None
-    if args.vllm_endpoint and not generate:
-        common.fail(f"vllm_endpoint generates missing rows: it needs on_missing generate, not {args.on_missing}")
-    if generate and args.vllm_endpoint and not args.hidden_states_path:
-        args.hidden_states_path = str(Path(args.output_dir) / "hidden_states")
-    if not args.hidden_states_path:
-        return load()
-    rows = [f"{name}/{n}" for name in data for n in range(len(data[name]))]
-    shape = len(layers) + 1, target_files.read_target_config(model_dir, args.trust_remote_code)[0].hidden_size
-    extracted = any(Path(args.hidden_states_path).glob("hs_*.safetensors"))
-
-    def open_store(settings=None, create=None):
-        folder = args.hidden_states_path
-        return vllm_states.VllmFiles(folder, data, shape) if extracted else Store(folder, settings, create=create)
-
-    def look():
-        if extracted and generate and args.on_generate == "cache":
-            common.fail(
-                f"on_generate cache: {args.hidden_states_path} has hs_*.safetensors, which are only read: give "
-                "another folder, or on_generate delete"
-            )
-        settings = None if extracted else store_settings(model_dir, layers, data_config)
-        store = open_store(settings, args.hidden_states_dtype if generate else None)
-        lacking = [row for row in rows if row not in store.rows]
-        if lacking and args.on_missing == "raise":
-            common.fail(
-                f"{store.folder} lacks {len(lacking)} of {len(rows)} rows, such as {lacking[0]}: write them with "
-                "prepare_hidden_states.py, or choose another on_missing"
-            )
-        if not generate and len(lacking) == len(rows):
-            common.fail(
-                f"{store.folder} has none of the {len(rows)} rows: on_missing {args.on_missing} would leave out all"
-            )
-        if generate and args.on_generate == "cache":
-            store.remove_rests()
-        print(f"{store.folder}: {len(rows) - len(lacking):,} of {len(rows):,} rows are there")
-        longest = max(part["longest"] for part in data_config["splits"].values())
-        model = vllm_states.served_model(args, model_dir, longest) if generate and args.vllm_endpoint else None
-        return settings, bool(lacking), model
-
-    settings, lacking, model = ranks.on_first_rank(look)
-    store, whole = open_store(settings), generate and lacking and not model
-    head = (
-        None if whole and not extracted else target_model.load_head(model_dir, device, layers, args.trust_remote_code)
-    )
-    if model:
-        server = vllm_states.Server(args, model, shape)
-    return Source(args, load() if whole else head, store, load, head and head.norm, server)
-
-
-class Source:
-    """Hidden states for training out of a store and, under on_missing generate, of target or server for what it lacks.
-
-    target: maybe its head and embedding alone; load(): the whole, should a row turn out to be damaged. norm: the
-    target's last, for states from before it.
-    """
-
-    def __init__(self, args, target, store, load, norm=None, server=None):
-        self.args, self.target, self.store, self.load, self.counts = args, target, store, load, Counter()
-        self.norm, self.server = norm, server
-        self.head, self.embedding, self.config, self.decoder = (
-            getattr(target, name) for name in ("head", "embedding", "config", "decoder")
-        )
-
-    def epochs(self, steps, length):
-        """`steps` (a range) epoch by epoch, `length` steps each: what is generated in one, the next ones read."""
-        borders = [steps.start, *(at for at in steps[1:] if at % length == 0), steps.stop]
-        for part in itertools.pairwise(borders) if self.args.on_missing == "generate" else [(steps.start, steps.stop)]:
-            self.take_up()
-            yield range(*part)
-        self.take_up()
-
-    def take_up(self):
-        """Write what is still in memory; see what all ranks wrote; say how many rows were not there."""
-        self.keep(functools.partial(self.store.flush, wait=True))
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, self.counts)
-        self.store.refresh()
-        if (counts := sum(every, Counter())) and dist.get_rank() == 0:
-            fate = {"generate": "generated", "warn": "left out", "skip": "left out"}[self.args.on_missing]
-            print(f"{self.store.folder}: {', '.join(f'{what} {n:,}' for what, n in counts.items())} ({fate})")
-        self.counts.clear()
-
-    def keep(self, write):
-        """write(), which may find the disk full: the training goes on; what is not kept is generated again."""
-        try:
-            write()
-        except OSError as error:
-            print(f"hidden states are not kept from here on: {error}", file=sys.stderr)
-            self.args.on_generate, self.store.writing, self.store.new, self.store.size = "delete", None, {}, 0
-
-    def ahead(self, loader, data):
-        """loader's items; a server is asked for what one lacks while training is busy with the one before."""
-        waiting = []
-        for item in loader:
-            for row, reason, _ in itertools.chain(*(batch["stored"] for batch in item[1])):
-                if reason and self.server:
-                    self.server.ask(f"{data.name}/{row}", data.row(row)[0].tolist())
-            waiting.append(item)
-            if len(waiting) > bool(self.server):
-                yield waiting.pop(0)
-        yield from waiting
-
-    def expect(self, batches, data):
-        """Deal with what is missing in batches of an optimizer step, before its first forward: returns them."""
-        wrong = [[(row, reason) for row, reason, _ in batch["stored"] if reason] for batch in batches]
-        for row, reason in itertools.chain(*wrong):
-            self.counts[f"{data.name} rows {reason}"] += 1
-            shard, _ = self.store.rows.get(f"{data.name}/{row}", ("", None))
-            message = f"row {data.name}/{row} of {self.store.folder / shard} is {reason}"
-            if self.args.on_missing == "raise":
-                remove = "remove this file, " * (reason != "missing")
-                common.fail(f"{message}: {remove}write it with prepare_hidden_states.py, or choose another on_missing")
-            if self.args.on_missing == "warn":
-                print(f"{message}: left out", file=sys.stderr)
-        if self.args.on_missing != "generate":
-            return batches
-        if self.server:
-            return self.collect(batches, wrong, data.name)
-        dealt, rank = [[[row for row, _ in part] for part in wrong]], 0
-        _, together, in_step = data.forwards
-        if in_step > 1:  # the target's ranks run as many forwards, of the same sequences
-            rank, dealt = dist.get_rank(), [None] * dist.get_world_size()
-            dist.all_gather_object(dealt, [[row for row, _ in part] for part in wrong])
-        if self.target.decoder is None and any(itertools.chain(*dealt)):  # here, as its ranks load it together
-            print(f"{self.store.folder} has damaged rows: loading the target", file=sys.stderr)
-            self.target = self.load()
-        for batch, lists in zip(batches, dataloader.assign_forwards(dealt, rank, *data.forwards), strict=True):
-            batch |= dataloader.join_forwards([([data.row(row)[0] for row in rows], *mine) for rows, *mine in lists])
-            batch["forward_ids"], batch["split"] = batch["forward_ids"].to(self.embedding.device), data.name
-        return batches
-
-    def collect(self, batches, wrong, split):
-        """Wait for what the server was asked for. ServerFailed on all ranks if one of them does not get it."""
-        every, failed = [None] * dist.get_world_size(), ""
-        try:
-            for batch, rows in zip(batches, wrong, strict=True):
-                batch |= {"split": split, "served": [self.server.take(f"{split}/{row}") for row, _ in rows]}
-        except server.ServerFailed as error:
-            failed = str(error)
-        dist.all_gather_object(every, failed)
-        if any(every):
-            self.keep(functools.partial(self.store.flush, wait=True))
-            raise server.ServerFailed(next(filter(None, every)))
-        return batches
-
-    def states(self, batches):
-        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each batch; zeros where nothing is read."""
-        ready = []
-        for batch in batches:
-            for states in batch.pop("served", ()):
-                states = states.to(self.embedding)
-                ready.append((states[:, :-1].flatten(1), self.norm(states[:, -1])))
-            if batch.get("forwards"):
-                ready += self.target.run(batch)
-            tokens, width = len(batch["input_ids"]), self.embedding.shape[1]
-            states = []
-            layers = len(self.store.index["layers"])
-            for name, at, several in zip(dataloader.STATES, ("aux_at", "last_at"), (layers, 1), strict=True):
-                states.append(self.embedding.new_zeros(tokens, several * width))
-                if at in batch:
-                    part = from_stored(batch, name, states[-1].dtype)
-                    before_norm = isinstance(self.store, vllm_states.VllmFiles) and at == "last_at"
-                    states[-1][batch[at]] = self.norm(part) if before_norm else part
-            for (row, reason, start), length in zip(batch["stored"], batch["lengths"], strict=True):
-                if reason and self.args.on_missing == "generate":
-                    new = ready.pop(0)
-                    for whole, part in zip(states, new, strict=True):
-                        whole[start : start + length] = part
-                    if self.args.on_generate == "cache":
-                        sequence = [batch[name][start : start + length].cpu() for name in dataloader.COLUMNS]
-                        tensors = to_stored(*sequence, *new, self.store.dtype)
-                        self.keep(functools.partial(self.store.add, f"{batch['split']}/{row}", tensors))
-                        # As it will be read: the training does not depend on which rows were there already.
-                        count, teachers = slots.tokens_read(sequence[1])
-                        for whole, name, at in zip(states, dataloader.STATES, (slice(count), teachers), strict=True):
-                            whole[start : start + length][at] = from_stored(tensors, name, whole.dtype).to(whole.device)
-            yield tuple(states)

@@ -1,53 +1,191 @@
-"""optimization."""
+"""Optimization: DeepSpeed's configuration and engine, parameter groups, the learning rate, one optimizer step.
 
+The loss of an optimizer step is divided by what its batches are normalised by (for EAGLE-3 the supervised slots of
+step 0), counted over all micro-batches of all ranks. So the gradient depends neither on how sequences are cut into
+micro-batches nor on the number of ranks.
+"""
+
+import json
 import math
+import sys
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from core import ranks
+from core import common, ranks
+
+# ==================== The engine =====================================================================================
 
 
-def engine_config(args, device):
-    """DeepSpeed's configuration: the file's, with what the flags decide filled in."""
-    micro, accumulated = args.draft_micro_batch_size, args.draft_accumulation_steps
-    return ranks.read_deepspeed_config(
-        args.deepspeed_config,
-        {
-            "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", micro),
-            "gradient_accumulation_steps": ("draft_accumulation_steps", accumulated),
-            "train_batch_size": ("draft_global_batch_size", micro * accumulated * dist.get_world_size()),
-            "gradient_clipping": ("max_grad_norm", args.max_grad_norm),
-        },
-        device,
-    )
+def engine_config(path, micro_batch_size, accumulation_steps, max_grad_norm):
+    """DeepSpeed's configuration: the JSON file at `path`, completed by what flags decide.
+
+    Ends the program if the file contradicts a flag, or asks for what this trainer does not do.
+    """
+    config = read_config(path)
+    decided = {
+        "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", micro_batch_size),
+        "gradient_accumulation_steps": ("draft_accumulation_steps", accumulation_steps),
+        "train_batch_size": ("draft_global_batch_size", micro_batch_size * accumulation_steps * dist.get_world_size()),
+        "gradient_clipping": ("max_grad_norm", max_grad_norm),
+    }
+    for key, (flag, value) in decided.items():
+        if config.get(key, "auto") not in ("auto", value):
+            common.fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
+        config[key] = value
+    precision = config.setdefault("bf16", {})
+    if precision.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
+        precision["enabled"] = torch.cuda.is_available()
+    config.setdefault("steps_per_print", sys.maxsize)
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in each micro-batch
+    return config
 
 
-def build_engine(args, draft, device):
-    """The DeepSpeed engine around the draft, with AdamW; the learning rate is set by the loop."""
-    config = engine_config(args, device)
-    options = {"lr": args.learning_rate, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
+def read_config(path):
+    """A JSON file of DeepSpeed's configuration; ends the program if it asks for what this trainer does not do."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        common.fail(f"deepspeed_config {path} cannot be read: {error}")
+    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
+        common.fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
+    for key in {"optimizer", "scheduler"} & config.keys():
+        common.fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
+    zero = config.get("zero_optimization", {})
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            if zero.get("stage") != 3:
+                common.fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
+            ranks.check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
+    return config
+
+
+def offload_device(config):
+    """Where the optimizer's states are: "none" (on the rank's device), "cpu" or "nvme"."""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+
+
+def engine_kind(config):
+    """What in DeepSpeed's configuration decides whether shards that were written with it can be read."""
+    optimizer = {"none": "AdamW", "cpu": "DeepSpeedCPUAdam"}.get(offload_device(config), "AdamW on nvme")
+    return {
+        "precision": "bf16" if config["bf16"]["enabled"] else "fp32",
+        "optimizer": optimizer,
+        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
+    }
+
+
+def parameter_groups(draft, weight_decay):
+    """The optimizer's groups. Each has a multiplier of the schedule's learning rate."""
     parameters = [p for p in draft.parameters() if p.requires_grad]
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if offload == "none":
-        optimizer = torch.optim.AdamW(parameters, fused=device.type == "cuda", **options)
-    else:  # the states live in CPU memory: DeepSpeed's own AdamW steps them there with vector instructions
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    return [{"params": parameters, "weight_decay": weight_decay, "lr_multiplier": 1.0}]
+
+
+def build_engine(draft, groups, config, device):
+    """The DeepSpeed engine around the draft, with AdamW over these parameter groups."""
+    options = {"lr": 0.0, "betas": (0.9, 0.95)}  # the loop sets the learning rate
+    if offload_device(config) == "none":
+        optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+    else:  # the states are in CPU memory: DeepSpeed's own AdamW steps them there with vector instructions
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     engine, *_ = deepspeed.initialize(model=draft.to(device), optimizer=optimizer, config=config)
-    engine.optimizer.check_grad_overflow = True  # steps that are not finite are left out, in fp32 too
+    engine.optimizer.check_grad_overflow = True  # steps that are not finite are skipped, in fp32 too
     return engine
 
 
-def learning_rate_at(step, args):
+def gather_parameters(engine):
+    """The draft's parameters {name: tensor} on rank 0 (CPU), {} elsewhere; all ranks call it, for ZeRO-3's shards."""
+    draft = engine.module
+    is_sharded = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(draft.parameters()), enabled=is_sharded):
+        if dist.get_rank() != 0:
+            return {}
+        return {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
+
+
+# ==================== The learning rate ==============================================================================
+
+
+def learning_rate_at(step, args, run):
     """Learning rate of the optimizer step that follows `step` finished ones: linear warm-up, then the schedule."""
-    if step < args.scheduler_warmup_steps:
-        return args.learning_rate * (step + 1) / args.scheduler_warmup_steps
-    rest = max(args.scheduler_total_steps - args.scheduler_warmup_steps, 1)
-    share = min((step - args.scheduler_warmup_steps) / rest, 1.0)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - share,
-        "cosine": 0.5 * (1.0 + math.cos(2.0 * math.pi * args.scheduler_num_cosine_cycles * share)),
-    }[args.scheduler_type]
-    return args.learning_rate * factor
+    warmup = run.scheduler_warmup_steps
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(run.scheduler_total_steps - warmup, 1)
+    share = min(share, 1.0)
+    if args.scheduler_type == "constant":
+        return args.learning_rate
+    if args.scheduler_type == "linear":
+        return args.learning_rate * (1.0 - share)
+    angle = 2.0 * math.pi * args.scheduler_num_cosine_cycles * share
+    return args.learning_rate * (0.5 * (1.0 + math.cos(angle)))
+
+
+def set_learning_rate(engine, rate):
+    """Set each parameter group's learning rate: the schedule's times the group's multiplier."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+
+
+# ==================== One step =======================================================================================
+
+
+def optimizer_step(engine, batches, states, forward):
+    """One optimizer step on this rank's micro-batches.
+
+    states: yields what belongs to each batch. forward(engine, batch, state) -> loss summed over what the batch is
+    normalised by, and sums {name: tensor} for the metrics.
+    Returns the sums over the batches, and "" or, if a gradient was not finite and the step was skipped, its source.
+    """
+    total = torch.full((), sum(batch.normaliser for batch in batches), dtype=torch.float64, device=engine.device)
+    dist.all_reduce(total)
+    # DeepSpeed averages over ranks and micro-batches; the loss is to be divided by the total alone.
+    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total.clamp(min=1)
+    sums = {}
+    losses = []
+    skipped = False
+    for number, (batch, state) in enumerate(zip(batches, states, strict=True), 1):
+        loss, found = forward(engine, batch, state)
+        is_last = number == len(batches)
+        engine.set_gradient_accumulation_boundary(is_last)  # steps differ in their number of batches
+        engine.backward(loss * scale.to(loss.dtype))
+        if is_last and engine.zero_optimization_stage() == 0:  # which does not check gradients itself
+            skipped = not all(p.grad.isfinite().all() for p in engine.module.parameters() if p.grad is not None)
+        if skipped:
+            engine.zero_grad()
+        else:
+            engine.step()
+        losses.append(loss.detach())
+        add_sums(sums, found)
+    if not (skipped or getattr(engine.optimizer, "overflow", False)):
+        return sums, ""
+    if getattr(engine.optimizer, "cpu_offload", False):
+        engine.optimizer.averaged_gradients = {}  # ZeRO-2 with offload would add to them in the next step
+    return sums, find_source(batches, losses)
+
+
+def find_source(batches, losses):
+    """Which rows of which rank gave a loss that is not finite, from every rank's micro-batches and their losses."""
+    rows = [batch.rows for batch in batches]
+    bad = [batch.rows for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
+    gathered = ranks.gather((bad, rows))
+    found = [f"the loss of rank {rank} in rows {bad}" for rank, (bad, _) in enumerate(gathered) if bad]
+    if found:
+        return ", ".join(found)
+    return "the gradient, " + ", ".join(f"rank {rank} had rows {rows}" for rank, (_, rows) in enumerate(gathered))
+
+
+def add_sums(total, sums):
+    """total += sums, name by name."""
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value
+
+
+def reduce_sums(sums):
+    """Sums over all ranks as floats, {name: number or list}, from this rank's {name: float64 tensor}."""
+    flat = torch.cat([value.flatten() for value in sums.values()])
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([value.numel() for value in sums.values()])  # the one synchronisation with the device
+    return {name: part.view(value.shape).tolist() for (name, value), part in zip(sums.items(), parts, strict=True)}

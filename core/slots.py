@@ -70,6 +70,14 @@ def acceptance_walk(accepted, loss_mask):
     return passes
 
 
+def walk_replies(accepted, loss_mask, lengths):
+    """acceptance_walk over concatenated documents of `lengths` tokens; accepted, loss_mask: tensors [T]."""
+    passes = []
+    for drafts, mask in zip(accepted.split(lengths), loss_mask.split(lengths), strict=True):
+        passes += acceptance_walk(drafts.tolist(), mask.tolist())
+    return passes
+
+
 def tokens_read(loss_mask):
     """(n, teachers): training reads the auxiliary states of the first n tokens, and the last states of teachers [U].
 

@@ -117,26 +117,6 @@ class Target:
         last = output.last_hidden_state[keep]
         return self.auxiliary(keep), last.clone() if self.packs else last  # a slice would keep all of the group's
 
-    def states(self, batches):
-        """Yield (auxiliary [T, 3·Ht], last [T, Ht]) of each of batches, as `collate` made them.
-
-        The forwards before a batch may be about later ones too, and other ranks' sequences.
-        """
-        ready = []
-        for batch in batches:
-            ready += self.run(batch)
-            mine, ready = ready[: len(batch["lengths"])], ready[len(batch["lengths"]) :]
-            yield tuple(map(torch.cat, zip(*mine, strict=True)))
-
-    def run(self, batch):
-        """(auxiliary, last) of each of this rank's sequences in the forwards that come before a batch."""
-        several = batch["forward_ids"].split([sum(lengths) for lengths, *_ in batch["forwards"]])
-        found = []
-        for input_ids, (lengths, first, end) in zip(several, batch["forwards"], strict=True):
-            states = self.hidden_states(input_ids, lengths, first, end)
-            found += zip(*(x.split(lengths[first:end]) for x in states), strict=True)
-        return found
-
     def auxiliary(self, keep=0):
         """The auxiliary hidden states [T, 3·Ht] that the last forward left behind; keep: which of [batch, tokens]."""
         return torch.cat([self.captured.pop(index)[keep] for index in self.layer_ids], dim=-1)
@@ -148,41 +128,59 @@ def automatic_class(config):
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
-# (name, type, default, help, least value if any): see read_conversations.parse_flags
-SHARING_FLAGS = [
-    ("batch_size", int, 2, "sequences per rank that share a forward of the target, and in evaluation", 1),
-    ("tp_size", int, 1, "ranks that share one copy of the target, tensor parallel", 1),
-    ("dp_size", int, None, "derived: ranks / tp_size; another value is replaced"),
-    ("target_sharding", ("none", "tp", "zero3"), None, "zero3: gathered layer by layer; none given: as tp_size says"),
-    ("target_offload", ("none", "cpu", "nvme"), "none", "where a rank's share of the target stays, under zero3"),
-    ("target_offload_path", str, None, "folder on the NVMe disk, for target_offload nvme"),
-]
+SHARDINGS = ("none", "tp", "zero3")
+OFFLOADS = ("none", "cpu", "nvme")
 
 
-def check_sharding(args, world):
-    """Fill in args.target_sharding and args.dp_size; end the program if `world` ranks cannot share a target so."""
-    tp, offload, path = args.tp_size, args.target_offload, args.target_offload_path
-    sharding = args.target_sharding or ("tp" if tp > 1 else "none")
-    fits = [n for n in range(1, world + 1) if world % n == 0]
-    near = {max(n for n in fits if n <= tp), min((n for n in fits if n >= tp), default=world)}
-    near = " or ".join(map(str, sorted(near)))
-    for wrong, message in (
-        (world % tp, f"tp_size {tp} does not divide the {world} ranks; nearest that fit: {near}"),
-        ((sharding == "tp") != (tp > 1), f"target_sharding {sharding} contradicts tp_size {tp}: "
-         "tp needs a tp_size of at least 2, and no other does"),
-        (offload != "none" and sharding != "zero3", f"target_offload {offload} needs target_sharding zero3"),
-        ((offload == "nvme") != bool(path), f"target_offload {offload} with target_offload_path {path}: nvme needs a "
-         "folder on the disk, and no other does"),
-    ):  # fmt: skip
-        if wrong:
-            common.fail(message)
+def add_sharing_flags(parser):
+    """The flags that say how ranks share the target."""
+    add = parser.add_argument_group("how ranks share the target").add_argument
+    positive = common.at_least(int, 1)
+    add(
+        "--batch_size",
+        type=positive,
+        default=2,
+        help="sequences per rank in a forward of the target, and in evaluation",
+    )
+    add("--tp_size", type=positive, default=1, help="ranks that share one copy of the target, tensor parallel")
+    add("--dp_size", type=int, help="derived: ranks / tp_size; another value is replaced")
+    add("--target_sharding", choices=SHARDINGS, help="zero3: gathered layer by layer; none given: as tp_size says")
+    place = "where a rank's share of the target stays, under zero3"
+    add("--target_offload", choices=OFFLOADS, default="none", help=place)
+    add("--target_offload_path", help="folder on the NVMe disk, for target_offload nvme")
+
+
+def resolve_sharding(args, world):
+    """How `world` ranks share the target: none, tp or zero3. Ends the program if they cannot share it so."""
+    tp_size = args.tp_size
+    offload = args.target_offload
+    path = args.target_offload_path
+    sharding = args.target_sharding or ("tp" if tp_size > 1 else "none")
+    if world % tp_size:
+        fitting = [n for n in range(1, world + 1) if world % n == 0]
+        below = max(n for n in fitting if n <= tp_size)
+        above = min((n for n in fitting if n >= tp_size), default=world)
+        near = " or ".join(str(n) for n in sorted({below, above}))
+        common.fail(f"tp_size {tp_size} does not divide the {world} ranks; nearest that fit: {near}")
+    if (sharding == "tp") != (tp_size > 1):
+        common.fail(
+            f"target_sharding {sharding} contradicts tp_size {tp_size}: tp needs a tp_size of at least 2, and no other "
+            "does"
+        )
+    if offload != "none" and sharding != "zero3":
+        common.fail(f"target_offload {offload} needs target_sharding zero3")
+    if (offload == "nvme") != bool(path):
+        common.fail(
+            f"target_offload {offload} with target_offload_path {path}: nvme needs a folder on the disk, and no other "
+            "does"
+        )
     if offload == "nvme":
         with contextlib.suppress(OSError):  # which the check names
             Path(path).mkdir(parents=True, exist_ok=True)
         ranks.check_disk("target_offload_path", path)
-    if args.dp_size not in (None, world // tp):
-        print(f"dp_size {args.dp_size} is replaced by {world // tp} ({world} ranks / tp_size {tp})")
-    args.target_sharding, args.dp_size = sharding, world // tp
+    if args.dp_size not in (None, world // tp_size):
+        print(f"dp_size {args.dp_size} is replaced by {world // tp_size} ({world} ranks / tp_size {tp_size})")
+    return sharding
 
 
 def check_heads(text, tp_size):
@@ -328,20 +326,21 @@ def load(
     return target
 
 
-def share_of_weights(target, args, row_tokens):
+def share_of_weights(target, args, sharding, row_tokens):
     """One line: what this rank holds of the target's weights, and what a forward moves; row_tokens: a row's average."""
+    kind = target.config.model_type
     if target.decoder is None:
-        return f"{target.config.model_type}, head and embedding alone, hidden states of {args.hidden_states_path}"
-    total = mine = moved = 0
+        return f"{kind}, head and embedding alone, hidden states of {args.hidden_states_path or 'the server'}"
+    total = mine = moved = 0.0  # GB
     for p in target.decoder.parameters():
         part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
         total += getattr(p, "ds_numel", p.numel()) * p.itemsize / 1e9
         moved += getattr(p, "ds_numel", 0) * p.itemsize / 1e9
         mine += part.numel() * p.itemsize / 1e9
-    line = f"{target.config.model_type}, {mine:.3g} of {total:.3g} GB of weights on each rank"
-    if args.target_sharding == "tp":
+    line = f"{kind}, {mine:.3g} of {total:.3g} GB of weights on each rank"
+    if sharding == "tp":
         line += f", tensor parallel over {args.tp_size}"
-    if args.target_sharding == "zero3":
+    if sharding == "zero3":
         place = {"none": "", "cpu": ", in CPU memory", "nvme": f", in {args.target_offload_path}"}[args.target_offload]
         a_token = 1000 * moved / (args.batch_size * row_tokens)
         line += (
@@ -429,14 +428,14 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
     return Target(None, text, target.head, target.embedding, layer_ids, norm=norm)
 
 
-def load_as_asked(args, model_dir, device, layers):
-    """The Target, shared by the ranks as the flags say."""
+def load_as_asked(args, sharding, model_dir, device, layers):
+    """The Target, shared by the ranks as the flags say; sharding: of resolve_sharding."""
     return load(
         model_dir,
         device,
         layer_ids=layers,
         trust_remote_code=args.trust_remote_code,
-        sharding=args.target_sharding,
+        sharding=sharding,
         tp_size=args.tp_size,
         offload=args.target_offload,
         offload_path=args.target_offload_path,

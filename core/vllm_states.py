@@ -14,12 +14,13 @@ from core import common, dataloader, server, slots
 
 REQUESTS = 16  # to a server that are under way at once, of each rank
 
-# (name, type, default, help, least value if any): see read_conversations.parse_flags
-SERVER_FLAGS = [
-    ("vllm_endpoint", str, None, "URL of a vLLM server that generates missing rows; none: the target in memory does"),
-    ("request_timeout", float, 180, "seconds that the server may take for a row", 0),
-    ("max_retries", int, 3, "times that it is asked again, after 1, 2, 4, ... seconds", 0),
-]
+
+def add_server_flags(add):
+    """The flags of a server that generates missing rows; add: add_argument of a parser or group."""
+    retries = "times that it is asked again, after 1, 2, 4, ... seconds"
+    add("--vllm_endpoint", help="URL of a vLLM server that generates missing rows; none: the target in memory does")
+    add("--request_timeout", type=common.at_least(float, 0), default=180, help="seconds that it may take for a row")
+    add("--max_retries", type=common.at_least(int, 0), default=3, help=retries)
 
 
 class VllmFiles:
@@ -29,8 +30,11 @@ class VllmFiles:
 
     def __init__(self, folder, data, shape):
         """data: the splits; shape: auxiliary layers and the last one, and hidden size."""
-        self.folder, self.data, self.shape, self.index = Path(folder), data, shape, {"layers": range(shape[0] - 1)}
+        self.folder, self.data, self.shape = Path(folder), data, shape
+        self.layer_count = shape[0] - 1  # auxiliary layers
         self.refresh()
+
+    before_norm = True  # last hidden states are those before the final norm
 
     def refresh(self):
         """As Store.refresh."""

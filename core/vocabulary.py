@@ -30,6 +30,22 @@ def target_ids(d2t):
     return torch.arange(len(d2t), device=d2t.device) + d2t
 
 
+def with_mapping(tensors, d2t, vocab_size):
+    """A draft's tensors with d2t [Vd] and t2d [V], unless its vocabulary is the target's."""
+    if len(d2t) == vocab_size:
+        return tensors
+    d2t = d2t.cpu()
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[target_ids(d2t)] = True
+    return tensors | {"d2t": d2t, "t2d": t2d}
+
+
+def coverage_of(path, d2t):
+    """Share of the supervised tokens counted in the file `path` that are in the draft vocabulary."""
+    counts = read_token_freq(path)
+    return sum(counts.get(token, 0) for token in target_ids(d2t).tolist()) / sum(counts.values())
+
+
 def build_mapping(token_freq, draft_vocab_size, target_vocab_size):
     """(d2t int64 [Vd], t2d bool [V]) of the draft_vocab_size most frequent tokens of {token id: count}.
 

@@ -1,0 +1,194 @@
+"""Setup: what can go wrong before a model loads, and what follows from the flags and the data.
+
+Each function checks or derives one thing and ends the program with one line if it cannot. `args` is read-only from then
+on: what is derived is a `Run` beside it.
+"""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from core import common, draft_files, target_files, target_model, vocabulary
+
+
+@dataclass(frozen=True)
+class Run:
+    """What follows from the flags and the data of a training; the same on every rank."""
+
+    dp_size: int  # groups of ranks that share a copy of the target
+    target_sharding: str  # how they share it: none, tp or zero3
+    draft_micro_batch_size: int  # sequences per rank in one forward of the draft
+    draft_accumulation_steps: int  # micro-batches per rank in one optimizer step
+    steps_per_epoch: int  # optimizer steps
+    total_steps: int
+    scheduler_warmup_steps: int
+    scheduler_total_steps: int
+    engine: dict  # optimization.engine_kind of DeepSpeed's configuration
+    fingerprints: dict  # of the data and the target
+    resume_from_checkpoint: str | None  # folder that the training continues or the draft starts from
+
+    def flags(self, args):
+        """The flags as run.json and checkpoints keep them: what is derived in the place of what was given."""
+        return vars(args) | asdict(self)
+
+
+# ==================== Flags ==========================================================================================
+
+
+def check_flags(args):
+    """End the program if flags contradict each other or the output folder; needs neither data nor a model."""
+    if bool(args.d2t_path) != bool(args.t2d_path):
+        common.fail("d2t_path and t2d_path belong together: give both or neither")
+    if bool(args.data_path) == bool(args.dataset_train_split):
+        common.fail("give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)")
+    if args.data_path and args.dataset_validation_split:
+        common.fail("data_path brings its own validation split: drop dataset_validation_split")
+    for name in PATHS:
+        path = getattr(args, name)
+        if path and not Path(path).exists():
+            common.fail(f"{name} {path} does not exist")
+
+
+PATHS = ("dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path")
+
+
+def check_output(args):
+    """End the program if output_dir is a file, or holds a run that is not to be continued."""
+    output = Path(args.output_dir)
+    if output.is_file():
+        common.fail(f"output_dir {output} is a file")
+    held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
+    if held and (args.no_resume_from_checkpoint or not args.resume):
+        names = ", ".join(sorted(held)[:3])
+        common.fail(f"output_dir {output} holds a run ({names}): continue it with --resume, use another or remove it")
+
+
+def micro_batch_size(args):
+    """Sequences per rank in one forward of the draft; 1 with a budget of tokens, which DeepSpeed does not know."""
+    return 1 if args.total_seq_len else args.draft_micro_batch_size
+
+
+def accumulation_steps(args, world):
+    """Micro-batches per rank in one optimizer step."""
+    micro = micro_batch_size(args) * world
+    batch = args.draft_global_batch_size
+    steps = math.ceil(batch / micro)
+    if batch % micro and not args.total_seq_len:
+        fitting = [str(n) for n in (batch // micro * micro, steps * micro) if n]
+        common.fail(
+            f"draft_global_batch_size {batch} is not a multiple of draft_micro_batch_size "
+            f"{args.draft_micro_batch_size} x {world} ranks = {micro}; nearest that fit: {' or '.join(fitting)}"
+        )
+    if args.draft_accumulation_steps not in (None, steps):
+        print(f"draft_accumulation_steps {args.draft_accumulation_steps} is replaced by {steps}")
+    return steps
+
+
+# ==================== The draft and its data =========================================================================
+
+
+def draft_config(args, model_dir, checkpoint):
+    """(flat configuration, auxiliary layers) of the draft: derived, from a file, or from a checkpoint (None: none)."""
+    source = checkpoint or args.draft_model_config
+    given = {}
+    if checkpoint:
+        given, _ = draft_files.read_draft(checkpoint, model_dir)
+        count = draft_files.num_auxiliary(given)
+        if args.target_layer_ids and len(args.target_layer_ids) != count:
+            common.fail(f"target_layer_ids {args.target_layer_ids}: {source} reads {count} layers")
+    elif source:
+        try:
+            given = dict(json.loads(Path(source).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            common.fail(f"draft_model_config {source} is not a file with a JSON object: {error}")
+    text_config, config = target_files.read_target_config(model_dir, args.trust_remote_code)
+    target_model.check_heads(text_config, args.tp_size)
+    vocab_size = None if checkpoint else args.draft_vocab_size  # a checkpoint's mapping decides
+    return draft_files.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
+
+
+def check_data(args, folder, data, data_config, world):
+    """End the program if the prepared data in `folder` do not fit the target's tokenizer, the flags or the ranks."""
+    tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
+    if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
+        common.fail(
+            f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again"
+        )
+    longest = {split: part["longest"] for split, part in data_config["splits"].items()}
+    most = max(longest.values())
+    if most > args.max_length:
+        common.fail(f"{folder} has rows of {most} tokens, max_length is {args.max_length}: give --max_length {most}")
+    if 0 < args.total_seq_len < longest["train"]:
+        common.fail(
+            f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}"
+        )
+    rows = len(data["train"])
+    if rows < world:
+        common.fail(f"{rows} training sequences for {world} ranks: a rank would have none")
+
+
+def vocabulary_mapping(args, config, folder, checkpoint):
+    """d2t, int64 [Vd] offsets: the checkpoint's, from the files of the flags, or by the token counts of the data."""
+    if not checkpoint:
+        counts = args.token_freq_path or Path(folder) / "token_freq.pt"
+        sizes = (config["draft_vocab_size"], config["vocab_size"])
+        return vocabulary.choose_mapping(*sizes, counts, args.d2t_path, args.t2d_path)
+    _, tensors = draft_files.read_draft(checkpoint)
+    d2t = tensors.get("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
+    if args.d2t_path or args.token_freq_path or args.draft_vocab_size not in (None, len(d2t)):
+        print(f"the vocabulary mapping of {checkpoint} ({len(d2t)} tokens) is kept")
+    return d2t
+
+
+class Schedule(NamedTuple):
+    """Optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    scheduler_warmup_steps: int
+    scheduler_total_steps: int
+
+
+def schedule(args, rows):
+    """The Schedule of a training on so many rows."""
+    per_epoch = math.ceil(rows / args.draft_global_batch_size)
+    total = args.total_steps if args.total_steps > 0 else args.num_epochs * per_epoch
+    warmup = args.scheduler_warmup_steps
+    if warmup is None:
+        warmup = math.ceil(args.warmup_ratio * total)
+    until = args.scheduler_total_steps or total
+    if warmup > until:
+        common.fail(f"warm-up of {warmup} steps in a schedule of {until} steps")
+    return Schedule(per_epoch, total, warmup, until)
+
+
+# ==================== A training that is continued ===================================================================
+
+# Flags that may differ between the starts of one training without a word.
+FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine")
+
+
+def check_resume(flags, run, folder, model_dir, state):
+    """End the program if a checkpoint's data or target were others; print the flags that differ.
+
+    flags: the resolved ones of this start; folder: of the prepared data; state: the checkpoint's trainer_state.json.
+    """
+    places = {"data": folder, "target": model_dir}
+    for name, fingerprint in run.fingerprints.items():
+        if state["flags"]["fingerprints"][name] != fingerprint:
+            common.fail(
+                f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
+                "start from its weights without --resume"
+            )
+    changed = []
+    for name, before in state["flags"].items():
+        now = flags.get(name, before)
+        if name not in FREE and now != before:
+            changed.append(f"{name} {before} -> {now}")
+    if changed:
+        print(f"flags that differ from those of {run.resume_from_checkpoint}: {', '.join(changed)}")
