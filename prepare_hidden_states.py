@@ -172,7 +172,7 @@ def prepare(args, sharding):
     dtype = store.index["dtype"]
     if dtype != args.hidden_states_dtype:
         common.fail(f"{args.output_path} is written in {dtype}: give --hidden_states_dtype {dtype}, or another folder")
-    store.remove_rests()
+    store.remove_leftovers()
     return layers, settings, plan_writing(args, config.hidden_size, store, data)
 
 

@@ -158,7 +158,7 @@ class DraftLayer(nn.Module):
         hidden = residual + attention.o_proj(mixed.flatten(1))
         if self.gradient_checkpointing:  # the caller recomputes all of the layer
             return hidden + self.normed_mlp(hidden), keys
-        # Of the MLP only matrix products are kept for the backward pass; its activation is cheap, large, and recomputed.
+        # Of the MLP only matrix products are kept for the backward pass: its activation, large, is cheap to recompute.
         # ZeRO-3 may gather the weights again in the backward pass, which a selective checkpoint refuses.
         options = dict(RECOMPUTED)
         if not hasattr(self.mlp.down_proj.weight, "ds_id"):
@@ -355,7 +355,7 @@ def objective(
     teacher = losses.Teacher(head, last, vocabulary.target_ids(d2t))
     loss, values = draft.lm_head(hidden, weights, teacher, plan, token_loss, token_metrics)
 
-    sums = {name: step_sums(value, plan.counts) for name, value in values.items()}
+    sums = {name: losses.sums_of_steps(value, plan.counts) for name, value in values.items()}
     sums["slots"] = torch.stack([sums["loss"].new_full((), count) for count in plan.counts])
     correct = input_ids.new_zeros(len(live_slots), len(input_ids), dtype=torch.bool)
     rights = values["acc"].split(plan.counts)
@@ -433,12 +433,6 @@ def attend_slots(backend, plan, position_ids, i, live, q, keys):
     return attention.SlotAttention.apply(q, k, v, live, spans, *keys.own)
 
 
-def step_sums(values, counts):
-    """Sums [K] in float64 of values [R]: counts[0] rows of step 0, then counts[1] of step 1, and so on."""
-    parts = values.split(counts)
-    return torch.stack([part.double().sum() for part in parts])
-
-
 def chain_lengths(correct):
     """n_j [T]: the number of leading ttt_steps that are all right, of correct [K, T] bool."""
     alive = correct.long().cumprod(dim=0)
@@ -446,7 +440,7 @@ def chain_lengths(correct):
 
 
 def metric_values(sums, decay):
-    """Metrics by name, as floats, from sums over slots {"loss": [K], "acc": [K], ..., "slots": [K], "chains": float}."""
+    """Metrics by name, as floats, from sums over slots {"loss": [K], "acc": [K], ..., "slots": [K], "chains"}."""
     steps = dict(sums)
     chains = steps.pop("chains")
     counts = [max(count, 1.0) for count in steps.pop("slots")]
@@ -864,10 +858,7 @@ def build_draft(args, config, target, d2t, checkpoint):
     draft.midlayer.gradient_checkpointing = args.gradient_checkpointing
     draft.initialise(target.head.weight[vocabulary.target_ids(d2t)])
     if checkpoint:
-        _, tensors = draft_files.read_draft(checkpoint)
-        draft_files.check_embedding(checkpoint, tensors, target.embedding)
-        beside = ("embed_tokens.weight", "d2t", "t2d")  # what is no parameter of the draft
-        draft.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in beside})
+        draft.load_state_dict(draft_files.read_parameters(checkpoint, target.embedding))
     # What a checkpoint can hold, so that continuing from a dry run is the same.
     return draft.to(target.embedding.dtype).float()
 
@@ -910,7 +901,7 @@ def main(args):
         if not checkpoints.save_step(engine, args, run, progress, write_draft):
             sys.exit(2)
         return
-    record = run_record.Record(args, run, settings)
+    record = run_record.Record(args, settings, run.total_steps)
 
     def save(progress):
         return checkpoints.save_step(engine, args, run, progress, write_draft, record)

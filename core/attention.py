@@ -1,4 +1,8 @@
-"""attention."""
+"""Attention of slots: over the step-0 keys up to the slot in its document, and over the slot's own keys of later steps.
+
+Two implementations with the same numbers: `SlotAttention` runs everywhere, `flex_slots` uses FlexAttention's kernel on
+GPUs. Sizes: n slots, T tokens, A heads, G key-value heads, D of a head.
+"""
 
 import functools
 import math
@@ -12,77 +16,120 @@ from core import slots
 MASKED_KERNEL = ("cpu",)  # devices with an attention kernel that takes any mask and returns the logsumexp
 
 
+@functools.cache
+def compiled(function):
+    """torch.compile of a function, once, for any length."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
 def upcast(x):
     """x in fp32 at least: half-precision inputs are normalised and summed in fp32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# ==================== A part of the keys =============================================================================
+
+
 def attend_keys(q, k, v, mask):
-    """softmax(q k^T / sqrt(D) + mask) v and its logsumexp; q [1, G, N, D], k and v [1, G, M, D], mask [1, 1, N, M]."""
-    if q.device.type in MASKED_KERNEL:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
-    scores = upcast(q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5 + mask
-    return scores.softmax(-1).to(q.dtype) @ v, scores.logsumexp(-1)
+    """softmax(q k^T / sqrt(D) + mask) v and its logsumexp.
 
-
-def attend_keys_backward(grad, q, k, v, out, lse, mask):
-    """Gradients of q, k and v if these keys are part of a softmax with the whole output `out` and logsumexp `lse`."""
+    q [1, G, N, D], k and v [1, G, M, D], mask [1, 1, N, M]; returns [1, G, N, D] and [1, G, N].
+    """
     if q.device.type in MASKED_KERNEL:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, 0.0, False, attn_mask=mask)
     scale = q.shape[-1] ** -0.5
-    weights = (upcast(q @ k.transpose(2, 3)) * scale + mask - lse[..., None]).exp()
+    products = upcast(q @ k.transpose(2, 3))
+    scores = products * scale + mask
+    weights = scores.softmax(-1).to(q.dtype)
+    return weights @ v, scores.logsumexp(-1)
+
+
+def attend_keys_backward(
+    grad,  # [1, G, N, D]
+    q,
+    k,
+    v,
+    out,  # [1, G, N, D]
+    lse,  # [1, G, N]
+    mask,
+):
+    """Gradients of q, k and v, if these keys are a part of a softmax whose output is `out` and whose logsumexp `lse`.
+
+    A part needs nothing else of the other keys (ring attention, arXiv 2310.01889).
+    """
+    if q.device.type in MASKED_KERNEL:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+    scale = q.shape[-1] ** -0.5
+    products = upcast(q @ k.transpose(2, 3))
+    scores = products * scale + mask
+    lse = lse[..., None]
+    weights = (scores - lse).exp()
+    score_grad = gradient_of_scores(grad, v, out, weights, scale)
+    score_grad = score_grad.to(q.dtype)
+    weights = weights.to(q.dtype)
+    dq = score_grad @ k
+    dk = score_grad.transpose(2, 3) @ q
+    dv = weights.transpose(2, 3) @ grad
+    return dq, dk, dv
+
+
+def gradient_of_scores(grad, v, out, weights, scale):
+    """The gradient of q k^T [..., N, M] in fp32 at least, from that of the output [..., N, D]."""
     delta = (upcast(grad) * out).sum(-1, keepdim=True)
-    scores = ((upcast(grad @ v.transpose(2, 3)) - delta) * weights * scale).to(q.dtype)
-    return scores @ k, scores.transpose(2, 3) @ q, weights.to(q.dtype).transpose(2, 3) @ grad
+    weight_grad = upcast(grad @ v.transpose(2, 3))
+    return (weight_grad - delta) * weights * scale
 
 
 def merge_own(q, out, lse, own):
-    """Attention over step-0 keys (out [n, A, D], lse [n, A]) and the slot's own keys as one softmax, and its logsumexp.
+    """Step-0 keys (out [n, A, D], lse [n, A]) and the slot's own keys as one softmax: its output and logsumexp.
 
     own: keys [n, G, i, D] and values [n, G, i, D] of i later steps.
     """
-    groups = own[0].shape[1]
-    scores = upcast(q.unflatten(1, (groups, -1)) @ own[0].transpose(2, 3)).flatten(1, 2) * q.shape[-1] ** -0.5
-    whole = torch.logaddexp(lse, scores.logsumexp(-1))
-    weights = (scores - whole[..., None]).exp().to(q.dtype).unflatten(1, (groups, -1))
-    out = out * (lse - whole).exp()[..., None].to(q.dtype) + (weights @ own[1]).flatten(1, 2)
-    return out, whole
+    keys, values = own
+    groups = keys.shape[1]
+    scale = q.shape[-1] ** -0.5
+    grouped = q.unflatten(1, (groups, -1))  # [n, G, A/G, D]
+    scores = upcast(grouped @ keys.transpose(2, 3))  # [n, G, A/G, i]
+    scores = scores.flatten(1, 2) * scale  # [n, A, i]
+    total = torch.logaddexp(lse, scores.logsumexp(-1))  # [n, A]
+    weights = (scores - total[..., None]).exp()
+    weights = weights.to(q.dtype).unflatten(1, (groups, -1))
+    own_out = (weights @ values).flatten(1, 2)  # [n, A, D]
+    share = (lse - total).exp().to(q.dtype)  # [n, A]: of the step-0 keys
+    return out * share[..., None] + own_out, total
+
+
+# ==================== Any device =====================================================================================
 
 
 class SlotAttention(torch.autograd.Function):
     """One softmax over the step-0 keys up to the slot in its document and over the slot's own keys of later steps.
 
-    q [n, A, D]; k, v [T, G, D]; live [n]: the slots; own: keys and values of i later steps, [n, G, i, D] each. Chunk by
-    chunk of queries, nothing of n x T is kept. In the backward pass a part of a softmax needs no more than the whole's
-    output and logsumexp (ring attention, arXiv 2310.01889).
+    q [n, A, D]; k, v [T, G, D]; live [n]: the slots; spans: of the plan; own: keys and values of i later steps,
+    [n, G, i, D] each. It runs in chunks of queries: nothing of n x T is kept.
     """
 
     @staticmethod
-    def chunks(q, k, v, live, spans):
-        """Per span its queries' slice, its keys' slice, q and k and v [1, G, ., D], and the mask."""
-        groups = k.shape[1]
-        for first, end, key, stop in spans:
-            hidden = torch.arange(key, stop, device=live.device) > live[first:end, None]
-            mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).repeat(q.shape[1] // groups, 1)
-            parts = [SlotAttention.grouped(q[first:end], groups)] + [x[None, key:stop].transpose(1, 2) for x in (k, v)]
-            yield slice(first, end), slice(key, stop), parts, mask[None, None]
-
-    @staticmethod
-    def grouped(x, groups):
-        """[N, A, ...] -> [1, G, A/G · N, ...]: the heads that share a key head are further queries of it."""
-        return x.unflatten(1, (groups, -1)).movedim(0, 2).flatten(1, 2)[None]
-
-    @staticmethod
-    def ungrouped(x, queries):
-        """[1, G, A/G · N, ...] -> [N, A, ...]"""
-        return x[0].unflatten(1, (-1, queries.stop - queries.start)).movedim(2, 0).flatten(1, 2)
-
-    @staticmethod
-    def forward(ctx, q, k, v, live, spans, *own):
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for queries, _, parts, mask in SlotAttention.chunks(q, k, v, live, spans):
-            out[queries], lse[queries] = (SlotAttention.ungrouped(x, queries) for x in attend_keys(*parts, mask))
+    def forward(
+        ctx,
+        q,
+        k,
+        v,
+        live,
+        spans,
+        *own,
+    ):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=wide)
+        for span in spans:
+            queries, _ = slices(span)
+            inputs = span_inputs(q, k, v, live, span)
+            part_out, part_lse = attend_keys(*inputs)
+            out[queries] = ungrouped(part_out, queries)
+            lse[queries] = ungrouped(part_lse, queries)
         if own:
             out, lse = merge_own(q, out, lse, own)
         ctx.save_for_backward(q, k, v, live, out, lse, *own)
@@ -92,56 +139,171 @@ class SlotAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, live, out, lse, *own = ctx.saved_tensors
-        groups, scale = k.shape[1], q.shape[-1] ** -0.5
-        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=upcast(x[:0]).dtype) for x in (k, v))
-        for queries, keys, parts, mask in SlotAttention.chunks(q, k, v, live, ctx.spans):
-            whole = [SlotAttention.grouped(x[queries], groups) for x in (grad, out, lse)]
-            parts = attend_keys_backward(whole[0], *parts, *whole[1:], mask)
-            dq[queries] = SlotAttention.ungrouped(parts[0], queries)
-            dk[keys] += parts[1][0].transpose(0, 1)
-            dv[keys] += parts[2][0].transpose(0, 1)
+        groups = k.shape[1]
+        wide = lse.dtype
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k, dtype=wide)  # added up over spans in fp32
+        dv = torch.zeros_like(v, dtype=wide)
+        for span in ctx.spans:
+            queries, keys = slices(span)
+            *inputs, mask = span_inputs(q, k, v, live, span)
+            span_grad = grouped(grad[queries], groups)
+            span_out = grouped(out[queries], groups)
+            span_lse = grouped(lse[queries], groups)
+            part_dq, part_dk, part_dv = attend_keys_backward(
+                span_grad,
+                *inputs,
+                span_out,
+                span_lse,
+                mask,
+            )
+            dq[queries] = ungrouped(part_dq, queries)
+            dk[keys] += part_dk[0].transpose(0, 1)
+            dv[keys] += part_dv[0].transpose(0, 1)
+        own_grads = ()
         if own:
-            delta = (upcast(grad) * out).sum(-1, keepdim=True)
-            q, grad, delta, lse = (x.unflatten(1, (groups, -1)) for x in (q, grad, delta, lse[..., None]))
-            weights = (upcast(q @ own[0].transpose(2, 3)) * scale - lse).exp()
-            scores = ((upcast(grad @ own[1].transpose(2, 3)) - delta) * weights * scale).to(q.dtype)
-            dq += (scores @ own[0]).flatten(1, 2)
-            own = scores.transpose(2, 3) @ q, weights.to(q.dtype).transpose(2, 3) @ grad
-        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, *own
+            own_dq, *own_grads = own_backward(grad, q, out, lse, own)
+            dq += own_dq
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, *own_grads
 
 
-compiled = functools.cache(functools.partial(torch.compile, dynamic=True, fullgraph=True))
+def own_backward(grad, q, out, lse, own):
+    """Gradients of q [n, A, D] and of the slot's own keys and values, which are a part of the softmax."""
+    keys, values = own
+    groups = keys.shape[1]
+    scale = q.shape[-1] ** -0.5
+    shape = (groups, -1)
+    q = q.unflatten(1, shape)  # [n, G, A/G, D]
+    grad = grad.unflatten(1, shape)
+    out = out.unflatten(1, shape)
+    lse = lse.unflatten(1, shape)[..., None]
+    products = upcast(q @ keys.transpose(2, 3))
+    weights = (products * scale - lse).exp()
+    score_grad = gradient_of_scores(grad, values, out, weights, scale)
+    score_grad = score_grad.to(q.dtype)
+    weights = weights.to(q.dtype)
+    dq = (score_grad @ keys).flatten(1, 2)
+    dk = score_grad.transpose(2, 3) @ q
+    dv = weights.transpose(2, 3) @ grad
+    return dq, dk, dv
 
 
-def flex_slots(q, k, v, own, live, begin, blocks):
+def slices(span):
+    """The slices of queries and of keys of a span (first query, end query, first key, end key)."""
+    first, end, first_key, end_key = span
+    return slice(first, end), slice(first_key, end_key)
+
+
+def span_inputs(q, k, v, live, span):
+    """q, k, v and the mask of a span as attend_keys takes them."""
+    queries, keys = slices(span)
+    groups = k.shape[1]
+    shared = q.shape[1] // groups  # heads that share a key head
+    tokens = torch.arange(keys.start, keys.stop, device=live.device)
+    later = tokens > live[queries, None]
+    mask = q.new_zeros(later.shape)
+    mask.masked_fill_(later, -math.inf)
+    mask = mask.repeat(shared, 1)[None, None]
+    q = grouped(q[queries], groups)
+    k = k[None, keys].transpose(1, 2)
+    v = v[None, keys].transpose(1, 2)
+    return q, k, v, mask
+
+
+def grouped(x, groups):
+    """[N, A, ...] -> [1, G, A/G · N, ...]: the heads that share a key head are further queries of it."""
+    x = x.unflatten(1, (groups, -1))  # [N, G, A/G, ...]
+    return x.movedim(0, 2).flatten(1, 2)[None]
+
+
+def ungrouped(x, queries):
+    """[1, G, A/G · N, ...] -> [N, A, ...]"""
+    count = queries.stop - queries.start
+    x = x[0].unflatten(1, (-1, count))  # [G, A/G, N, ...]
+    return x.movedim(2, 0).flatten(1, 2)
+
+
+# ==================== GPUs ===========================================================================================
+
+
+def flex_slots(
+    q,  # [n, A, D]
+    k,  # [T, G, D]
+    v,
+    own,
+    live,  # [n]
+    begin,  # [n]: the first token of each slot's document
+    blocks,  # of the plan
+):
     """What SlotAttention computes, with FlexAttention's kernel for the step-0 keys; n > 0.
 
-    begin [n]: the first token of each slot's document; blocks: of the plan. Queries and keys are rounded up to whole
-    blocks, and to two of them, so that no length is special and none has the kernel compiled anew.
+    Queries and keys are padded to full blocks, two at least, so that no length is special and none has the kernel
+    compiled again.
     """
-    count, rows = (
-        len(q),
-        torch.arange(max(-(-len(q) // slots.BLOCK), 2) * slots.BLOCK, device=q.device).clamp(max=len(q) - 1),
+    count = len(q)
+    size = slots.BLOCK
+    padded = max(slots.block_count(count), 2) * size
+    rows = torch.arange(padded, device=q.device)
+    rows = rows.clamp(max=count - 1)  # the last query fills the padding
+    live = live[rows]
+    begin = begin[rows]
+
+    def visible(b, h, query, key):
+        return (begin[query] <= key) & (key <= live[query])
+
+    queries = q.index_select(0, rows)
+    queries = queries.transpose(0, 1)[None]  # [1, A, N, D]
+    keys = padded_keys(k, size)  # [1, G, M, D]
+    values = padded_keys(v, size)
+    lengths = (queries.shape[2], keys.shape[2])
+    mask = block_mask(blocks, rows, lengths, visible)
+    attend = compiled(flex_attention) if q.is_cuda else flex_attention
+    out, aux = attend(
+        queries,
+        keys,
+        values,
+        block_mask=mask,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
     )
-    live, begin = live[rows], begin[rows]
-    missing = max(-len(k) % slots.BLOCK, 2 * slots.BLOCK - len(k))
-    keys, values = (F.pad(x, (0, 0, 0, 0, 0, missing)).transpose(0, 1)[None] for x in (k, v))
-    first, full, full_end, end = blocks[
-        :, None, None, rows[:: slots.BLOCK] // slots.BLOCK, None
-    ].int()  # [1, 1, query blocks, 1]
-    at = torch.arange(keys.shape[2] // slots.BLOCK, device=q.device, dtype=torch.int32)
-    partial = torch.where(at < full - first, first + at, at + full_end - full + first)
-    mask = BlockMask.from_kv_blocks(
-        (full - first + end - full_end)[..., 0],
-        partial.clamp(max=len(at) - 1),
-        (full_end - full)[..., 0],
-        (full + at).clamp(max=len(at) - 1),
-        BLOCK_SIZE=slots.BLOCK,
-        seq_lengths=(len(rows), keys.shape[2]),
-        mask_mod=lambda b, h, q, key: (begin[q] <= key) & (key <= live[q]),
+    out = out[0].transpose(0, 1)[:count]
+    lse = aux.lse[0].transpose(0, 1)[:count]
+    if not own:
+        return out
+    out, _ = merge_own(q, out, lse, own)
+    return out
+
+
+def padded_keys(x, size):
+    """[T, G, D] -> [1, G, M, D], M a multiple of `size`, at least twice it."""
+    length = max(math.ceil(len(x) / size), 2) * size
+    missing = length - len(x)
+    x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    return x.transpose(0, 1)[None]
+
+
+def block_mask(blocks, rows, lengths, visible):
+    """The BlockMask of a step: per block of queries its partial key blocks, then its full ones, as lists of indices.
+
+    A block of queries sees key blocks first ... end, of which full ... full_end are seen completely.
+    """
+    size = slots.BLOCK
+    of_queries = rows[::size] // size
+    blocks = blocks[:, of_queries].int()
+    first, full, full_end, end = blocks[:, None, None, :, None]  # [1, 1, query blocks, 1] each
+    count = lengths[1] // size
+    at = torch.arange(count, device=rows.device, dtype=torch.int32)
+    full_count = full_end - full
+    before = full - first  # partial blocks before the full ones; the others come after them
+    partial_count = before + end - full_end
+    partial = torch.where(at < before, first + at, first + at + full_count)
+    last = count - 1
+    return BlockMask.from_kv_blocks(
+        partial_count[..., 0],
+        partial.clamp(max=last),
+        full_count[..., 0],
+        (full + at).clamp(max=last),
+        BLOCK_SIZE=size,
+        seq_lengths=lengths,
+        mask_mod=visible,
     )
-    attend = compiled(flex_attention) if q.device.type == "cuda" else flex_attention
-    queries = q.index_select(0, rows).transpose(0, 1)[None]
-    out, aux = attend(queries, keys, values, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
-    out, lse = out[0].transpose(0, 1)[:count], aux.lse[0].transpose(0, 1)[:count]
-    return merge_own(q, out, lse, own)[0] if own else out

@@ -249,7 +249,19 @@ class Steps(torch.utils.data.Dataset):
     len(steps): the steps of one epoch. No micro-batch is empty, so that the ranks stay in step: row -1 takes its place.
     """
 
-    def __init__(self, split, fetch, collate, name, seed, global_batch_size, micro_batch_size, total_seq_len):
+    def __init__(
+        self,
+        split,
+        fetch,
+        collate,
+        name,
+        seed,
+        global_batch_size,
+        micro_batch_size,
+        total_seq_len,
+        rank,
+        world,
+    ):
         self.split = split.with_format("torch", columns=list(COLUMNS))
         self.name = name
         self.fetch = fetch
@@ -260,8 +272,8 @@ class Steps(torch.utils.data.Dataset):
         self.size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.total_seq_len = total_seq_len
-        self.rank = dist.get_rank()
-        self.world = dist.get_world_size()
+        self.rank = rank
+        self.world = world
 
     def __len__(self):
         return math.ceil(len(self.split) / self.size)
@@ -312,7 +324,18 @@ def read_steps(
     source: hidden_states.Online or Stored, whose `fetch` runs in the workers; collate(rows) -> Batch; name: of the
     split.
     """
-    data = Steps(split, source.fetch, collate, name, seed, global_batch_size, micro_batch_size, total_seq_len)
+    data = Steps(
+        split,
+        source.fetch,
+        collate,
+        name,
+        seed,
+        global_batch_size,
+        micro_batch_size,
+        total_seq_len,
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
     steps = range(len(data)) if steps is None else steps
 
     def load(part):

@@ -811,6 +811,16 @@ def is_embedding(own, embedding):
     return torch.equal(own.cpu(), embedding.to("cpu", own.dtype))
 
 
+def read_parameters(folder, embedding):
+    """{name: tensor} of the trained parameters of a draft for the target whose embedding table [V, H] this is.
+
+    Ends the program if the draft is not complete or belongs to another target.
+    """
+    _, tensors = read_draft(folder)
+    check_embedding(folder, tensors, embedding)
+    return {name: tensor for name, tensor in tensors.items() if name not in (EMBEDDING, *MAPPING)}
+
+
 def check_embedding(folder, tensors, embedding):
     """End the program if a draft's tensors hold a table of that shape that is not `embedding` [V, H], the target's."""
     own = tensors.get(EMBEDDING)

@@ -1,4 +1,9 @@
-"""hidden_states."""
+"""The store: hidden states of rows on disk, written by prepare_hidden_states.py or while training, read by training.
+
+A folder has index.json (target, layers, tokenizer, data, dtype; the rows of each shard and their checksums) and shards
+in safetensors. A row SPLIT/NUMBER has input_ids, loss_mask, aux_hidden_states [n, layers·Ht] of the n tokens that are
+read, and last_hidden_states [U, Ht] (after the final norm) of the U tokens that teach; in fp8 with scales.
+"""
 
 import concurrent.futures
 import functools
@@ -16,52 +21,77 @@ from tqdm import tqdm
 
 from core import common, dataloader, slots, target_files
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": torch.float8_e4m3fn}
-
+FP8 = torch.float8_e4m3fn
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": FP8}
+STATES = ("aux_hidden_states", "last_hidden_states")  # of a row
 SHARD_BYTES = 256 * 2**20  # a shard is closed when it has grown beyond that
+
+# ==================== A row ==========================================================================================
 
 
 def to_stored(input_ids, loss_mask, auxiliary, last, dtype):
-    """A row's tensors in the store, on the CPU; auxiliary [T, 3·Ht], last [T, Ht]; fp8: a scale per token and layer."""
+    """A row's tensors in the store, on the CPU; auxiliary [T, layers·Ht], last [T, Ht]."""
     count, teachers = slots.tokens_read(loss_mask)
     tensors = {"input_ids": input_ids.int(), "loss_mask": loss_mask.to(torch.uint8)}
-    for name, states in zip(dataloader.STATES, (auxiliary[:count], last[teachers.to(last.device)]), strict=True):
-        if dtype == torch.float8_e4m3fn:
-            parts = states.float().unflatten(-1, (-1, last.shape[1]))
-            scale = parts.abs().amax(-1).clamp(min=1e-30) / torch.finfo(dtype).max
+    hidden_size = last.shape[1]
+    last = last[teachers.to(last.device)]
+    for name, states in zip(STATES, (auxiliary[:count], last), strict=True):
+        if dtype == FP8:
+            states, scale = scaled(states, hidden_size)
             tensors[f"{name}_scale"] = scale
-            states = (parts / scale[..., None]).flatten(1)
         tensors[name] = states.to(dtype)
     return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
+def scaled(states, hidden_size):
+    """States [n, layers·Ht] in the range of fp8, and their scale [n, layers]: one per token and layer."""
+    parts = states.float().unflatten(-1, (-1, hidden_size))  # [n, layers, Ht]
+    most = parts.abs().amax(-1).clamp(min=1e-30)
+    scale = most / torch.finfo(FP8).max
+    return (parts / scale[..., None]).flatten(1), scale
+
+
 def from_stored(tensors, name, dtype):
     """States [n, ...] of `to_stored`'s tensors in dtype."""
-    states, scale = tensors[name], tensors.get(f"{name}_scale")
+    states = tensors[name]
+    scale = tensors.get(f"{name}_scale")
     if scale is not None:
-        states = (states.float().unflatten(-1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
+        parts = states.float().unflatten(-1, (scale.shape[1], -1))
+        states = (parts * scale[..., None]).flatten(1)
     return states.to(dtype)
 
 
 def row_bytes(tokens, count, teachers, hidden_size, layers, dtype):
-    """Bytes that a row takes in the store; count, teachers: numbers of tokens that are read of its first layers and of
-    the last one. Arrays work too."""
-    parts = count * layers + teachers
-    return 5 * tokens + parts * (hidden_size * dtype.itemsize + 4 * (dtype == torch.float8_e4m3fn))
+    """Bytes that a row takes in the store, for numbers or arrays.
+
+    count, teachers: the tokens whose auxiliary states, and whose last ones, are read.
+    """
+    part = hidden_size * dtype.itemsize
+    if dtype == FP8:
+        part += 4  # the scale
+    return 5 * tokens + (count * layers + teachers) * part
 
 
 def checksum(tensors):
     """CRC-32 over the bytes of a row's tensors, in the order of their names."""
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), value)
+        data = tensors[name].contiguous().flatten().view(torch.uint8)
+        value = zlib.crc32(data.numpy(), value)
     return value
+
+
+# ==================== The folder =====================================================================================
 
 
 def store_settings(model_dir, layers, data_config):
     """What hidden states were made from, by name; each must be the same where they are read."""
-    tokenizer, data = data_config["ingredients"]["tokenizer"], data_config["fingerprint"]
-    return {"target": target_files.hash_target(model_dir), "layers": list(layers), "tokenizer": tokenizer, "data": data}
+    return {
+        "target": target_files.hash_target(model_dir),
+        "layers": list(layers),
+        "tokenizer": data_config["ingredients"]["tokenizer"],
+        "data": data_config["fingerprint"],
+    }
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,14 +100,37 @@ def open_shard(path):
 
 
 class Store:
-    """Rows of hidden states in a folder. A shard's header has its rows' checksums, and it has its name only when it is
-    whole: so the folder is valid at any moment, and index.json, once it is written, spares reading headers.
+    """Rows of hidden states in a folder.
+
+    A shard's header has its rows' checksums, and a shard gets its name only when it is complete: so the folder is valid
+    at any moment, and index.json, once it is written, spares reading headers.
     """
 
+    before_norm = False  # whether the last hidden states are those before the final norm
+
     def __init__(self, folder, settings, create=None):
-        """settings: of `store_settings`; create: the dtype's name if the folder may be made. Ends the program if the
-        folder is of anything else."""
-        self.folder, self.rows, self.shards, self.new, self.size = Path(folder), {}, set(), {}, 0
+        """settings: of `store_settings`; create: the dtype's name, if the folder may be made.
+
+        Ends the program if the folder belongs to another target, tokenizer, data set or layers.
+        """
+        self.folder = Path(folder)
+        self.rows = {}  # row: (shard, CRC-32)
+        self.shards = set()
+        self.index = self.open_index(settings, create)
+        for name, value in settings.items():
+            if self.index.get(name) != value:
+                common.fail(f"the hidden states in {folder} are of another {name}: {self.index.get(name)}, not {value}")
+        self.dtype = DTYPES[self.index["dtype"]]
+        # Of the rows that are added:
+        self.number = 0  # of the next shard
+        self.new = {}
+        self.size = 0  # bytes
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.writing = None
+        self.refresh()
+
+    def open_index(self, settings, create):
+        """index.json, made if it does not exist and `create` names a dtype."""
         path = self.folder / "index.json"
         try:
             if create and not path.exists():
@@ -85,64 +138,70 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 common.write_atomic(path, json.dumps(new, indent=1) + "\n")
         except OSError as error:
-            common.fail(f"{folder} cannot be written: {error}")
+            common.fail(f"{self.folder} cannot be written: {error}")
         try:
-            self.index = dict(json.loads(path.read_text()))
+            return dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            common.fail(f"{folder} is not a folder of hidden states: {error}")
-        for name, value in settings.items():
-            if self.index.get(name) != value:
-                common.fail(f"the hidden states in {folder} are of another {name}: {self.index.get(name)}, not {value}")
-        self.dtype, self.pool = DTYPES[self.index["dtype"]], concurrent.futures.ThreadPoolExecutor(1)
-        self.writing, self.number = None, 0
-        self.refresh()
+            common.fail(f"{self.folder} is not a folder of hidden states: {error}")
+
+    @property
+    def layer_count(self):
+        """Auxiliary layers."""
+        return len(self.index["layers"])
 
     def __getstate__(self):
         """For the workers that read: without what writes."""
         return {name: value for name, value in vars(self).items() if name not in ("pool", "writing", "new")}
 
-    def remove_rests(self):
+    def remove_leftovers(self):
         """Remove what an interruption left half-written; while nobody writes."""
         # `.tmp...`: safetensors writes under a name of its own first.
         patterns = (".*.building", ".index.json.*.tmp", ".tmp*")
         for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
             path.unlink(missing_ok=True)
 
+    # --- reading ---
+
     def refresh(self):
-        """Take up shards that have come since. Of a row in several the last counts: it was damaged in the others."""
+        """Take up new shards. Of a row in several shards the last counts: it was damaged in the others."""
         for path in sorted(self.folder.glob("[0-9]*-*.safetensors")):
-            if path.name not in self.shards:
-                self.shards.add(path.name)
-                self.number = max(self.number, int(path.name.partition("-")[0]) + 1)
-                rows = self.index["shards"].get(path.name)
-                try:
-                    rows = rows or json.loads(safe_open(path, "pt").metadata()["rows"])
-                except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-                    print(f"{path} is damaged, its rows are taken for missing: {error}", file=sys.stderr)
-                    continue
-                self.rows.update((row, (path.name, crc)) for row, crc in rows.items())
+            if path.name in self.shards:
+                continue
+            self.shards.add(path.name)
+            number = int(path.name.partition("-")[0])
+            self.number = max(self.number, number + 1)
+            try:
+                rows = self.index["shards"].get(path.name) or rows_in_header(path)
+            except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+                print(f"{path} is damaged, its rows are taken for missing: {error}", file=sys.stderr)
+                continue
+            for row, crc in rows.items():
+                self.rows[row] = (path.name, crc)
 
     def read(self, row):
         """(tensors, "") of a row, on the CPU, or (None, "missing" or "damaged")."""
-        shard, crc = self.rows.get(row, (None, None))
-        if shard is None:
+        if row not in self.rows:
             return None, "missing"
+        shard, crc = self.rows[row]
+        names = [*dataloader.COLUMNS, *STATES]
+        if self.dtype == FP8:
+            names += [f"{name}_scale" for name in STATES]
         try:
             file = open_shard(str(self.folder / shard))
-            scales = [f"{name}_scale" for name in dataloader.STATES if self.dtype == torch.float8_e4m3fn]
-            names = [*dataloader.COLUMNS, *dataloader.STATES, *scales]
             tensors = {name: file.get_tensor(f"{row}.{name}") for name in names}
-        except (OSError, SafetensorError) as error:
-            return None, "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        return (tensors, "") if checksum(tensors) == crc else (None, "damaged")
+        except FileNotFoundError:
+            return None, "missing"
+        except (OSError, SafetensorError):
+            return None, "damaged"
+        if checksum(tensors) != crc:
+            return None, "damaged"
+        return tensors, ""
+
+    # --- writing ---
 
     def add(self, row, tensors):
         """Keep a row for the next shard; False, and a line that names it, if its states are not finite."""
-        states = [
-            tensors.get(f"{name}_scale", tensors[name]) for name in dataloader.STATES
-        ]  # a scale is as finite as its numbers
-        # Least and greatest tell: isfinite() of every number takes sixty times as long.
-        if not all(torch.stack(x.aminmax()).isfinite().all() for x in states if len(x)):
+        if not all(is_finite(tensors, name) for name in STATES):
             tqdm.write(f"row {row}: hidden states are not finite in {self.index['dtype']}", sys.stderr)
             return False
         self.new[row] = tensors
@@ -151,29 +210,24 @@ class Store:
             self.flush()
         return True
 
-    before_norm = False  # whether the last hidden states are those before the final norm
-
-    @property
-    def layer_count(self):
-        """Auxiliary layers."""
-        return len(self.index["layers"])
+    def flush(self, wait=False):
+        """Write the new rows as one shard, while the program goes on. OSError if this or the shard before fails."""
+        if self.writing:
+            self.writing.result()
+        if self.new:
+            path = self.folder / f"{self.number:06d}-{dist.get_rank():05d}.safetensors"
+            self.writing = self.pool.submit(write_shard, path, self.new)
+            self.new = {}
+            self.size = 0
+            self.number += 1
+        if wait and self.writing:
+            self.writing.result()
 
     def drop_unwritten(self):
         """Forget the rows that are not written yet."""
         self.writing = None
         self.new = {}
         self.size = 0
-
-    def flush(self, wait=False):
-        """Write the rows kept as one shard, while the program goes on. OSError if this or the one before fails."""
-        if self.writing:
-            self.writing.result()
-        if self.new:
-            path = self.folder / f"{self.number:06d}-{dist.get_rank():05d}.safetensors"
-            self.writing, self.new, self.size = self.pool.submit(write_shard, path, self.new), {}, 0
-            self.number += 1
-        if wait and self.writing:
-            self.writing.result()
 
     def write_index(self):
         """All rows by shard in index.json; on one rank, when nobody writes any more."""
@@ -185,12 +239,27 @@ class Store:
         common.write_atomic(self.folder / "index.json", json.dumps(self.index, indent=1) + "\n")
 
 
+def rows_in_header(path):
+    """{row: CRC-32} in the header of a shard."""
+    return json.loads(safe_open(path, "pt").metadata()["rows"])
+
+
+def is_finite(tensors, name):
+    """Whether all states of a row are finite; in fp8 a scale is as finite as its states."""
+    states = tensors.get(f"{name}_scale", tensors[name])
+    if not len(states):
+        return True
+    # The least and the greatest tell: isfinite() of every number takes sixty times as long.
+    return bool(torch.stack(states.aminmax()).isfinite().all())
+
+
 def write_shard(path, rows):
-    """One file of rows {row: tensors}; it appears when it is whole. OSError if it cannot be written."""
+    """One file of rows {row: tensors}; it gets its name when it is complete. OSError if it cannot be written."""
     building = path.with_name(f".{path.name}.building")
+    tensors = {f"{row}.{name}": tensor for row, part in rows.items() for name, tensor in part.items()}
+    checksums = {row: checksum(part) for row, part in rows.items()}
     try:
-        tensors = {f"{row}.{name}": tensor for row, part in rows.items() for name, tensor in part.items()}
-        save_file(tensors, building, {"rows": json.dumps({row: checksum(part) for row, part in rows.items()})})
+        save_file(tensors, building, {"rows": json.dumps(checksums)})
         with building.open("rb") as file:
             os.fsync(file.fileno())
         common.open_to_all(building)

@@ -21,16 +21,28 @@ class Teacher(NamedTuple):
     last: torch.Tensor  # [T, Ht]: the target's last hidden states
     draft_ids: torch.Tensor  # [Vd]: target ids of the draft vocabulary, ascending
 
+    def in_vocabulary(self):
+        """bool [V]: the target's tokens that are in the draft vocabulary."""
+        size = len(self.head.weight)
+        marks = torch.zeros(size, dtype=torch.bool, device=self.last.device)
+        return marks.index_fill_(0, self.draft_ids, True)
+
     def read(self, tokens):
         """p [n, Vd] over the draft vocabulary, its mass [n], argmax over the full vocabulary [n]; see Head.teacher."""
         return self.head.teach(self.last[tokens], self.draft_ids)
 
 
-def head_loss(hidden, weight, row_weights, teacher, plan, token_loss, token_metrics):
+def head_loss(
+    hidden,  # [R, H]: normed outputs of the plan's rows; it is overwritten
+    weight,  # [Vd, H]: the draft's head
+    row_weights,  # [R]
+    teacher,  # Teacher
+    plan,  # its teachers, order, places and chunks are read, as of slots.Plan
+    token_loss,
+    token_metrics,
+):
     """Loss and metrics of the draft's head.
 
-    hidden [R, H]: normed outputs of the plan's rows; it is overwritten. weight [Vd, H]: the draft's head. row_weights
-    [R]. plan: teachers, order, places and chunks as in slots.Plan.
     token_loss(logits [n, Vd], p [n, Vd], mass [n]) -> [n]; token_metrics(logits, p, mass, best [n], draft_ids [Vd]) ->
     {name: [n]}; logits and p in fp32 at least.
 
@@ -39,25 +51,42 @@ def head_loss(hidden, weight, row_weights, teacher, plan, token_loss, token_metr
     """
     empty = hidden.new_empty(0, len(weight), dtype=row_weights.dtype)
     nothing = teacher.draft_ids[:0]
-    names = list(token_metrics(empty, empty, empty[:, 0], nothing, teacher.draft_ids))
+    metrics = token_metrics(empty, empty, empty[:, 0], nothing, teacher.draft_ids)
+    names = ["loss", *metrics]
     functions = (token_loss, token_metrics)
-    loss, values = HeadLoss.apply(hidden, weight, row_weights, teacher, plan, functions, 1 + len(names))
-    return loss, dict(zip(["loss", *names], values, strict=True))
+    loss, values = HeadLoss.apply(
+        hidden,
+        weight,
+        row_weights,
+        teacher,
+        plan,
+        functions,
+        len(names),
+    )
+    return loss, dict(zip(names, values, strict=True))
 
 
 class HeadLoss(torch.autograd.Function):
     """head_loss as one operation of autograd, whose forward pass computes the gradients as well."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, row_weights, teacher, plan, functions, count):
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        row_weights,
+        teacher,
+        plan,
+        functions,
+        count,
+    ):
         token_loss, token_metrics = functions
         learns = ctx.needs_input_grad[0]  # not while evaluating
         hidden = hidden.detach()  # each row is replaced by its gradient once it has been read
         weight_grad = torch.zeros_like(weight, dtype=row_weights.dtype) if learns else None
         most = max((stop - row for _, _, row, stop in plan.chunks), default=0)
         buffer = hidden.new_empty(most, len(weight))
-        in_vocabulary = torch.zeros(len(teacher.head.weight), dtype=torch.bool, device=hidden.device)
-        in_vocabulary.index_fill_(0, teacher.draft_ids, True)
+        in_vocabulary = teacher.in_vocabulary()
         values = row_weights.new_empty(count, len(hidden))  # losses, then each metric
 
         for first, end, row, stop in plan.chunks:
@@ -67,11 +96,22 @@ class HeadLoss(torch.autograd.Function):
             learnable = in_vocabulary[best[of_row]]
             x = hidden[rows]
             logits = torch.mm(x, weight.T, out=buffer[: stop - row])
-            found = compare(logits, p, mass, best, of_row, teacher.draft_ids, token_loss, token_metrics, learns)
+            found = compare(
+                logits,
+                p,
+                mass,
+                best,
+                of_row,
+                teacher.draft_ids,
+                token_loss,
+                token_metrics,
+                learns,
+            )
             found[0] = torch.where(learnable, found[0], 0.0)
             values[:, rows] = torch.stack(found)
             if learns:  # logits hold their gradient now
-                scale = (row_weights[rows] * learnable)[:, None].to(x.dtype)
+                scale = row_weights[rows] * learnable
+                scale = scale[:, None].to(x.dtype)
                 hidden[rows] = (logits @ weight).mul_(scale)
                 add_product(weight_grad, logits.T, x.mul_(scale))
 
@@ -86,11 +126,18 @@ class HeadLoss(torch.autograd.Function):
         return hidden.mul_(grad), weight.mul_(grad).to(hidden.dtype), None, None, None, None, None
 
 
-def compare(logits, p, mass, best, of_row, draft_ids, token_loss, token_metrics, learns):
-    """Token losses and metrics of a chunk, [[n], ...]; with `learns` the logits [n, Vd] become the losses' gradients.
-
-    p, mass, best: of the chunk's teachers; of_row [n]: which of them each row has.
-    """
+def compare(
+    logits,  # [n, Vd]
+    p,  # [m, Vd] of the chunk's teachers, as Teacher.read gives them
+    mass,  # [m]
+    best,  # [m]
+    of_row,  # [n]: the teacher of each row
+    draft_ids,
+    token_loss,
+    token_metrics,
+    learns,
+):
+    """Token losses and metrics of a chunk, [[n], ...]; with `learns` the logits become the losses' gradients."""
     on_gpu = logits.is_cuda
     if on_gpu:
         token_loss = attention.compiled(token_loss)
@@ -109,7 +156,8 @@ def compare(logits, p, mass, best, of_row, draft_ids, token_loss, token_metrics,
             loss = token_loss(z, p_rows, mass_rows)
             if learns:
                 (logits[piece],) = torch.autograd.grad(loss.sum(), z)
-        pieces.append([loss.detach(), *[value.to(p.dtype) for value in metrics.values()]])
+        values = [loss.detach(), *metrics.values()]
+        pieces.append([value.to(p.dtype) for value in values])
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
@@ -119,3 +167,9 @@ def add_product(total, a, b):
         total.addmm_(a, b)
     else:
         total.add_(a @ b)
+
+
+def sums_of_steps(values, counts):
+    """Sums [K] in float64 of values [R]: counts[0] rows of step 0, then counts[1] of step 1, and so on."""
+    parts = values.split(counts)
+    return torch.stack([part.double().sum() for part in parts])

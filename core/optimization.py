@@ -25,16 +25,17 @@ def engine_config(path, micro_batch_size, accumulation_steps, max_grad_norm):
     Ends the program if the file contradicts a flag, or asks for what this trainer does not do.
     """
     config = read_config(path)
-    decided = {
-        "train_micro_batch_size_per_gpu": ("draft_micro_batch_size", micro_batch_size),
-        "gradient_accumulation_steps": ("draft_accumulation_steps", accumulation_steps),
-        "train_batch_size": ("draft_global_batch_size", micro_batch_size * accumulation_steps * dist.get_world_size()),
-        "gradient_clipping": ("max_grad_norm", max_grad_norm),
-    }
-    for key, (flag, value) in decided.items():
+    batch_size = micro_batch_size * accumulation_steps * dist.get_world_size()
+
+    def decide(key, flag, value):
         if config.get(key, "auto") not in ("auto", value):
             common.fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
         config[key] = value
+
+    decide("train_micro_batch_size_per_gpu", "draft_micro_batch_size", micro_batch_size)
+    decide("gradient_accumulation_steps", "draft_accumulation_steps", accumulation_steps)
+    decide("train_batch_size", "draft_global_batch_size", batch_size)
+    decide("gradient_clipping", "max_grad_norm", max_grad_norm)
     precision = config.setdefault("bf16", {})
     if precision.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
         precision["enabled"] = torch.cuda.is_available()
@@ -54,17 +55,21 @@ def read_config(path):
     for key in {"optimizer", "scheduler"} & config.keys():
         common.fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
     zero = config.get("zero_optimization", {})
-    for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
-            if zero.get("stage") != 3:
-                common.fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
-            ranks.check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
+    stage = zero.get("stage")
+    for name in ("offload_optimizer", "offload_param"):
+        part = zero.get(name, {})
+        if part.get("device") == "nvme":
+            if stage != 3:
+                common.fail(f"{path}: {name} on nvme needs ZeRO stage 3, the file says {stage}")
+            ranks.check_disk(f"{path}: nvme_path of {name},", part.get("nvme_path"))
     return config
 
 
 def offload_device(config):
     """Where the optimizer's states are: "none" (on the rank's device), "cpu" or "nvme"."""
-    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer", {})
+    return offload.get("device", "none")
 
 
 def engine_kind(config):
@@ -139,10 +144,12 @@ def optimizer_step(engine, batches, states, forward):
     normalised by, and sums {name: tensor} for the metrics.
     Returns the sums over the batches, and "" or, if a gradient was not finite and the step was skipped, its source.
     """
-    total = torch.full((), sum(batch.normaliser for batch in batches), dtype=torch.float64, device=engine.device)
+    normaliser = sum(batch.normaliser for batch in batches)
+    total = torch.full((), normaliser, dtype=torch.float64, device=engine.device)
     dist.all_reduce(total)
     # DeepSpeed averages over ranks and micro-batches; the loss is to be divided by the total alone.
-    scale = dist.get_world_size() * engine.gradient_accumulation_steps() / total.clamp(min=1)
+    averaged = dist.get_world_size() * engine.gradient_accumulation_steps()
+    scale = averaged / total.clamp(min=1)
     sums = {}
     losses = []
     skipped = False
@@ -152,7 +159,8 @@ def optimizer_step(engine, batches, states, forward):
         engine.set_gradient_accumulation_boundary(is_last)  # steps differ in their number of batches
         engine.backward(loss * scale.to(loss.dtype))
         if is_last and engine.zero_optimization_stage() == 0:  # which does not check gradients itself
-            skipped = not all(p.grad.isfinite().all() for p in engine.module.parameters() if p.grad is not None)
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            skipped = not all(gradient.isfinite().all() for gradient in gradients)
         if skipped:
             engine.zero_grad()
         else:
@@ -171,10 +179,15 @@ def find_source(batches, losses):
     rows = [batch.rows for batch in batches]
     bad = [batch.rows for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
     gathered = ranks.gather((bad, rows))
-    found = [f"the loss of rank {rank} in rows {bad}" for rank, (bad, _) in enumerate(gathered) if bad]
+    found = []
+    read = []
+    for rank, (bad, rows) in enumerate(gathered):
+        read.append(f"rank {rank} had rows {rows}")
+        if bad:
+            found.append(f"the loss of rank {rank} in rows {bad}")
     if found:
         return ", ".join(found)
-    return "the gradient, " + ", ".join(f"rank {rank} had rows {rows}" for rank, (_, rows) in enumerate(gathered))
+    return f"the gradient, {', '.join(read)}"
 
 
 def add_sums(total, sums):
@@ -187,5 +200,9 @@ def reduce_sums(sums):
     """Sums over all ranks as floats, {name: number or list}, from this rank's {name: float64 tensor}."""
     flat = torch.cat([value.flatten() for value in sums.values()])
     dist.all_reduce(flat)
-    parts = flat.cpu().split([value.numel() for value in sums.values()])  # the one synchronisation with the device
-    return {name: part.view(value.shape).tolist() for (name, value), part in zip(sums.items(), parts, strict=True)}
+    flat = flat.cpu()  # the one synchronisation with the device
+    parts = flat.split([value.numel() for value in sums.values()])
+    reduced = {}
+    for (name, value), part in zip(sums.items(), parts, strict=True):
+        reduced[name] = part.view(value.shape).tolist()
+    return reduced

@@ -41,7 +41,8 @@ def supervised_slots(loss_mask, document_ids, ttt_length):
     def mask_ahead(n):
         """loss_mask n tokens ahead, 0 beyond the document."""
         inside = torch.zeros_like(loss_mask, dtype=torch.bool)
-        inside[: max(len(loss_mask) - n, 0)] = document_ids[n:] == document_ids[:-n]
+        rest = max(len(loss_mask) - n, 0)
+        inside[:rest] = document_ids[n:] == document_ids[:-n]
         return inside & loss_mask.bool().roll(-n)
 
     alive = mask_ahead(1)
@@ -84,7 +85,9 @@ def tokens_read(loss_mask):
     loss_mask [T] of one sequence. No key after the last supervised slot is seen. A teacher is the token after a slot of
     step 0; later steps have the same teachers, further ahead.
     """
-    live = supervised_slots(loss_mask, torch.zeros_like(loss_mask), 1)[0].nonzero().flatten()
+    one_document = torch.zeros_like(loss_mask)
+    (supervised,) = supervised_slots(loss_mask, one_document, 1)
+    live = supervised.nonzero().flatten()
     count = int(live[-1]) + 1 if len(live) else 0
     return count, live + 1
 
@@ -131,7 +134,9 @@ def plan_slots(supervised, lengths):
     bounds = [0, *itertools.accumulate(lengths)]
     starts = torch.tensor(bounds)
     live = [row.nonzero().flatten() for row in supervised]
-    keep = live[:1] + [torch.searchsorted(before, now) for before, now in itertools.pairwise(live)]
+    keep = [live[0]]
+    for before, now in itertools.pairwise(live):
+        keep.append(torch.searchsorted(before, now))
     tokens = torch.cat([slots + 1 + i for i, slots in enumerate(live)])
     tokens, order = tokens.sort(stable=True)
     teachers, places = tokens.unique_consecutive(return_inverse=True)

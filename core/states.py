@@ -292,9 +292,7 @@ class Stored:
         auxiliary = self.embedding.new_zeros(len(batch.input_ids), self.store.layer_count * width)
         last = self.embedding.new_zeros(len(batch.input_ids), width)
         if tensors:
-            aux_states, last_states = (
-                hidden_states.from_stored(tensors, name, last.dtype) for name in dataloader.STATES
-            )
+            aux_states, last_states = read_back(tensors, last.dtype)
             auxiliary[tensors["aux_at"]] = aux_states
             last[tensors["last_at"]] = self.norm(last_states) if self.store.before_norm else last_states
         return auxiliary, last
@@ -311,7 +309,7 @@ class Stored:
         tensors = hidden_states.to_stored(input_ids, loss_mask, *generated, self.store.dtype)
         self.keep(row, tensors)
         count, teachers = slots.tokens_read(loss_mask)
-        aux_states, last_states = (hidden_states.from_stored(tensors, name, last.dtype) for name in dataloader.STATES)
+        aux_states, last_states = read_back(tensors, last.dtype)
         auxiliary[:count] = aux_states.to(auxiliary.device)
         last[teachers] = last_states.to(last.device)
 
@@ -322,6 +320,12 @@ def missing_rows(batches):
     for batch in batches:
         found += [number for number, problem in zip(batch.rows, batch.states.problems, strict=True) if problem]
     return found
+
+
+def read_back(tensors, dtype):
+    """(auxiliary, last) of tensors of the store, in dtype."""
+    auxiliary, last = (hidden_states.from_stored(tensors, name, dtype) for name in hidden_states.STATES)
+    return auxiliary, last
 
 
 def same(a, b):
@@ -423,7 +427,7 @@ def look_into(args, folder, shape, model_dir, layers, data, data_config):
     if not generates and len(missing) == len(rows):
         common.fail(f"{folder} has none of the {len(rows)} rows: on_missing {args.on_missing} would leave out all")
     if generates and keeps:
-        store.remove_rests()
+        store.remove_leftovers()
     print(f"{store.folder}: {len(rows) - len(missing):,} of {len(rows):,} rows are there")
     model = None
     if generates and args.vllm_endpoint:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from core import common, dataloader, server, slots
+from core import common, dataloader, hidden_states, server, slots
 
 REQUESTS = 16  # to a server that are under way at once, of each rank
 
@@ -58,7 +58,7 @@ class VllmFiles:
             return None, wrong
         count, teachers = slots.tokens_read(loss_mask)
         states = states[:count, :-1].flatten(1), states[teachers, -1]
-        return dict(zip((*dataloader.COLUMNS, *dataloader.STATES), (input_ids, loss_mask, *states), strict=True)), ""
+        return dict(zip((*dataloader.COLUMNS, *hidden_states.STATES), (input_ids, loss_mask, *states), strict=True)), ""
 
 
 def read_extracted(path, input_ids, shape):

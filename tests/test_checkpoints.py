@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_eagle3
-from core import checkpoints, run_record, server
+from core import checkpoints, optimization, run_record, server
 from helpers import tiny
 from helpers.resuming import (
     at_step,
@@ -60,28 +60,35 @@ def test_checkpoints_by_the_clock(work, tmp_path, monkeypatch):
     """Every `save_minutes`, counted from the last checkpoint of any kind."""
     now = [0.0]
     monkeypatch.setattr(train_eagle3.time, "monotonic", lambda: now[0])
-    original = train_eagle3.optimizer_step
+    original = optimization.optimizer_step
 
     def slowly(*args):
         now[0] += 61
         return original(*args)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", slowly)
+    monkeypatch.setattr(optimization, "optimizer_step", slowly)
     train(work, tmp_path / "out", "--save_steps", 0, "--save_minutes", 3)
     assert sorted(path.name[-2:] for path in (tmp_path / "out").glob("step_*")) == ["03", "06", "09", "12"]
 
 
 def poisoned(monkeypatch, steps, row=None):
     """The loss of these optimizer steps is not a number, of a micro-batch with this row only or of all."""
-    original, count = train_eagle3.run_objective, []
+    original = train_eagle3.run_draft
+    step = optimization.optimizer_step
+    count = []
 
-    def run_objective(draft, target, batches, d2t, args):
-        count.append(1) if draft.training else None
-        for batch, (loss, sums, correct) in zip(batches, original(draft, target, batches, d2t, args), strict=True):
-            bad = draft.training and len(count) in steps and (row is None or row in batch["rows"])
-            yield loss * float("nan") if bad else loss, sums, correct
+    def optimizer_step(*args):
+        count.append(1)
+        return step(*args)
 
-    monkeypatch.setattr(train_eagle3, "run_objective", run_objective)
+    def run_draft(draft, batch, *args):
+        loss, sums, accepted = original(draft, batch, *args)
+        if draft.training and len(count) in steps and (row is None or row in batch.rows):
+            loss = loss * float("nan")
+        return loss, sums, accepted
+
+    monkeypatch.setattr(optimization, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(train_eagle3, "run_draft", run_draft)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def poisoned(monkeypatch, steps, row=None):
 def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys, number):
     """Weights and optimizer do not move, the metrics leave the step out; the rest goes on."""
     poisoned(monkeypatch, range(1, 7), row=3)  # it comes once in the first epoch
-    original, moved = train_eagle3.optimizer_step, []
+    original, moved = optimization.optimizer_step, []
 
     def watched(engine, *args):
         before = [x.clone() for x in engine.module.state_dict().values()]
@@ -99,7 +106,7 @@ def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys
         moved.append(not all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
         return result
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", watched)
+    monkeypatch.setattr(optimization, "optimizer_step", watched)
     if "bf16" in str(number):
         config = json.loads((tiny.REPOSITORY / "ds_configs" / f"zero{number[:9]}.json").read_text())
         (tmp_path / "zero.json").write_text(json.dumps(config | {"bf16": {"enabled": True}}))
@@ -194,7 +201,7 @@ def small_disk(tmp_path):
 def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, small_disk, monkeypatch, capsys):
     """A real full file system from step 6 to step 11, then there is room again: metrics have no gap either."""
     disk, resize = small_disk
-    out, original, count = disk / "out", train_eagle3.optimizer_step, []
+    out, original, count = disk / "out", optimization.optimizer_step, []
 
     def used():
         return shutil.disk_usage(disk).used // 1024
@@ -209,7 +216,7 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
             resize(20 * 1024)
         return original(*args)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", fill)
+    monkeypatch.setattr(optimization, "optimizer_step", fill)
     train(work, out, "--save_steps", 1, "--save_interval", 99)
     said = capsys.readouterr()
     assert sorted(path.name[-2:] for path in out.glob("step_*")) == ["01", "02", "03", "04", "05", "11", "12"]
@@ -224,7 +231,7 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
 def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
     disk, resize = small_disk
     resize(8)
-    record = run_record.Record(SimpleNamespace(output_dir=disk, report_to=[], total_steps=9), {"starts_behind_step": 0})
+    record = run_record.Record(SimpleNamespace(output_dir=disk, report_to=[]), {"starts_behind_step": 0}, 9)
     for step in range(100):
         record.row("train", step, 0.1 * step, {"loss": step / 7, "text": "x" * 100})
     assert "No space left on device; the rows are kept in memory" in capsys.readouterr().err

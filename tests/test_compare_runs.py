@@ -83,7 +83,7 @@ def test_several_runs_differ_by_colour_and_are_named_once(drawn):
 def record(folder):
     if not train_eagle3.dist.is_initialized():
         train_eagle3.dist.init_process_group("gloo", rank=0, world_size=1, store=train_eagle3.dist.HashStore())
-    return run_record.Record(SimpleNamespace(output_dir=folder, report_to=[], total_steps=9), {"starts_behind_step": 0})
+    return run_record.Record(SimpleNamespace(output_dir=folder, report_to=[]), {"starts_behind_step": 0}, 9)
 
 
 def test_a_run_leaves_its_curves(drawn, tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from core import dataloader, slots
+import train_eagle3
+from core import dataloader, slots, states
 
 FEATURES = datasets.Features(
     {
@@ -171,26 +172,44 @@ def test_ranks_get_the_same_work(world, micro, budget):
 
 
 # ---------------------------------------------------------------------------- steps
-def plain(micro_batches):
+def fetch(data, assigned):
+    """As a source of states that has nothing beside the rows."""
+    for numbers in assigned[data.rank]:
+        yield [data.row(number) for number in numbers], None
+
+
+def collate(rows):
+    return dataloader.Batch(**dataloader.concatenate(rows), plan=None, normaliser=0)
+
+
+def steps_of(split, seed, size, rank, world, micro_batch_size, total_seq_len=0):
+    sizes = (seed, size, micro_batch_size, total_seq_len, rank, world)
+    return dataloader.Steps(split, fetch, collate, "train", *sizes)
+
+
+def plain(packed):
     """What the objective reads, without the rows -1 that keep the ranks in step."""
-    lists = [[(ids.tolist(), mask.tolist()) for ids, mask in sequences] for sequences, *_ in micro_batches]
-    return [[(ids, mask) for ids, mask in part if ids != [0] * 4] for part in lists]
+    found = []
+    for batch in dataloader.unpack(packed, "cpu"):
+        parts = zip(batch.rows, batch.input_ids.split(batch.lengths), batch.loss_mask.split(batch.lengths), strict=True)
+        found.append([(ids.tolist(), mask.tolist()) for row, ids, mask in parts if row >= 0])
+    return found
 
 
 @pytest.mark.parametrize("budget", [0, 90])
 def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
     rows, world, size = random_rows(53), 3, 12
     split = as_dataset(rows)
-    ranks = [dataloader.Steps(split, 5, size, rank, world, 2, budget) for rank in range(world)]
+    ranks = [steps_of(split, 5, size, rank, world, 2, budget) for rank in range(world)]
     assert {len(steps) for steps in ranks} == {5}
     orders = []
     for epoch in range(3):
         read = []
         for step in range(5 * epoch, 5 * epoch + 5):
             parts = [steps[step] for steps in ranks]
-            assert len({len(part) for part in parts}) == 1
+            assert len({len(dataloader.unpack(part, "cpu")) for part in parts}) == 1
             for part in parts:
-                assert all(tensor.dtype == torch.int64 for batch, *_ in part for pair in batch for tensor in pair)
+                assert list(part[1]) == [torch.int64]
                 assert all(sum(len(ids) for ids, _ in batch) <= budget or not budget for batch in plain(part))
             items = [item for part in parts for batch in plain(part) for item in batch]
             assert len(items) == (size if step % 5 < 4 else 53 - 4 * size)
@@ -207,7 +226,10 @@ def test_every_epoch_reads_every_row_once_in_steps_of_the_global_batch(budget):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_what_a_step_reads_does_not_depend_on_who_reads_it_and_when():
     split = as_dataset(random_rows(31))
-    fresh = lambda: dataloader.Steps(split, 0, 8, 1, 2, 2, 100)  # noqa: E731
+
+    def fresh():
+        return steps_of(split, 0, 8, 1, 2, 2, 100)
+
     expected = [plain(fresh()[step]) for step in range(9)]  # beyond two epochs of four steps
     for workers in (0, 1, 3):
         for first in (0, 6):
@@ -229,8 +251,8 @@ def test_steps_balance_target_and_draft():
     rows = [([number] * 10, [number % 2] * 10) for number in range(4)]
     for seed in range(10):
         for rank in (0, 1):
-            part = dataloader.Steps(as_dataset(rows), seed, 4, rank, 2, 2)[0]
-            assert sum(int(mask.sum()) for batch, *_ in part for _, mask in batch) == 10
+            part = plain(steps_of(as_dataset(rows), seed, 4, rank, 2, 2)[0])
+            assert sum(sum(mask) for batch in part for _, mask in batch) == 10
 
 
 def dealings(random, ranks):
@@ -270,14 +292,21 @@ def test_forwards_of_the_target_keep_ranks_in_step_and_give_each_its_rows_in_tim
 
 
 def test_a_rank_without_rows_takes_part_in_the_forwards_and_has_a_batch_without_gradient():
-    split = as_dataset(random_rows(5))
-    steps = [dataloader.Steps(split, 0, 5, rank, 2, 4, 0, 1, 1, 2) for rank in range(2)]
-    idle, busy = sorted((each[0] for each in steps), key=lambda part: sum(len(sequences) for sequences, *_ in part))
-    assert [len(forwards) for _, forwards, _ in busy] == [len(forwards) for _, forwards, _ in idle]
-    alone = [forward for _, forwards, _ in idle for forward in forwards if forward[1] == forward[2]]
-    assert alone and all(ids.tolist() == [0] * 4 for several, *_ in alone for ids in several)
-    tensors, batches = dataloader.collate(idle, 3)
-    assert list(tensors) == [torch.int64] and all(batch["counts"][0] >= 0 for batch in batches)
+    source = states.Online(None, 1, 1, 2)
+    packed = []
+    for rank in range(2):
+        steps = steps_of(as_dataset(random_rows(5)), 0, 5, rank, 2, 4)
+        steps.fetch, steps.collate = source.fetch, train_eagle3.batch_of(3)
+        packed.append(steps[0])
+    idle, busy = sorted(
+        (dataloader.unpack(part, "cpu") for part in packed), key=lambda part: sum(len(batch.rows) for batch in part)
+    )
+    assert [len(batch.states) for batch in busy] == [len(batch.states) for batch in idle]
+    alone = [forward for batch in idle for forward in batch.states if forward.first == forward.end]
+    assert alone and all(forward.input_ids.tolist() == [0] * 4 for forward in alone)
+    assert all(batch.normaliser >= 0 for batch in idle)
+    # A worker hands over one tensor, whatever a batch holds.
+    assert all(list(tensors) == [torch.int64] for _, tensors in packed)
 
 
 def test_an_epoch_is_one_order_for_all_and_another_one_for_each_seed_and_epoch():

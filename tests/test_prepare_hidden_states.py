@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import prepare_data
 import prepare_hidden_states
-from core import common, dataloader, hidden_states, target_files
+from core import common, dataloader, hidden_states, states, target_files
 from helpers import statement, tiny, training
 from helpers.training import refused, weights
 
@@ -210,10 +210,10 @@ def expected_rows(target, data):
 def assert_stored(found, expected, dtype):
     """Each row of `found` is `expected` rounded to dtype, and nothing else: no padding, no further token."""
     assert found.keys() == expected.keys()
-    for row, (ids, mask, *states) in expected.items():
+    for row, (ids, mask, *of_row) in expected.items():
         tensors = dict(found[row])
         assert tensors.pop("input_ids").tolist() == ids.tolist() and tensors.pop("loss_mask").tolist() == list(mask)
-        for name, wanted in zip(("aux_hidden_states", "last_hidden_states"), states, strict=True):
+        for name, wanted in zip(("aux_hidden_states", "last_hidden_states"), of_row, strict=True):
             got = tensors.pop(name)
             assert got.dtype == DTYPES[dtype] and got.shape == wanted.shape, (row, name)
             if dtype != "fp8":
@@ -684,13 +684,13 @@ def test_offline_in_larger_micro_batches(work, tmp_path, no_target, monkeypatch,
 
 def test_hybrid_caches_in_the_first_epoch_and_reads_in_the_second(work, tmp_path, online, small_shards, monkeypatch):
     """float32: all equals online. The second epoch generates nothing, though it is a new one of the same run."""
-    counts, run = [], hidden_states.Source.expect
+    counts, run = [], states.Stored.handle_missing
 
     def asked(source, batches, data):
-        counts.append((data.name, any(reason for batch in batches for _, reason, _ in batch["stored"])))
+        counts.append((data.name, bool(states.missing_rows(batches))))
         return run(source, batches, data)
 
-    monkeypatch.setattr(hidden_states.Source, "expect", asked)
+    monkeypatch.setattr(states.Stored, "handle_missing", asked)
     flags = "--on_generate", "cache", "--hidden_states_dtype", "float32"
     assert identical(train(work, tmp_path / "a", *offline(tmp_path / "states", "generate", *flags)), online)
     assert counts == [("train", True)] * 5 + [("validation", True)] * 6 + [("train", False)] * 5 + [

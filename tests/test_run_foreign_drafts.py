@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export_draft
-from core import draft_files, hidden_states, vocabulary
+from core import draft_files, states, vocabulary
 from helpers import tiny
 from helpers.training import refused, run
 
@@ -383,7 +383,7 @@ def test_a_draft_for_another_target_is_refused_before_the_target_is_loaded(work,
     def loaded(*args, **kwargs):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(hidden_states, "open_target", loaded)
+    monkeypatch.setattr(states, "open_source", loaded)
     config, tensors = read(drafts[speculators][0])
     table = load_file(work / "other" / "model.safetensors")["model.embed_tokens.weight"]
     cases = {name: ({**SPECFORGE, **change}, *rest) for name, (change, *rest) in unfit(work).items()}

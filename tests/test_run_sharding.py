@@ -1,5 +1,6 @@
 """However ranks share the work and the target, the training is the same: losses, and weights after ten steps."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -117,9 +118,11 @@ def outcome(folder):
 def test_the_data_leave_ranks_without_a_slot_and_have_very_different_lengths(work):
     split = dataloader.open_data(work / "prepared" / "data")[0]["train"]
     for world in (2, 4):
-        ranks = [dataloader.Steps(split, 0, SEQUENCES, rank, world, 1) for rank in range(world)]
-        slots = [[sum(int(mask[1:-1].sum()) for batch, *_ in steps[step] for _, mask in batch) for steps in ranks]
-                 for step in range(STEPS)]  # fmt: skip
+        steps = dataloader.Steps(split, None, None, "train", 0, SEQUENCES, 1, 0, 0, world)
+        slots = []
+        for step in range(STEPS):
+            rows = [itertools.chain(*lists) for lists in steps.assigned(step)]
+            slots.append([sum(int(steps.row(number)[2][1:-1].sum()) for number in numbers) for numbers in rows])
         assert any(0 in each and sum(each) for each in slots)
     lengths = dataloader.measure_rows(split)[0]
     assert lengths.max() > 15 * lengths.min()

@@ -25,7 +25,7 @@ sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 import step
 
 import train_eagle3
-from core import attention, dataloader
+from core import attention, dataloader, optimization, states
 
 ZERO = {name: str(tiny.REPOSITORY / "ds_configs" / f"{name}.json") for name in ("zero2", "zero3")}
 EVERY = ("--total_steps", 4, "--draft_global_batch_size", 4, "--weight_decay", 0)  # so that only a gradient moves
@@ -100,13 +100,13 @@ def ranks(work, tmp_path_factory):
 
 
 def test_a_token_budget_gives_the_gradients_of_one_sequence_at_a_time(work, tmp_path, monkeypatch):
-    counts, optimizer_step = [], train_eagle3.optimizer_step
+    counts, optimizer_step = [], optimization.optimizer_step
 
-    def counting(engine, target, batches, *rest):
+    def counting(engine, batches, *rest):
         counts.append(len(batches))
-        return optimizer_step(engine, target, batches, *rest)
+        return optimizer_step(engine, batches, *rest)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", counting)
+    monkeypatch.setattr(optimization, "optimizer_step", counting)
     budgets, found = {"one": 0, "longest": longest(work), "larger": 5 * longest(work) // 2}, {}
     for name, budget in budgets.items():
         flags = *EVERY, "--total_steps", 5, "--total_seq_len", budget, "--batch_size", 3
@@ -357,16 +357,21 @@ def test_the_objective_never_waits_for_the_device(backend, checkpointing, monkey
 
 def test_an_optimizer_step_never_waits_for_the_device(work, tmp_path, monkeypatch):
     """Apart from what transformers does in the target's layers and DeepSpeed in the backward pass and the update."""
-    optimizer_step, seen = train_eagle3.optimizer_step, []
+    optimizer_step, seen = optimization.optimizer_step, []
 
-    def watched(engine, target, batches, d2t, args):
+    opened = []
+
+    def watched(engine, batches, *rest):
         seen.append(len(batches))
+        (source,) = opened
         with monkeypatch.context() as patch, no_waiting():
-            for owner, name in ((target.decoder, "forward"), (engine, "backward"), (engine, "step")):
+            for owner, name in ((source.target.decoder, "forward"), (engine, "backward"), (engine, "step")):
                 patch.setattr(owner, name, unwatched(getattr(owner, name)))
-            return optimizer_step(engine, target, batches, d2t, args)
+            return optimizer_step(engine, batches, *rest)
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", watched)
+    open_source = states.open_source
+    monkeypatch.setattr(states, "open_source", lambda *args: opened.append(open_source(*args)) or opened[0])
+    monkeypatch.setattr(optimization, "optimizer_step", watched)
     run(work, tmp_path / "out", *EVERY, "--draft_micro_batch_size", 2)
     assert seen == [2] * 4
 

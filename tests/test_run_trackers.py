@@ -194,11 +194,12 @@ def test_killed_and_resumed_run_is_in_every_tracker_without_gap_or_duplicate(wor
     output, program = (
         tmp_path / "out",
         (
-            "import os, signal, train_eagle3; step, done = train_eagle3.optimizer_step, []\n"
+            "import os, signal, train_eagle3\nfrom core import optimization\n"
+            "step, done = optimization.optimizer_step, []\n"
             "def counted(*args):\n"
             "    if len(done) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    done.append(1); return step(*args)\n"
-            "train_eagle3.optimizer_step = counted\n"
+            "optimization.optimizer_step = counted\n"
             "train_eagle3.main(train_eagle3.parse_args())"
         ),
     )
@@ -328,9 +329,9 @@ def record(work, tmp_path, monkeypatch):
         names = [f"t{i}" for i in range(len(openers))]
         for name, opener in zip(names, openers, strict=True):
             monkeypatch.setitem(run_record.TRACKERS, name, opener)
-        given = {"output_dir": tmp_path, "log_dir": tmp_path, "report_to": names, "run_name": None, "total_steps": 9}
+        given = {"output_dir": tmp_path, "log_dir": tmp_path, "report_to": names, "run_name": None}
         args = SimpleNamespace(**given | more)
-        record = run_record.Record(args, settings_of(step) | {"continues": str(tmp_path) if step else None})
+        record = run_record.Record(args, settings_of(step) | {"continues": str(tmp_path) if step else None}, 9)
         record.left = left
         return record
 
@@ -423,13 +424,14 @@ def opened(args, settings):
 run_record.TRACKERS["trackio"] = opened
 def away(*args):
     raise server.ServerFailed("the server is gone")
-objective = train_eagle3.run_objective
+run_draft = train_eagle3.run_draft
 def bad(*args):
-    return ((loss * float("nan"), *rest) for loss, *rest in objective(*args))
+    loss, *rest = run_draft(*args)
+    return loss * float("nan"), *rest
 if how == "server":
     train_eagle3.evaluate = away
 else:
-    train_eagle3.run_objective = bad
+    train_eagle3.run_draft = bad
 ranks.run_watched(train_eagle3.main, train_eagle3.parse_args())
 """
 
@@ -478,10 +480,9 @@ from types import SimpleNamespace
 from core import run_record
 run_record.TRACKER_SECONDS = float(sys.argv[3])
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-args = SimpleNamespace(output_dir=sys.argv[1], log_dir=sys.argv[1], run_name=None, report_to=sys.argv[2].split(","),
-                       total_steps=1)
+args = SimpleNamespace(output_dir=sys.argv[1], log_dir=sys.argv[1], run_name=None, report_to=sys.argv[2].split(","))
 print("terminal", sys.stdin.isatty())
-record = run_record.Record(args, {"run_id": "0123456789abcdef", "starts_behind_step": 0, "flags": {}})
+record = run_record.Record(args, {"run_id": "0123456789abcdef", "starts_behind_step": 0, "flags": {}}, 1)
 record.row("train", 1, 1.0, {"loss": 1.0})
 record.close()
 print("the run ended", sys.stdin.isatty(), flush=True)

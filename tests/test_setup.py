@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 import train_eagle3
-from core import dataloader, hidden_states, ranks
+from core import dataloader, ranks, states
 from helpers import tiny
 
 BELOW_A_FILE, NOWHERE = tiny.REPOSITORY / "README.md" / "below", "/proc/nothing/can/be/made/here"
@@ -89,7 +89,7 @@ def test_one_line_with_the_numbers_and_nothing_loaded(work, tmp_path, monkeypatc
 
 def check(work, tmp_path, capsys, monkeypatch, flags, expected):
     monkeypatch.setattr(ranks, "start_distributed", lambda *args: torch.device("cpu"))  # of the one true rank
-    monkeypatch.setattr(hidden_states, "open_target", lambda *args, **options: pytest.fail("the target is loaded"))
+    monkeypatch.setattr(states, "open_source", lambda *args, **options: pytest.fail("the target is loaded"))
     monkeypatch.setattr(dataloader, "open_data", lambda folder: pytest.fail("the data are read"))
     with pytest.raises(SystemExit) as stop:
         train_eagle3.main(train_eagle3.parse_args(arguments(work, tmp_path / "out", flags)))

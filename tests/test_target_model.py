@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import import_target
-from core import dataloader, slots, target_files, target_model
+from core import dataloader, slots, states, target_files, target_model
 from helpers import tiny
 from helpers.architectures import FAMILIES, LAYERS, SIZES, VOCABULARY, write_model
 from helpers.training import refused
@@ -99,19 +100,18 @@ def test_states_of_batches_whatever_shares_a_forward(llama_folder, batch_size, m
     lists = [[5, 1, 30], [8], [2, 3]]
     rows = [torch.randint(400, (n,)) for lengths in lists for n in lengths]
     numbers = [[0, 1, 2], [3], [4, 5]]
-    dealt = dataloader.assign_forwards([numbers], 0, batch_size)
-    micro_batches = []
-    for part, due in zip(numbers, dealt, strict=True):
-        before = [([rows[i] for i in several], *mine) for several, *mine in due]
-        micro_batches.append(([(rows[i], torch.ones_like(rows[i])) for i in part], before, part))
-    batches = dataloader.put_back(*dataloader.collate(micro_batches, 2), "cpu")
-    found = list(target.states(batches))
+    source = states.Online(target, batch_size)
+    data = SimpleNamespace(rank=0, row=lambda number: (number, rows[number], torch.ones_like(rows[number])))
+    batches = []
+    for part, forwards_before in source.fetch(data, [numbers]):
+        fields = dataloader.concatenate(part)
+        batches.append(dataloader.Batch(**fields, plan=None, normaliser=0, states=forwards_before))
+    found = list(source.states(batches))
     assert len(found) == 3 and max(map(len, forwards)) == min(batch_size, 6)
     for batch, (auxiliary, last) in zip(batches, found, strict=True):
-        expected = [forward(ids, [len(ids)]) for ids in batch["input_ids"].split(batch["lengths"])]
-        assert close(auxiliary, torch.cat([e[0] for e in expected])) and close(
-            last, torch.cat([e[1] for e in expected])
-        )
+        expected = [forward(ids, [len(ids)]) for ids in batch.input_ids.split(batch.lengths)]
+        assert close(auxiliary, torch.cat([e[0] for e in expected]))
+        assert close(last, torch.cat([e[1] for e in expected]))
 
 
 def test_states_can_be_trained_on_and_leave_out_the_head(llama_folder):

@@ -12,7 +12,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 import evaluate_draft
 import prepare_data
 import train_eagle3
-from core import draft_files, foreign_flags, hidden_states, optimization
+from core import draft_files, foreign_flags, optimization, states
 from helpers import tiny, training
 from helpers.training import STEPS, arguments, furthest, recorded_gradients, run, weights
 
@@ -240,7 +240,7 @@ def test_learning_rate_follows_the_well_known_schedules():
         argv = f"--target_model_path M --learning_rate 2.0 --scheduler_type {kind} --scheduler_total_steps {steps}"
         argv = f"{argv} --scheduler_warmup_steps {warmup}".split()
         args = train_eagle3.parse_args(argv)
-        return [optimization.learning_rate_at(step, args) for step in range(steps)]
+        return [optimization.learning_rate_at(step, args, args) for step in range(steps)]
 
     for kind, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
         for warmup in (0, 4):
@@ -385,7 +385,7 @@ def test_bad_input_is_one_line_with_exit_code_2_before_any_model_loads(work, cas
     def no_target(*args, **kwargs):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(hidden_states, "open_target", no_target)
+    monkeypatch.setattr(states, "open_source", no_target)
     for name, (flags, expected) in cases.items():
         argv = arguments(work, tmp_path / "out", *flags, data=False)
         capfd.readouterr()

@@ -236,12 +236,58 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(monke
         assert torch.allclose(results[2], results[1], atol=1e-5)
 
 
-def test_compare_compiles_to_the_same_numbers():
-    """On GPUs it is compiled into one kernel; the compiler takes the same code here."""
+def test_the_token_loss_and_metrics_compile_to_the_same_numbers():
+    """On GPUs each is compiled into one kernel, forward and backward; the compiler takes the same code here."""
     torch.manual_seed(0)
-    arguments = 4 * torch.randn(5, 300), torch.randn(5, 300).softmax(-1), torch.rand(5)
-    for got, expected in zip(attention.compiled(losses.compare)(*arguments), losses.compare(*arguments), strict=True):
-        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
+    draft_ids = torch.arange(300)
+    p, mass, best = torch.randn(5, 300).softmax(-1), torch.rand(5), torch.randint(300, (5,))
+    results = []
+    for compiled in (attention.compiled, lambda function: function):
+        logits = (4 * torch.randn(5, 300, generator=torch.Generator().manual_seed(1))).requires_grad_()
+        loss = compiled(train_eagle3.token_loss)(logits, p, mass)
+        loss.sum().backward()
+        metrics = compiled(train_eagle3.token_metrics)(logits.detach(), p, mass, best, draft_ids)
+        results.append([loss.detach(), logits.grad, *(value.float() for value in metrics.values())])
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_another_token_loss_is_differentiated_chunk_by_chunk(monkeypatch):
+    """Any function of logits and teacher: value and gradients are those of plain autograd over all rows at once."""
+    torch.manual_seed(0)
+    rows, size, columns = 40, 12, 9
+
+    def token_loss(logits, p, mass):
+        accepted = torch.minimum(p * mass[:, None], logits.softmax(-1)).sum(-1)
+        return -accepted.clamp(min=1e-5).log() + 0.1 * logits.square().mean(-1)
+
+    monkeypatch.setattr(losses, "PIECE_ROWS", 4)
+    draft_ids = torch.arange(1, 2 * columns, 2)
+    last = torch.randn(rows, size, dtype=torch.float64)
+    head = target_model.Head(torch.randn(2 * columns, size, dtype=torch.float64))
+    plan = slots.plan_slots(torch.tensor([[True] * (rows - 2) + [False] * 2] * 2), [rows])
+    teacher = losses.Teacher(head, last, draft_ids)
+    count = len(plan.live)
+    weights = torch.rand(count, dtype=torch.float64)
+    hidden = torch.randn(count, size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(columns, size, dtype=torch.float64, requires_grad=True)
+    tokens = torch.empty(count, dtype=torch.int64)
+    tokens[plan.order] = plan.teachers[plan.places]
+    p, mass, best = teacher.read(tokens)
+    expected = token_loss(hidden @ weight.T, p, mass)
+    learnable = (best[:, None] == draft_ids).any(-1)
+    assert 0 < learnable.sum() < count
+    total = (expected * weights)[learnable].sum()
+    gradients = torch.autograd.grad(total, (hidden, weight))
+
+    loss, values = losses.head_loss(
+        hidden.clone(), weight, weights, teacher, plan, token_loss, train_eagle3.token_metrics
+    )
+    found = torch.autograd.grad(loss, (hidden, weight))
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-12)
+    assert torch.allclose(values["loss"], torch.where(learnable, expected, 0.0).detach(), rtol=1e-12)
+    for got, wanted in zip(found, gradients, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_statement_tells_ropes_and_alignment_apart():

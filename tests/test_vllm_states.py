@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from core import dataloader, draft_files, hidden_states, slots, target_model, vllm_states
+from core import dataloader, draft_files, slots, states, target_model, vllm_states
 from helpers import tiny, training
 from helpers.architectures import FAMILIES, SIZES, write_model
 from helpers.vllm_server import HEADS, LAYERS, Model, open_server
@@ -85,14 +85,15 @@ def test_training_through_a_server_equals_the_target_in_memory(work, server, tmp
 
 def test_requests_of_the_next_step_are_sent_before_this_one_is_given():
     asked, given = [], []
-    source = hidden_states.Source.__new__(hidden_states.Source)
-    source.server = SimpleNamespace(ask=lambda row, ids: asked.append((row, ids)))
-    data = SimpleNamespace(name="train", row=lambda row: (torch.tensor([row]), None))
-    items = [(None, [{"stored": [(2 * step, "missing", 0), (2 * step + 1, "", 3)]}]) for step in range(3)]
-    for item in source.ahead(iter(items), data):
-        given.append(item)
+    source = states.Stored.__new__(states.Stored)
+    source.vllm = SimpleNamespace(ask=lambda row, ids: asked.append((row, ids)))
+    data = SimpleNamespace(name="train", row=lambda row: (row, torch.tensor([row]), None))
+    fetched = states.Fetched("train", problems=["missing", ""])
+    steps = [[SimpleNamespace(rows=[2 * step, 2 * step + 1], states=fetched)] for step in range(3)]
+    for batches in source.ask_ahead(iter(steps), data):
+        given.append(batches)
         assert asked == [(f"train/{2 * n}", [2 * n]) for n in range(min(len(given) + 1, 3))]
-    assert given == items
+    assert given == steps
 
 
 @pytest.mark.parametrize("batch", [2, pytest.param(9, marks=pytest.mark.slow)])

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import train_eagle3
-from core import checkpoints, draft_files
+from core import checkpoints, draft_files, optimization
 from helpers import tiny, training
 from helpers.training import timeless as rows
 
@@ -69,7 +68,7 @@ def different(a, b):
 
 def at_step(monkeypatch, step, act):
     """Call act() when the training logs or counts step `step`."""
-    original = train_eagle3.optimizer_step
+    original = optimization.optimizer_step
     count = []
 
     def counted(*args, **options):
@@ -79,7 +78,7 @@ def at_step(monkeypatch, step, act):
             act()
         return result
 
-    monkeypatch.setattr(train_eagle3, "optimizer_step", counted)
+    monkeypatch.setattr(optimization, "optimizer_step", counted)
 
 
 def same_run(a, b, names=("step_00000005", "step_00000010", "step_00000012", "final")):
