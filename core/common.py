@@ -1,4 +1,4 @@
-"""What every module shares: errors in one line, command lines, atomic files, hashes."""
+"""What all modules share: errors in one line, command lines, atomic files, hashes."""
 
 import argparse
 import contextlib
@@ -17,14 +17,14 @@ import huggingface_hub
 
 
 def fail(message) -> NoReturn:
-    """Report an error that the user can mend: one line on stderr, exit code 2, no traceback."""
+    """Report an error that the user can fix: one line on stderr, exit code 2, no traceback."""
     line = " ".join(str(message).split("\n"))
     print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default behind the help of each flag."""
+    """Shows the default after the help of each flag."""
 
     def _get_help_string(self, action):
         if action.required:
@@ -32,7 +32,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if action.dest == "help" or not action.option_strings:
             return action.help
         default = "none" if action.default is None else action.default
-        if str(default).startswith("/"):  # the help is the same wherever the repository lies
+        if str(default).startswith("/"):  # the help does not depend on where the repository is
             default = Path(default).name
         return f"{action.help} (default: {default})".replace("%", "%%")
 
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def normalise_argv(argv, aliases=None):
-    """Kebab-case flags to snake_case, then other trainers' names (aliases: {alias: name}); values stay untouched."""
+    """Flags from kebab-case to snake_case, then from aliases {alias: name} to names; values stay as they are."""
 
     def normalise(flag):
         name = flag[1].replace("-", "_")
@@ -127,10 +127,9 @@ def write_atomic(path, data):
 
 @contextlib.contextmanager
 def building(path):
-    """A temporary path beside `path`, renamed to `path` at the end; removed if an error is raised meanwhile.
+    """A temporary path beside `path`, renamed to `path` at the end, removed after an error.
 
-    What stands at the temporary path before, left by an interruption, is removed. `path` must not be a folder that
-    exists.
+    A leftover of an interruption is removed first. `path` must not be an existing folder.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.building")
@@ -144,7 +143,7 @@ def building(path):
 
 
 def remove(path):
-    """Remove a file, a link or a folder, if there is one."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -152,13 +151,13 @@ def remove(path):
 
 
 def open_to_all(path):
-    """Let others read a file, as far as the storage keeps such modes: safetensors leaves its files to their owner."""
+    """Let others read a file, where the storage keeps such modes: safetensors makes its files private."""
     with contextlib.suppress(OSError):
         os.chmod(path, 0o644)
 
 
 def open_output(path):
-    """The folder `path`, made if it does not exist; None for None."""
+    """The folder `path`, created if it does not exist; None for None. Ends the program if it cannot be one."""
     if not path:
         return None
     try:
@@ -180,10 +179,16 @@ def hash_of(value):
 
 
 def download(repo, patterns, repo_type="model", revision=None):
-    """Folder of those files of a hub repository that match; weights in sub-folders are second copies, so left out."""
-    which = {"allow_patterns": patterns, "ignore_patterns": ["*/*.safetensors", "*/*.bin"], "revision": revision}
+    """The folder of a hub repository's files that match; weights in sub-folders are second copies and left out."""
     try:
-        return Path(huggingface_hub.snapshot_download(repo, repo_type=repo_type, **which))
-    except Exception as error:  # errors of several libraries, each of which means that the files cannot be had
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*.safetensors", "*/*.bin"],
+        )
+        return Path(folder)
+    except Exception as error:  # of several libraries; each means that the files are not available
         flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
         fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")

@@ -11,6 +11,8 @@ from helpers import dense, statement, tiny
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
+import objective
+import operations
 import step
 
 import train_eagle3
@@ -148,40 +150,40 @@ def count_one_by_one(config, masks, steps, naive):
 @pytest.mark.parametrize("naive", [False, True])
 def test_counted_operations_equal_counting_one_by_one(naive):
     args = step.parse_args(TINY)
-    config = step.draft_config(args, 40) | {"target_hidden_size": 24, "num_attention_heads": 6}
+    config = objective.draft_config(args, 40) | {"target_hidden_size": 24, "num_attention_heads": 6}
     reply = [0] * 5 + [1] * 9
     for masks in ([reply], [reply, [0] * 6, [1] * 4, [1], [1, 0] * 6, reply + reply + [0] * 3], [[0] * 8]):
-        supervised = step.supervised_of(masks, 4)
-        products = step.count_products(config, supervised, [len(mask) for mask in masks], naive)
+        supervised = objective.supervised_of(masks, 4)
+        products = operations.count_products(config, supervised, [len(mask) for mask in masks], naive)
         counted = {product.name: product.operations * (1 + product.backward) for product in products}
         assert counted == count_one_by_one(config, masks, 4, naive)
-        assert step.total_operations(products) == sum(counted.values())
+        assert operations.total_operations(products) == sum(counted.values())
 
 
 def test_counts_at_the_sizes_of_the_table():
     """The weights' products alone are the prototype's 1.35, 0.69 and 0.21 TFLOP at 100, 50 and 15 per cent."""
     args = step.parse_args(["--table"])
     assert (args.lengths, args.ttt_lengths, args.draft_vocab_sizes) == ([1024], [7], [16000])
-    config = step.draft_config(args, 16000)
+    config = objective.draft_config(args, 16000)
     for share, published, attention in ((100.0, 1.35, 0.045), (50.0, 0.69, 0.034), (15.0, 0.21, 0.012)):
-        supervised = step.supervised_of([step.tail(1024, share)], 7)
-        strict, naive = (step.count_products(config, supervised, [1024], naive) for naive in (False, True))
+        supervised = objective.supervised_of([objective.tail(1024, share)], 7)
+        strict, naive = (operations.count_products(config, supervised, [1024], naive) for naive in (False, True))
         attending = 3 * next(product.operations for product in naive if product.name == "attention") / 1e12
-        total = step.total_operations(naive) / 1e12
+        total = operations.total_operations(naive) / 1e12
         assert total - attending == pytest.approx(published, rel=0.03)
         assert attending == pytest.approx(attention, rel=0.03)
-        assert 0.95 * total < step.total_operations(strict) / 1e12 < total
+        assert 0.95 * total < operations.total_operations(strict) / 1e12 < total
 
 
 def test_floor_is_operations_over_measured_rates():
     products = [
-        step.Product("all", 12, 2, (1, 1, 1, 1)),
-        step.Product("no input gradient", 6, 1, (1, 1, 1, 2)),
-        step.Product("forward", 4, 0, (1, 1, 1, 2)),
+        operations.Product("all", 12, 2, (1, 1, 1, 1)),
+        operations.Product("no input gradient", 6, 1, (1, 1, 1, 2)),
+        operations.Product("forward", 4, 0, (1, 1, 1, 2)),
     ]
-    rates = {((1, 1, 1, 1), name): rate for name, rate in zip(step.PASSES, (1.0, 2.0, 4.0), strict=True)}
+    rates = {((1, 1, 1, 1), name): rate for name, rate in zip(operations.PASSES, (1.0, 2.0, 4.0), strict=True)}
     rates |= {((1, 1, 1, 2), "forward"): 2.0, ((1, 1, 1, 2), "weight gradient"): 3.0}
-    assert step.floor_seconds(products, rates) == 12 + 6 + 3 + 3 + 2 + 2
+    assert operations.floor_seconds(products, rates) == 12 + 6 + 3 + 3 + 2 + 2
 
 
 def table(text):
@@ -205,8 +207,27 @@ def test_objective_writes_a_table_with_every_column(tmp_path):
     assert f"torch {torch.__version__}" in report and re.search(r"\d{4}-\d\d-\d\d", report)
 
 
+@pytest.mark.slow
+def test_another_checkout_is_measured_in_turn(capsys):
+    """This one stands in for the other: the same numbers, and every column is filled, in both dtypes."""
+    step.main(step.parse_args(["objective", *TINY, "--other", str(tiny.REPOSITORY)]))
+    rows = table(capsys.readouterr().out)
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        assert list(row) == list(step.OTHER_COLUMNS)
+        assert float(row["this/other"]) == pytest.approx(float(row["this s"]) / float(row["other s"]), rel=0.02)
+        assert float(row["other MiB"].replace(",", "")) > 0 and row["loss difference"] == "0"
+
+
+def test_another_checkout_has_to_be_one(tmp_path, capsys):
+    for argv, words in ((["objective"], "is not a checkout"), (["prompt"], "measures the objective, not prompt")):
+        with pytest.raises(SystemExit) as stop:
+            step.parse_args([*argv, "--other", str(tmp_path)])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_dense_is_left_out_where_its_memory_does_not_suffice(monkeypatch):
-    monkeypatch.setattr(step, "proc_bytes", lambda *_: 1000)
+    monkeypatch.setattr(objective, "proc_bytes", lambda *_: 1000)
     args = step.parse_args([*TINY, "--skip_memory"])
     args.threads = 1
     row = step.measure(args, 50.0, 48, 3, 64)

@@ -22,6 +22,8 @@ from helpers.training import arguments, furthest, metrics, recorded_gradients, r
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
+import objective
+import operations
 import step
 
 import train_eagle3
@@ -218,7 +220,7 @@ def make_case(masks, steps, columns, *flags):
     """A draft with random weights and both sides' arguments, for documents with these loss masks."""
     sizes = ["--hidden_size=32", "--intermediate_size=64", "--num_attention_heads=4", "--num_key_value_heads=2"]
     args = step.parse_args(["--device=cpu", "--threads=1", "--head_dim=8", *sizes, *flags])
-    return step.make_case(args, step.draft_config(args, columns), masks, steps)
+    return objective.make_case(args, objective.draft_config(args, columns), masks, steps)
 
 
 class Largest(TorchDispatchMode):
@@ -243,11 +245,11 @@ def test_nothing_of_tokens_times_tokens_or_tokens_times_vocabulary_exists(kernel
     vocabulary, columns, heads = 801, 301, 4
     for times, steps in ((1, 4), (2, 4), (2, 1)):  # what is as wide as a vocabulary does not grow with the length
         lengths = [900 * times, 500 * times, 100 * times]
-        masks = [step.tail(n, share) for n, share in zip(lengths, (95, 60, 100), strict=True)]
+        masks = [objective.tail(n, share) for n, share in zip(lengths, (95, 60, 100), strict=True)]
         case = make_case(masks, steps, columns, f"--vocab_size={vocabulary}")
         tokens, scores = sum(lengths), QUERIES * heads * max(lengths)
         with Largest() as mode:
-            step.forward_backward(case, "product")
+            objective.forward_backward(case, "product")
         largest = mode.elements
         assert max(largest.values()) <= scores < tokens**2 / 4
         assert kernel or max(largest.values()) > scores / 2, "the mode must see the scores"
@@ -255,7 +257,7 @@ def test_nothing_of_tokens_times_tokens_or_tokens_times_vocabulary_exists(kernel
         assert TOKENS * vocabulary / 2 < largest[vocabulary] <= TOKENS * vocabulary < tokens * vocabulary / 2
         if times == 1:  # the dense form has what is looked for
             with Largest() as mode:
-                step.forward_backward(case, "dense")
+                objective.forward_backward(case, "dense")
             assert mode.elements[tokens] >= heads * tokens**2
             assert mode.elements[columns] >= tokens * columns and mode.elements[vocabulary] >= tokens * vocabulary
 
@@ -265,7 +267,10 @@ def peak(side, length, *flags):
     sizes = ["--hidden_size=192", "--intermediate_size=512", "--num_attention_heads=6", "--num_key_value_heads=3"]
     sizes += ["--head_dim=32", "--vocab_size=600", "--shares=100"]
     args = step.parse_args(["--device=cpu", "--threads=1", *sizes, *flags])
-    return step.memory_alone(args, step.draft_config(args, 500), step.tail(length, args.shares[0]), 5, side) / 2**20
+    return (
+        objective.memory_alone(args, objective.draft_config(args, 500), objective.tail(length, args.shares[0]), 5, side)
+        / 2**20
+    )
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +352,11 @@ def test_the_objective_never_waits_for_the_device(backend, checkpointing, monkey
     monkeypatch.setattr(attention, "flex_attention", flex_by_mask)
     if backend == "sdpa without a kernel":
         monkeypatch.setattr(attention, "MASKED_KERNEL", ())
-    masks = [step.tail(150, 90), step.tail(40, 50), [0] * 9, [1, 1, 1, 0] * 10]
+    masks = [objective.tail(150, 90), objective.tail(40, 50), [0] * 9, [1, 1, 1, 0] * 10]
     case = make_case(masks, 4, 60, f"--attention_backend={backend.split()[0]}")
     case["draft"].midlayer.gradient_checkpointing = checkpointing == "true"
     with no_waiting():
-        step.forward_backward(case, "product")
+        objective.forward_backward(case, "product")
     assert all(p.grad.norm() > 0 for p in case["draft"].parameters())
 
 
@@ -391,14 +396,14 @@ def test_the_watch_notices_what_waits():
 # --- work ---
 
 
-def operations(case, side):
+def executed_operations(case, side):
     """Floating-point operations of the matrix products of forward and backward."""
 
     def in_place(base, a, b, **_):
         return 2 * a[0] * a[1] * b[1]
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
-        step.forward_backward(case, side)
+        objective.forward_backward(case, side)
     return counter.get_total_flops()
 
 
@@ -406,11 +411,13 @@ def test_only_what_the_loss_needs_is_multiplied(monkeypatch):
     """Doubling the prompts adds little, and few supervised tokens are little work; for the dense form neither holds."""
     monkeypatch.setattr(attention, "MASKED_KERNEL", ())  # the kernel's products are not counted
     sizes, done = ["--hidden_size=64", "--intermediate_size=256", "--head_dim=16", "--vocab_size=4000"], []
-    for masks in ([step.tail(128, 50)] * 4, [[0] * 64 + step.tail(128, 50)] * 4, [step.tail(512, 15)]):
+    for masks in ([objective.tail(128, 50)] * 4, [[0] * 64 + objective.tail(128, 50)] * 4, [objective.tail(512, 15)]):
         case = make_case(masks, 7, 2000, *sizes)
         lengths = [len(mask) for mask in masks]
-        needed = step.total_operations(step.count_products(case["draft"].config, case["supervised"], lengths))
-        done.append({side: operations(case, side) for side in ("product", "dense")})
+        needed = operations.total_operations(
+            operations.count_products(case["draft"].config, case["supervised"], lengths)
+        )
+        done.append({side: executed_operations(case, side) for side in ("product", "dense")})
         assert needed <= done[-1]["product"] < 1.1 * needed, "less would be a count that misses something"
     short, long, few = done
     assert long["product"] < 1.1 * short["product"] and long["dense"] > 1.5 * short["dense"]
