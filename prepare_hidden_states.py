@@ -49,8 +49,9 @@ def plan_writing(args, hidden_size, store, data):
             pending.append(group)
             rows += missing
     sizes = row_sizes(data, lengths, hidden_size, store)
-    header = 110 * (4 if store.dtype.itemsize > 1 else 6) * len(rows)  # names, shapes and places of the tensors
-    size = header + sum(sizes[split][number] for split, number in rows)
+    tensors = 4 if store.dtype.itemsize > 1 else 6  # of a row
+    size = 110 * tensors * len(rows)  # names, shapes and places in the headers
+    size += sum(sizes[split][number] for split, number in rows)
     tokens = sum(lengths[split][number] for split, number in rows)
     plain = 4 * 2 * hidden_size * tokens
     print(
@@ -69,7 +70,14 @@ def row_sizes(data, lengths, hidden_size, store):
     for split, part in data.items():
         counts, teachers = slots.measure_read(part)
         tokens = np.array(lengths[split])
-        size = hidden_states.row_bytes(tokens, counts, teachers, hidden_size, store.layer_count, store.dtype)
+        size = hidden_states.row_bytes(
+            tokens,
+            counts,
+            teachers,
+            hidden_size,
+            store.layer_count,
+            store.dtype,
+        )
         sizes[split] = size.tolist()
     return sizes
 
@@ -90,7 +98,8 @@ def write_all(args, sharding, target, store, data, pending):
     writes = rank % args.tp_size == 0
     lengths = row_lengths(data)
     bad = []
-    with progress_bar(sum(lengths[split][number] for group in pending for split, number in group)) as bar:
+    total = sum(lengths[split][number] for group in pending for split, number in group)
+    with progress_bar(total) as bar:
         written = 0
         for at in range(0, len(pending), copies):
             together = pending[at : at + copies]  # a group for each copy
@@ -104,7 +113,8 @@ def write_all(args, sharding, target, store, data, pending):
                     written += sum(tensor.nbytes for tensor in tensors.values())
                 else:
                     bad.append(name)
-            bar.update(sum(lengths[split][number] for part in together for split, number in part))
+            for part in together:
+                bar.update(sum(lengths[split][number] for split, number in part))
             bar.set_postfix_str(f"{written / 1e9:.2f} GB by this rank", refresh=False)
         store.flush(wait=True)
     return [name for part in ranks.gather(bad) for name in part]
@@ -114,7 +124,14 @@ def progress_bar(total):
     """A bar over tokens, on rank 0; in a log file a line every 30 seconds."""
     interval = 0.1 if sys.stderr.isatty() else 30
     disable = dist.get_rank() > 0
-    return tqdm(total=total, unit="tok", unit_scale=True, disable=disable, dynamic_ncols=True, mininterval=interval)
+    return tqdm(
+        total=total,
+        unit="tok",
+        unit_scale=True,
+        disable=disable,
+        dynamic_ncols=True,
+        mininterval=interval,
+    )
 
 
 def run_group(target, data, group):
@@ -122,10 +139,18 @@ def run_group(target, data, group):
     rows = [data[split][number] for split, number in group]
     input_ids = [torch.tensor(row["input_ids"]) for row in rows] or [torch.zeros(4, dtype=torch.int64)]
     lengths = [len(ids) for ids in input_ids]
-    auxiliary, last = target.hidden_states(torch.cat(input_ids).to(target.embedding.device), lengths)
+    tokens = torch.cat(input_ids).to(target.embedding.device)
+    auxiliary, last = target.hidden_states(tokens, lengths)
     names = [f"{split}/{number}" for split, number in group]
     masks = [torch.tensor(row["loss_mask"]) for row in rows]
-    return zip(names, input_ids, masks, auxiliary.split(lengths), last.split(lengths), strict=False)
+    return zip(
+        names,
+        input_ids,
+        masks,
+        auxiliary.split(lengths),
+        last.split(lengths),
+        strict=False,
+    )
 
 
 def stored_rows(states, store):

@@ -18,7 +18,6 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 import contextlib
 import copy
 import datetime
-import json
 import math
 import sys
 import time
@@ -62,6 +61,9 @@ LLAMA_KEYS = (  # of the draft's configuration, which transformers' layer reads
     "rms_norm_eps", "max_position_embeddings", "norm_before_residual",
 )  # fmt: skip
 RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the draft is random
+
+# Flags that a training is continued with only if they stay: they decide what its remaining steps are.
+DECISIVE = ("seed", "draft_global_batch_size", "ttt_length")
 
 # Types of flags
 POSITIVE = common.at_least(int, 1)
@@ -621,7 +623,7 @@ def count_step(progress, engine, batches, sums, problem):
     else:
         progress.bad = 0
         progress.norms.append(engine.get_global_grad_norm())  # None under ZeRO stage 0
-    optimization.add_sums(progress.sums, sums)
+    progress.add(sums)
 
 
 def is_due(run, step, epochs, steps):
@@ -803,8 +805,9 @@ def prepare_run(args):
     micro = setup.micro_batch_size(args)
     accumulation = setup.accumulation_steps(args, world)
     deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
-    engine = optimization.engine_kind(deepspeed_config)
-    state, checkpoint = checkpoints.find_state(args, engine)
+    engine = checkpoints.engine_kind(deepspeed_config)
+    found, state = checkpoints.find_state(args, engine, DECISIVE)
+    checkpoint = str(found) if found else args.resume_from_checkpoint
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     model_dir = target_files.resolve_target(args.target_model_path)
@@ -879,32 +882,31 @@ def main(args):
     target = source.target
     config["torch_dtype"] = str(target.embedding.dtype).removeprefix("torch.")
     draft = build_draft(args, config, target, d2t.to(target.embedding.device), run.resume_from_checkpoint)
-    settings = run_record.run_settings(args, run, data_config, state["step"] if state else 0)
-    settings_text = json.dumps(settings, indent=2) + "\n"
+    flags = run.flags(args)
+    step = state["step"] if state else 0
+    settings = run_record.begin(__file__, flags, data_config, step)
     if dist.get_rank() == 0:
         covered = vocabulary.coverage_of(Path(data_folder) / "token_freq.pt", d2t)
         print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered))
-        common.write_atomic(Path(args.output_dir) / "run.json", settings_text)
     groups = optimization.parameter_groups(draft, args.weight_decay)
     engine = optimization.build_engine(draft, groups, deepspeed_config, device)
     d2t = d2t.to(device)
-    progress = checkpoints.resume(engine, args, run, state) if state else checkpoints.Progress()
+    progress = checkpoints.Progress()
+    if state:
+        progress = checkpoints.resume(engine, run.resume_from_checkpoint, state, flags)
 
     # --- how it is saved ---
-    def write_draft(folder):
-        """The served draft, on rank 0; all ranks call it, as they gather its parameters together."""
-        tensors = optimization.gather_parameters(engine)
-        if tensors:
-            draft_files.write_draft(folder, config, vocabulary.with_mapping(tensors, d2t, config["vocab_size"]))
+    def write_draft(folder, tensors):
+        draft_files.write_draft(folder, config, vocabulary.with_mapping(tensors, d2t, config["vocab_size"]))
 
     if args.dry_run:
-        if not checkpoints.save_step(engine, args, run, progress, write_draft):
+        if not checkpoints.save_step(engine, flags, progress, write_draft):
             sys.exit(2)
         return
     record = run_record.Record(args, settings, run.total_steps)
 
     def save(progress):
-        return checkpoints.save_step(engine, args, run, progress, write_draft, record)
+        return checkpoints.save_step(engine, flags, progress, write_draft, record)
 
     # --- the training ---
     if state:
@@ -912,7 +914,7 @@ def main(args):
     final = Path(args.output_dir) / "final"
     try:
         if train(args, run, engine, source, data, d2t, record, progress, save):
-            checkpoints.write_final(final, write_draft, {"run.json": settings_text})
+            checkpoints.write_final(engine, final, {"run.json": run_record.as_text(settings)}, write_draft)
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {final}")
     except server.ServerFailed as error:
         folder = save(progress)

@@ -72,16 +72,6 @@ def offload_device(config):
     return offload.get("device", "none")
 
 
-def engine_kind(config):
-    """What in DeepSpeed's configuration decides whether shards that were written with it can be read."""
-    optimizer = {"none": "AdamW", "cpu": "DeepSpeedCPUAdam"}.get(offload_device(config), "AdamW on nvme")
-    return {
-        "precision": "bf16" if config["bf16"]["enabled"] else "fp32",
-        "optimizer": optimizer,
-        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
-    }
-
-
 def parameter_groups(draft, weight_decay):
     """The optimizer's groups. Each has a multiplier of the schedule's learning rate."""
     parameters = [p for p in draft.parameters() if p.requires_grad]
@@ -98,16 +88,6 @@ def build_engine(draft, groups, config, device):
     engine, *_ = deepspeed.initialize(model=draft.to(device), optimizer=optimizer, config=config)
     engine.optimizer.check_grad_overflow = True  # steps that are not finite are skipped, in fp32 too
     return engine
-
-
-def gather_parameters(engine):
-    """The draft's parameters {name: tensor} on rank 0 (CPU), {} elsewhere; all ranks call it, for ZeRO-3's shards."""
-    draft = engine.module
-    is_sharded = engine.zero_optimization_stage() == 3
-    with deepspeed.zero.GatheredParameters(list(draft.parameters()), enabled=is_sharded):
-        if dist.get_rank() != 0:
-            return {}
-        return {name: p.detach().to("cpu", copy=True) for name, p in draft.named_parameters()}
 
 
 # ==================== The learning rate ==============================================================================

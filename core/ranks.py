@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import ctypes
 import datetime
-import json
 import os
 import secrets
 import signal
@@ -244,37 +243,6 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def read_deepspeed_config(path, decided, device):
-    """DeepSpeed's configuration of a JSON file, completed by what flags decide: {key: (flag, value)}.
-
-    A value in the file that contradicts a flag ends the program.
-    """
-    try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        common.fail(f"deepspeed_config {path} cannot be read: {error}")
-    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
-        common.fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
-    for key, (flag, value) in decided.items():
-        if config.get(key, "auto") not in ("auto", value):
-            common.fail(f"{path}: {key} {config[key]} contradicts {flag} {value}; remove it from the file")
-        config[key] = value
-    for key in {"optimizer", "scheduler"} & config.keys():
-        common.fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
-    zero = config.get("zero_optimization", {})
-    for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
-            if zero.get("stage") != 3:
-                common.fail(f"{path}: {part} on nvme needs ZeRO stage 3, the file says {zero.get('stage')}")
-            check_disk(f"{path}: nvme_path of {part},", zero[part].get("nvme_path"))
-    half = config.setdefault("bf16", {})
-    if half.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
-        half["enabled"] = device.type == "cuda"
-    config.setdefault("steps_per_print", sys.maxsize)
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in every micro-batch
-    return config
-
-
 def check_disk(name, folder):
     """End the program if DeepSpeed cannot keep tensors in `folder`, which the user gave as `name`."""
     try:
@@ -320,6 +288,13 @@ def on_first_rank(work):
         if outcome.exit_code:
             sys.exit(outcome.exit_code)
     return outcome.value
+
+
+def any_rank(device, *flags):
+    """Of each flag whether any rank has it. One all_reduce."""
+    votes = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(votes)
+    return [count > 0 for count in votes.tolist()]
 
 
 def fail_together(message):

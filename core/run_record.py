@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -36,12 +37,12 @@ def run_id(folder):
     return json.loads(path.read_text()).get("run_id") if path.exists() else None
 
 
-def continued_folder(args):
+def continued_folder(flags):
     """The folder with run.json and metrics.jsonl of the run that a checkpoint continues, or None without metrics.
 
     It is output_dir once that holds them of the same run, else the checkpoint's own folder.
     """
-    folders = (Path(args.output_dir), Path(args.resume_from_checkpoint).resolve().parent)
+    folders = (Path(flags["output_dir"]), Path(flags["resume_from_checkpoint"]).resolve().parent)
     folders = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
     for folder in folders:
         if run_id(folder) == run_id(folders[-1]):
@@ -75,27 +76,28 @@ def edited_source(trainer, step):
     return files
 
 
-def run_settings(args, data_config, step, source_files=()):
+def run_settings(flags, data_config, step, source_files=()):
     """run.json of a start that goes on behind `step`; the earlier ones stay under "earlier_starts".
 
     It is the same run, by its id, unless it goes on elsewhere from a checkpoint behind which the run itself went on.
-    source_files: names of the files of `edited_source`, beside run.json.
+    flags: given and derived ones, by name; source_files: names of the files of `edited_source`, beside run.json.
     """
     commit = ask_git("rev-parse", "HEAD")
-    continued = continued_folder(args) if step else None
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    continued = continued_folder(flags) if step else None
     earlier = []
     key = os.urandom(8).hex()
     if continued and (continued / "run.json").exists():
         before = json.loads((continued / "run.json").read_text())
         earlier = [*before.pop("earlier_starts", []), before]
-        checkpoint = Path(args.resume_from_checkpoint).resolve()
+        checkpoint = Path(flags["resume_from_checkpoint"]).resolve()
         went_on = any(path.name > checkpoint.name for path in checkpoint.parent.glob("step_*"))
-        if continued.resolve() == Path(args.output_dir).resolve() or not went_on:
+        if continued.resolve() == Path(flags["output_dir"]).resolve() or not went_on:
             key = before.get("run_id", key)
     return {
         "argv": sys.argv,
-        "flags": vars(args),
-        "versions": {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "flags": flags,
+        "versions": {"python": sys.version.split()[0]} | versions,
         "git_commit": commit.strip() if commit else None,
         "source_files": sorted(source_files),
         "world_size": dist.get_world_size(),
@@ -109,30 +111,49 @@ def run_settings(args, data_config, step, source_files=()):
     }
 
 
-def summary(args, config, layers, draft, target, data, data_config, share):
-    """The lines printed once at the start: what was derived, and from what."""
+def begin(trainer, flags, data_config, step):
+    """run.json of this start, as run_settings makes it; rank 0 writes it, and what an edited tree needs beside it.
+
+    trainer: path of the trainer's source.
+    """
+    files = ranks.on_first_rank(lambda: edited_source(trainer, step))
+    settings = run_settings(flags, data_config, step, files)
+    if dist.get_rank() == 0:
+        for name, text in (files | {"run.json": as_text(settings)}).items():
+            common.write_atomic(Path(flags["output_dir"]) / name, text)
+    return settings
+
+
+def as_text(settings):
+    """run.json as text."""
+    return json.dumps(settings, indent=2) + "\n"
+
+
+def summary(args, run, config, layers, draft, target, data, data_config, covered):
+    """The lines printed once at the start: what was derived, and from what; covered: share of supervised tokens."""
     world = dist.get_world_size()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
-    rows, train_rows = {split: len(part) for split, part in data.items()}, data_config["splits"]["train"]
-    batch = f"{args.draft_micro_batch_size} x {args.draft_accumulation_steps} accumulated x {world} ranks"
+    rows = {split: len(part) for split, part in data.items()}
+    train_rows = data_config["splits"]["train"]
+    row_tokens = train_rows["tokens"] / train_rows["rows"]
+    batch = f"{run.draft_micro_batch_size} x {run.draft_accumulation_steps} accumulated x {world} ranks"
     if args.total_seq_len:
-        batch = f"as many a forward as have {args.total_seq_len} tokens, dealt to {world} ranks"
-    instead = " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
-    return "\n".join(
-        [
-            f"ranks       world {world} = dp {args.dp_size} x tp {args.tp_size}, "
-            f"{torch.get_num_threads()} threads each",
-            f"target      {target_model.share_of_weights(target, args, train_rows['tokens'] / train_rows['rows'])}",
-            f"data        {rows}, fingerprint {data_config['fingerprint'][:12]}",
-            f"batch       {args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
-            f"steps       {args.steps_per_epoch} an epoch, {args.total_steps} in all, "
-            f"warm-up {args.scheduler_warmup_steps}, {args.scheduler_type} to step {args.scheduler_total_steps}",
-            f"draft       {trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
-            f"attention   {draft.attention_backend}{instead * (draft.attention_backend != args.attention_backend)}",
-            f"vocabulary  {config['draft_vocab_size']} of {config['vocab_size']} tokens, "
-            f"{share:.2%} of those supervised",
-        ]
-    )
+        batch = f"as many a forward as have {args.total_seq_len} tokens, assigned to {world} ranks"
+    attention = draft.attention_backend
+    if attention != args.attention_backend:
+        attention += " instead of flex_attention, which has no backward pass on CPUs: the same numbers"
+    lines = {
+        "ranks": f"world {world} = dp {run.dp_size} x tp {args.tp_size}, {torch.get_num_threads()} threads each",
+        "target": target_model.share_of_weights(target, args, run.target_sharding, row_tokens),
+        "data": f"{rows}, fingerprint {data_config['fingerprint'][:12]}",
+        "batch": f"{args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
+        "steps": f"{run.steps_per_epoch} an epoch, {run.total_steps} in all, warm-up {run.scheduler_warmup_steps}, "
+        f"{args.scheduler_type} to step {run.scheduler_total_steps}",
+        "draft": f"{trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
+        "attention": attention,
+        "vocabulary": f"{config['draft_vocab_size']} of {config['vocab_size']} tokens, {covered:.2%} of the supervised",
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
 def open_swanlab(args, settings):
@@ -290,7 +311,7 @@ def join(threads):
 class Record:
     """Where measured values go on rank 0: metrics.jsonl, the trackers, the terminal. Elsewhere it does nothing."""
 
-    def __init__(self, args, settings):
+    def __init__(self, args, settings, total_steps):
         self.is_main = dist.get_rank() == 0
         if not self.is_main:
             return
@@ -304,7 +325,7 @@ class Record:
         self.unwritten = b""
         self.open_trackers(args, settings, [(tracked(row), row["step"]) for row in rows])
         self.bar = tqdm(
-            total=args.total_steps,
+            total=total_steps,
             initial=step,
             unit="step",
             disable=not sys.stderr.isatty(),
@@ -351,6 +372,11 @@ class Record:
     def keep(self):
         """Bring the rows to the disk, as a checkpoint relies on them. Returns "" or why that is not possible."""
         return self.write(sync=True) if self.is_main else ""
+
+    def advance(self):
+        """Count an optimizer step on the bar."""
+        if self.is_main:
+            self.bar.update()
 
     def line(self, text):
         """Print a line above the progress bar."""
@@ -399,9 +425,9 @@ def tracked(row):
     return {f"{row['split']}/{name}": x for name, x in row.items() if name not in place and x is not None}
 
 
-def metrics_line(values, steps):
+def metrics_line(values):
     """The part of a printed line that training and evaluation share."""
-    accuracy = " ".join(f"{values[f'acc_{i}']:.3f}" for i in range(steps))
+    accuracy = " ".join(f"{x:.3f}" for name, x in values.items() if re.fullmatch(r"acc_\d+", name))
     return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
 
 
