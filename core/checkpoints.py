@@ -8,8 +8,7 @@ Beside DeepSpeed's shards a checkpoint holds tensors by name, with a rule for an
 How the model itself is written is up to the trainer: `write_draft(folder, tensors)` on rank 0.
 
     step_XXXXXXXX/trainer_state.json   Progress, flags, and size and CRC-32 of every file; written last
-    step_XXXXXXXX/ranks.safetensors    the tensors above
-    step_XXXXXXXX/deepspeed/           DeepSpeed's shards
+    step_XXXXXXXX/deepspeed/           DeepSpeed's shards, and ranks.safetensors: the tensors above
     step_XXXXXXXX/...                  what write_draft writes
 """
 
@@ -36,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from core import common, ranks
 
 STATE = "trainer_state.json"
-RANKS = "ranks.safetensors"
+RANKS = "deepspeed/ranks.safetensors"  # engines that serve the folder read each *.safetensors beside config.json
 SHARDS = "deepspeed"
 
 # ==================== Progress =======================================================================================
