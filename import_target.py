@@ -56,17 +56,12 @@ def files_of(path_or_hub_id, trust_remote_code=False):
     return [*weights, *files.values()]
 
 
-FLAGS = {
-    "the target": [
-        ("target_model_path", str, ..., "folder or hub id of the target"),
-        ("output_path", str, ..., "folder to copy the target to, as one Hugging Face folder"),
-        ("trust_remote_code", common.boolean, False, "run code that comes with the target"),
-    ]
-}
-
-
 def parse_args(argv=None):
-    return common.parse_flags(__doc__, FLAGS, argv)
+    parser = common.Parser(__doc__)
+    parser.add_argument("--target_model_path", required=True, help="folder or hub id of the target")
+    parser.add_argument("--output_path", required=True, help="folder to copy it to, as one Hugging Face folder")
+    parser.add_argument("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
+    return parser.parse_args(argv)
 
 
 def main(args):

@@ -102,7 +102,8 @@ def used(device):
 @contextlib.contextmanager
 def peaks(device, before):
     """Yield a dict; at the end: the highest bytes above `before`, a value of used(): own, files."""
-    most, done = {"own": 0, "files": 0}, threading.Event()
+    most = {"own": 0, "files": 0}
+    done = threading.Event()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield most
@@ -130,14 +131,16 @@ def live_bytes():
     the rest of the file.
     """
     gc.collect()
-    places, maps = set(), Path("/proc/self/maps").read_text().splitlines()
-    maps = [line.split()[0].split("-") for line in maps if line.endswith(".safetensors")]
+    places = set()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    maps = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
     for x in gc.get_objects():
         if issubclass(type(x), torch.Tensor) and not issubclass(type(x), DTensor) and x.device.type != "meta":
             span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
             if x.numel() and x.untyped_storage().nbytes():  # FSDP leaves tensors without memory behind
                 places.add((x.data_ptr(), x.data_ptr() + span * x.itemsize))
-    found, end = [0, 0], 0
+    found = [0, 0]
+    end = 0
     for first, last in sorted(places):
         mapped = any(int(start, 16) <= first < int(stop, 16) for start, stop in maps)
         found[mapped] += max(last - max(first, end), 0)
@@ -145,7 +148,7 @@ def live_bytes():
     return found
 
 
-def computed_bytes(model_dir, ranks, tokens, sharding="none", tp_size=1, offload="none", **_):
+def computed_bytes(model_dir, world, tokens, sharding="none", tp_size=1, offload="none", **_):
     """Bytes by arithmetic on shapes alone: (at rest, in a forward, moved to a rank by a forward of so many tokens).
 
     Under nvme what rests in memory are DeepSpeed's five buffers, each for a rank's share of the largest tensor, and
@@ -158,27 +161,31 @@ def computed_bytes(model_dir, ranks, tokens, sharding="none", tp_size=1, offload
     layers = [sum(p.numel() for p in layer.parameters()) * size for layer in model.get_decoder().layers]
     table, head = (module.weight.numel() * size for module in (model.get_input_embeddings(), model.lm_head))
     head = 0 if config.tie_word_embeddings else head
-    sharers = {"none": 1, "tp": tp_size, "zero3": ranks}[sharding]
+    sharers = {"none": 1, "tp": tp_size, "zero3": world}[sharding]
     # Under tp the model keeps its own shares of table and head; with several copies, FSDP's wrappers leave the head's
     # share gathered once more after the forward that tries the logits. With zero3 it got the whole ones back.
-    kept = {"none": 0, "tp": table + head * (2 if ranks > tp_size else 1), "zero3": 0}[sharding]
-    rest, moved = (sum(layers) + kept) / sharers + table + head, 0
+    kept = {"none": 0, "tp": table + head * (2 if world > tp_size else 1), "zero3": 0}[sharding]
+    rest = (sum(layers) + kept) / sharers + table + head
+    moved = 0
     if offload == "nvme":
-        largest = max(p.numel() for p in model.parameters()) * size / ranks
-        shares = [p.numel() * size / ranks for layer in model.get_decoder().layers for p in layer.parameters()]
+        largest = max(p.numel() for p in model.parameters()) * size / world
+        shares = [p.numel() * size / world for layer in model.get_decoder().layers for p in layer.parameters()]
         rest = table + head + 5 * largest + sum(share for share in shares if share < MIB)
     others = (sharers - 1) / sharers  # of what a rank needs, they have this part
     if sharding == "tp":  # of attention, MLP and embeddings; summed in parts, and the parts handed round
         moved = (2 * len(layers) + 1) * tokens * config.hidden_size * size * 2 * others
     elif sharding == "zero3":
         moved = sum(layers) * (1 if offload == "nvme" else others)
-    # zero3 holds two layers at most, and the buffer into which the next is gathered. One rank alone gathers nothing.
-    return rest, rest + 3 * max(layers) * (sharding == "zero3" and ranks > 1), moved
+    forward = rest
+    if sharding == "zero3" and world > 1:  # at most two layers, and the buffer into which the next is gathered
+        forward += 3 * max(layers)
+    return rest, forward, moved
 
 
 def measure(job):
     """What this rank measures of a job {model_dir, tiny, way, tokens, rounds, result}; rank 0 writes all ranks'."""
-    device, way = ranks.start_distributed(10), job["way"]
+    device = ranks.start_distributed(10)
+    way = job["way"]
     texts = [job["tokens"]] * way.get("tp_size", 1)
     if device.type == "cpu":
         give_back_freed_memory()
@@ -190,14 +197,20 @@ def measure(job):
     tiny = target_model.load(job["tiny"], device, **way)
     forward(tiny)
     del tiny
-    (live, _), before = live_bytes(), used(device)
+    live, _ = live_bytes()
+    before = used(device)
     with peaks(device, before) as loading:
         target = target_model.load(job["model_dir"], device, **way)
     with peaks(device, before) as forwards:
         for _ in range(3):
             forward(target)
     own, mapped = live_bytes()
-    found = {"loading": loading, "held": own + mapped - live, "peak": forwards["own"] + mapped, "seconds": []}
+    found = {
+        "loading": loading,
+        "held": own + mapped - live,
+        "peak": forwards["own"] + mapped,
+        "seconds": [],
+    }
     if device.type == "cpu":
         ranks.keep_freed_memory()
     for _ in range(job["rounds"] + 1):
@@ -207,8 +220,7 @@ def measure(job):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found["seconds"].append(time.perf_counter() - started)
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
+    gathered = ranks.gather(found)
     if dist.get_rank() == 0:
         Path(job["result"]).write_text(json.dumps(gathered))
     dist.destroy_process_group()
@@ -217,14 +229,14 @@ def measure(job):
 # ==================== The table ======================================================================================
 
 
-def ways_of(args, ranks, folder):
+def ways_of(args, world, folder):
     """(label, what load_target is given) for all ways to share among so many ranks."""
     for name in args.ways:
         if name == "none":
             yield "whole copies", {}
         elif name == "tp":
-            for size in (n for n in range(2, ranks + 1) if ranks % n == 0):
-                copies = ranks // size
+            for size in (n for n in range(2, world + 1) if world % n == 0):
+                copies = world // size
                 yield f"tp {size}" + f", {copies} copies" * (copies > 1), WAYS[name] | {"tp_size": size}
         elif name == "zero3_nvme":
             if AsyncIOBuilder().is_compatible():
@@ -235,28 +247,34 @@ def ways_of(args, ranks, folder):
 
 def row_of(args, model_dir, world, label, way, folder):
     """One row {column: value}, from a start of so many ranks."""
-    job = {"model_dir": str(model_dir), "tiny": str(folder / "tiny"), "way": way, "tokens": args.tokens}
-    job |= {"rounds": args.rounds, "result": str(folder / "result.json")}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    job = {
+        "model_dir": str(model_dir),
+        "tiny": str(folder / "tiny"),
+        "way": way,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "result": str(folder / "result.json"),
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     result = subprocess.run(
         [*launch, __file__, "--rank_of", json.dumps(job)],
         capture_output=True,
         text=True,
         check=False,
         timeout=1800,
-        env={"OMP_NUM_THREADS": str(max(os.cpu_count() // ranks, 1)), **os.environ},
+        env={"OMP_NUM_THREADS": str(max(os.cpu_count() // world, 1)), **os.environ},
     )
     if result.returncode:
-        common.fail(f"{ranks} ranks, {label}: {result.stderr[-2000:]}")
+        common.fail(f"{world} ranks, {label}: {result.stderr[-2000:]}")
     found = json.loads(Path(job["result"]).read_text())
-    rest, forward, moved = computed_bytes(model_dir, ranks, args.tokens * way.get("tp_size", 1), **way)
+    rest, forward, moved = computed_bytes(model_dir, world, args.tokens * way.get("tp_size", 1), **way)
     sizes = {
         "computed": rest, "held": max(one["held"] for one in found), "in a forward, computed": forward,
         "peak": max(one["peak"] for one in found),
         "loading, own": max(one["loading"]["own"] for one in found),
         "files": max(one["loading"]["files"] for one in found), "moved": moved,
     }  # fmt: skip
-    row = {"ranks": ranks, "shared": label} | {name: value / MIB for name, value in sizes.items()}
+    row = {"ranks": world, "shared": label} | {name: value / MIB for name, value in sizes.items()}
     rounds = zip(*(one["seconds"][1:] for one in found), strict=True)  # the first was a warm-up
     return row | {"s a forward": statistics.median(map(max, rounds))}
 

@@ -90,27 +90,6 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-def parse_flags(description, groups, argv=None):
-    """The flags' values, for {title: [(name, type, default, help, least value if any)]}; ends with one line if wrong.
-
-    type: a tuple lists choices, [int] takes several values; default ... means required.
-    """
-    parser = Parser(description)
-    for title, rows in groups.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, text, *least in rows:
-            options = {"required": default is ..., "default": default, "help": text}
-            if kind is boolean:
-                group.add_argument(f"--{name}", action=Switch, default=default, help=text)
-            elif isinstance(kind, tuple):
-                group.add_argument(f"--{name}", choices=kind, **options)
-            elif isinstance(kind, list):
-                group.add_argument(f"--{name}", type=kind[0], nargs="+", **options)
-            else:
-                group.add_argument(f"--{name}", type=at_least(kind, least[0]) if least else kind, **options)
-    return parser.parse_args(argv)
-
-
 # ==================== Files ==========================================================================================
 
 

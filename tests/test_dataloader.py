@@ -151,6 +151,36 @@ def test_a_row_beyond_the_budget_is_refused_with_the_numbers():
     ]  # row 1 is not in it
 
 
+def test_lists_opened_by_an_assignment(monkeypatch):
+    """A rank's rows are packed into as many lists as it has rows: as a list for every row of the step would do it."""
+    opened = []
+    pack = dataloader.pack
+
+    def counted_pack(rows, count, sizes, room, work):
+        opened.append(count)
+        return pack(rows, count, sizes, room, work)
+
+    def generous_pack(rows, count, sizes, room, work):
+        lists = pack(rows, len(lengths), sizes, room, work) if count == len(rows) and not work.any() else None
+        return pack(rows, count, sizes, room, work) if lists is None else lists
+
+    random = np.random.default_rng(4)
+    for _ in range(200):
+        lengths = random.integers(1, 41, int(random.integers(1, 40)))
+        work = lengths + random.integers(0, 41, len(lengths))
+        rows = random.permutation(len(lengths))
+        world, micro = int(random.integers(1, 9)), int(random.integers(1, 4))
+        total = int(random.choice([0, lengths.max(), 3 * lengths.max()]))
+        opened.clear()
+        monkeypatch.setattr(dataloader, "pack", counted_pack)
+        assigned = dataloader.assign(rows, lengths, work, world, micro, total)
+        first, *measured = opened[: 1 + world]
+        assert first == world
+        assert sum(measured) == len(rows)
+        monkeypatch.setattr(dataloader, "pack", generous_pack)
+        assert assigned == dataloader.assign(rows, lengths, work, world, micro, total)
+
+
 @pytest.mark.parametrize("budget", [0, 4096])
 @pytest.mark.parametrize(("world", "micro"), [(2, 1), (8, 1), (8, 4), (16, 2)])
 def test_ranks_get_the_same_work(world, micro, budget):

@@ -54,7 +54,6 @@ def above_budget(source, file_budget):
     return found
 
 
-@pytest.mark.xfail(strict=False, reason="the code is on its way below the budgets")
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_files_functions_and_lines_are_within_their_budgets(path):
     budget = TRAINER if path.name.startswith("train_") else FILE

@@ -1,0 +1,115 @@
+"""The diffs of docs/changing.md: each applies to this tree, and what it says comes true when it runs."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from helpers import families, tiny
+from helpers.training import arguments, metrics, weights
+
+PAGE = (tiny.REPOSITORY / "docs" / "changing.md").read_text()
+DIFFS = dict(re.findall(r"^## (.*?)$.*?```diff\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
+RATE, DECAY = 1e-2, 0.75
+MEASURED = ("--total_steps", 4, "--draft_global_batch_size", 4, "--learning_rate", RATE, "--scheduler_type", "constant",
+            "--warmup_ratio", 0, "--save_steps", 1, "--weight_decay", 0)  # fmt: skip
+RUNS = """
+import json, sys
+import prepare_data, train_eagle3
+for argv in json.loads(sys.argv[1]):
+    train_eagle3.main(train_eagle3.parse_args(argv))
+prepare_data.main(prepare_data.parse_args(json.loads(sys.argv[2])))
+"""
+
+
+def apply(tree, diff, *flags):
+    done = subprocess.run(["git", "apply", *flags], cwd=tree, input=diff, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def copy_tree(folder):
+    for name in ("core", "ds_configs"):
+        shutil.copytree(tiny.REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in tiny.REPOSITORY.glob("*.py"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_there_is_a_diff_for_each_change_and_each_applies_alone(tmp_path):
+    assert len(DIFFS) == 5
+    tree = copy_tree(tmp_path)
+    for diff in DIFFS.values():
+        apply(tree, diff, "--check")
+
+
+@pytest.fixture(scope="module")
+def changed(work, tmp_path_factory):
+    """A folder with what a copy of this tree with all of the diffs has trained and prepared, in one process."""
+    folder = tmp_path_factory.mktemp("changed")
+    tree = folder / "tree"
+    tree.mkdir()
+    copy_tree(tree)
+    for diff in DIFFS.values():
+        apply(tree, diff)
+    families.write_tokenizer(folder / "tokenizer", "olmo2")
+    tiny.write_jsonl(folder / "chats.jsonl", tiny.conversations(3, 2))
+    averaged = (*MEASURED, "--ema_decay", DECAY)
+    runs = [
+        arguments(work, folder / "plain", *MEASURED),
+        arguments(work, folder / "averaged", *averaged),
+        arguments(work, folder / "resumed", *averaged, "--total_steps", 2),
+        arguments(work, folder / "resumed", *averaged, "--resume"),
+    ]
+    prepare = ["--dataset", folder / "chats.jsonl", "--target_model_path", folder / "tokenizer", "--num_proc", 1]
+    prepare += ["--output_path", folder / "data", "--chat_template", "olmo2", "--max_length", 512]
+    command = [sys.executable, "-c", RUNS, json.dumps(runs), json.dumps([str(word) for word in prepare])]
+    done = subprocess.run(command, cwd=tree, env=tiny.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def test_another_loss_is_trained(changed):
+    """-log of the acceptance: its mean is at least that of the mean acceptance, which is its logarithm's bound."""
+    for row in metrics(changed / "plain"):
+        for i in range(3):
+            bound = -math.log(row[f"accept_{i}"])
+            assert bound - 1e-6 <= row[f"loss_{i}"] < bound + 1
+
+
+def test_another_metric_is_logged(changed):
+    for row in metrics(changed / "plain"):
+        assert all(0 < row[f"entropy_{i}"] <= math.log(400) for i in range(3))
+
+
+def test_another_group_has_its_multiplier_of_the_learning_rate(changed):
+    """AdamW's first step moves every number by the rate, however small its gradient is."""
+    first = weights(changed / "plain" / "step_00000001")
+    for name, tensor in first.items():
+        if tensor.dim() == 1:  # norms, which start at one
+            assert float((tensor - 1).abs().max()) == pytest.approx(0.1 * RATE, rel=0.01), name
+    second = weights(changed / "plain" / "step_00000002")
+    moved = (second["fc.weight"] - first["fc.weight"]).abs().max()
+    assert 0.3 * RATE < float(moved) < 3 * RATE
+
+
+def test_another_chat_template_is_known(changed):
+    config = json.loads((changed / "data" / "data_config.json").read_text())
+    assert config["splits"]["train"]["rows"] == 3 and config["splits"]["train"]["supervised_tokens"] > 0
+
+
+def test_averages_are_what_is_saved_and_resumed(changed):
+    steps = [weights(changed / "plain" / f"step_{step:08d}") for step in range(1, 5)]
+    found = weights(changed / "averaged" / "final")
+    for name, tensor in found.items():
+        expected = steps[0][name].double()
+        for later in steps[1:]:
+            expected = DECAY * expected + (1 - DECAY) * later[name].double()
+        assert torch.allclose(tensor.double(), expected, rtol=1e-5, atol=1e-7), name
+        assert not torch.equal(tensor, steps[-1][name]), name
+    resumed = weights(changed / "resumed" / "final")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in found.items())
