@@ -55,15 +55,11 @@ from core import (
     vocabulary,
 )
 
-REPOSITORY = Path(__file__).resolve().parent
 LLAMA_KEYS = (  # of the draft's configuration, which transformers' layer reads
     "hidden_size", "intermediate_size", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim",
     "rms_norm_eps", "max_position_embeddings", "norm_before_residual",
 )  # fmt: skip
 RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the draft is random
-
-# Flags that a training is continued with only if they stay: they decide what its remaining steps are.
-DECISIVE = ("seed", "draft_global_batch_size", "ttt_length")
 
 # Types of flags
 POSITIVE = common.at_least(int, 1)
@@ -255,10 +251,17 @@ class DraftModel(nn.Module):
         return embeds.to(self.fc.weight.dtype)
 
     def step(self, tokens, feature, positions, attend):
-        """One ttt_step as served: tokens [T], feature [T, H], positions [T] -> next feature [T, H], logits [T, Vd]."""
+        """One ttt_step as served: tokens [T], feature [T, H], positions [T] -> next feature [T, H], logits [T, Vd].
+
+        attend(q [T, A, D], k [T, G, D], v [T, G, D]) -> [T, A, D].
+        """
         parts = self.midlayer.token_parts(self.embed(tokens))
         cos, sin = self.rotary(positions, feature.dtype)
-        hidden, _ = self.midlayer(parts, feature, cos, sin, attend)
+
+        def attend_only(q, k, v):
+            return attend(q, k, v), None
+
+        hidden, _ = self.midlayer(parts, feature, cos, sin, attend_only)
         normed = self.norm(hidden)
         return self.next_feature(hidden, normed), self.lm_head(normed)
 
@@ -756,7 +759,7 @@ def add_batch_flags(add):
 
 
 def add_run_flags(add):
-    config = str(REPOSITORY / "ds_configs" / "zero2.json")
+    config = str(Path(__file__).resolve().parent / "ds_configs" / "zero2.json")
     metrics = ("acceptance_length", "loss")
     add("--output_dir", default="./output", help="where everything is written")
     add("--log_steps", type=POSITIVE, default=50, help="optimizer steps between two log lines")
@@ -806,7 +809,7 @@ def prepare_run(args):
     accumulation = setup.accumulation_steps(args, world)
     deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
     engine = checkpoints.engine_kind(deepspeed_config)
-    found, state = checkpoints.find_state(args, engine, DECISIVE)
+    found, state = checkpoints.find_state(args, engine, setup.DECISIVE)
     checkpoint = str(found) if found else args.resume_from_checkpoint
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")

@@ -7,13 +7,11 @@ Out: per rank and optimizer step its micro-batches: complete sequences, concaten
 """
 
 import functools
-import io
 import itertools
 import json
 import math
-import pickle
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,51 +194,56 @@ def concatenate(rows):
     }
 
 
-class TensorPickler(pickle.Pickler):
-    """Pickles anything but its tensors, which it collects by dtype."""
+class TensorSlot(NamedTuple):
+    """Where a tensor was taken out of a packed batch."""
 
-    def __init__(self, file):
-        super().__init__(file)
-        self.tensors = {}
-
-    def persistent_id(self, value):
-        if not isinstance(value, torch.Tensor):
-            return None
-        self.tensors.setdefault(value.dtype, []).append(value.flatten())
-        return value.dtype, value.shape
+    dtype: torch.dtype
+    shape: torch.Size
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Puts views of flat tensors {dtype: [N]} where TensorPickler found tensors, in the same order."""
-
-    def __init__(self, file, tensors):
-        super().__init__(file)
-        self.tensors = tensors
-        self.used = dict.fromkeys(tensors, 0)
-
-    def persistent_load(self, key):
-        dtype, shape = key
-        start = self.used[dtype]
-        self.used[dtype] = end = start + math.prod(shape)
-        return self.tensors[dtype][start:end].view(shape)
+def map_parts(value, kind, replace):
+    """value with every part of type `kind` replaced, in one order; containers and dataclasses are built anew."""
+    if isinstance(value, kind):
+        return replace(value)
+    if is_dataclass(value):
+        parts = {field.name: map_parts(getattr(value, field.name), kind, replace) for field in fields(value)}
+        return type(value)(**parts)
+    if isinstance(value, dict):
+        return {key: map_parts(part, kind, replace) for key, part in value.items()}
+    if isinstance(value, list | tuple) and value and not isinstance(value[0], int):  # numbers are no containers
+        parts = [map_parts(part, kind, replace) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def pack_tensors(batches):
-    """(bytes, {dtype: all tensors of it as one [N]}) of batches, whatever they hold.
+    """(batches with a TensorSlot for each tensor, {dtype: all tensors of it as one [N]}), whatever they hold.
 
     A worker needs a file descriptor for each tensor that it hands over, and few tensors are pinned and copied.
     """
-    file = io.BytesIO()
-    pickler = TensorPickler(file)
-    pickler.dump(batches)
-    return file.getvalue(), {dtype: torch.cat(parts) for dtype, parts in pickler.tensors.items()}
+    taken = {}
+
+    def take(tensor):
+        taken.setdefault(tensor.dtype, []).append(tensor.flatten())
+        return TensorSlot(tensor.dtype, tensor.shape)
+
+    batches = map_parts(batches, torch.Tensor, take)
+    return batches, {dtype: torch.cat(parts) for dtype, parts in taken.items()}
 
 
 def unpack(packed, device):
     """The batches of pack_tensors with their tensors on a device."""
-    data, tensors = packed
+    batches, tensors = packed
     tensors = {dtype: flat.to(device, non_blocking=True) for dtype, flat in tensors.items()}
-    return TensorUnpickler(io.BytesIO(data), tensors).load()
+    used = dict.fromkeys(tensors, 0)
+
+    def put_back(slot):
+        start = used[slot.dtype]
+        end = start + math.prod(slot.shape)
+        used[slot.dtype] = end
+        return tensors[slot.dtype][start:end].view(slot.shape)
+
+    return map_parts(batches, TensorSlot, put_back)
 
 
 class Steps(torch.utils.data.Dataset):

@@ -169,6 +169,8 @@ def schedule(args, rows):
 
 # ==================== A training that is continued ===================================================================
 
+# Flags that have to stay: they decide what the remaining steps of a training are.
+DECISIVE = ("seed", "draft_global_batch_size", "ttt_length")
 # Flags that may differ between the starts of one training without a word.
 FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine")
 

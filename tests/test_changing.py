@@ -56,7 +56,7 @@ def changed(work, tmp_path_factory):
     copy_tree(tree)
     for diff in DIFFS.values():
         apply(tree, diff)
-    families.write_tokenizer(folder / "tokenizer", "olmo2")
+    families.write_tokenizer(folder / "tokenizer", families.FAMILIES["olmo2"])
     tiny.write_jsonl(folder / "chats.jsonl", tiny.conversations(3, 2))
     averaged = (*MEASURED, "--ema_decay", DECAY)
     runs = [
