@@ -138,22 +138,22 @@ class DraftLayer(nn.Module):
         attend(q [n, A, D], k [T, G, D], v [T, G, D]) -> [n, A, D] and anything, which is returned as well.
         """
         q_part, k_part, v_part = parts
-        attention = self.self_attn
+        linears = self.self_attn
         normed = self.hidden_norm(feature)
-        k = self.heads(attention.k_proj(normed, half=1, base=k_part))
-        v = self.heads(attention.v_proj(normed, half=1, base=v_part))
+        k = self.heads(linears.k_proj(normed, half=1, base=k_part))
+        v = self.heads(linears.v_proj(normed, half=1, base=v_part))
         k = rotate(k, cos, sin)
         if rows is not None:  # keys and values of all slots, queries of the live ones
             feature = feature.index_select(0, rows)
             normed = normed.index_select(0, rows)
             cos = cos.index_select(0, rows)
             sin = sin.index_select(0, rows)
-        q = self.heads(attention.q_proj(normed, half=1, base=q_part))
+        q = self.heads(linears.q_proj(normed, half=1, base=q_part))
         q = rotate(q, cos, sin)
 
         mixed, keys = attend(q, k, v)
         residual = normed if self.norm_before_residual else feature
-        hidden = residual + attention.o_proj(mixed.flatten(1))
+        hidden = residual + linears.o_proj(mixed.flatten(1))
         if self.gradient_checkpointing:  # the caller recomputes all of the layer
             return hidden + self.normed_mlp(hidden), keys
         # Of the MLP only matrix products are kept for the backward pass: its activation, large, is cheap to recompute.
