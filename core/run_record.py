@@ -50,22 +50,28 @@ def continued_folder(flags):
     return None
 
 
-def ask_git(*words):
-    """What git prints about this repository, or None without git, a repository or a commit."""
+def ask_git(*words, expected=0):
+    """What git prints about this repository, or None without git, a repository or a commit.
+
+    expected: the exit code.
+    """
     if not shutil.which("git"):
         return None
     command = ["git", "-C", str(REPOSITORY), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else None
+    return done.stdout if done.returncode == expected else None
 
 
 def edited_source(trainer, step):
-    """{file name: text} that is needed beside the commit to repeat a start that goes on behind `step`.
+    """{file name: text} that is needed beside the commit to repeat a start that continues after `step`.
 
-    The difference to the commit and the trainer's source if the tree is edited, the latter alone without git, else
-    nothing. Each start that continues a run has names of its own.
+    If the tree is edited, the difference to the commit, new modules included, and the trainer's source; without git the
+    latter alone; else nothing. Each start that continues a run has names of its own.
     """
     difference = ask_git("diff", "--binary", "HEAD", "--", ".")
+    new = ask_git("ls-files", "--others", "--exclude-standard", "--", "*.py") or ""
+    for name in new.splitlines():  # a difference to nothing has exit code 1
+        difference = (difference or "") + (ask_git("diff", "--no-index", "--", "/dev/null", name, expected=1) or "")
     if difference == "":
         return {}
     trainer = Path(trainer)

@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 from helpers import tiny, training
 from helpers.resuming import arguments
 
-EDIT = ("nn.init.normal_(module.weight, std=0.02)", "nn.init.normal_(module.weight, std=0.03)")
+NEW = "DEVIATION = 0.03\n"  # core/extra.py, which no commit has
+EDIT = (
+    "nn.init.normal_(module.weight, std=0.02)",
+    "from core import extra\n\n                nn.init.normal_(module.weight, std=extra.DEVIATION)",
+)
 
 
 def git(folder, *words):
@@ -53,6 +57,7 @@ def test_run_of_an_edited_tree_can_be_repeated_from_what_it_keeps(tmp_path):
     trainer = tree / "train_eagle3.py"
     assert EDIT[0] in trainer.read_text()
     trainer.write_text(trainer.read_text().replace(*EDIT))
+    (tree / "core" / "extra.py").write_text(NEW)
     edited, settings = dry_run(tree, work, tmp_path / "edited")
     assert settings["source_files"] == ["source.diff", "train_eagle3.py"]
     assert (tmp_path / "edited" / "train_eagle3.py").read_text() == trainer.read_text()
@@ -62,6 +67,7 @@ def test_run_of_an_edited_tree_can_be_repeated_from_what_it_keeps(tmp_path):
     git(again, "checkout", "-q", settings["git_commit"])
     assert EDIT[1] not in (again / "train_eagle3.py").read_text()
     git(again, "apply", str(tmp_path / "edited" / "source.diff"))
+    assert (again / "core" / "extra.py").read_text() == NEW
     repeated, settings = dry_run(again, work, tmp_path / "repeated")
     assert edited.keys() == repeated.keys() and all(edited[name].equal(repeated[name]) for name in edited)
     assert (tmp_path / "repeated" / "source.diff").read_text() == (tmp_path / "edited" / "source.diff").read_text()
