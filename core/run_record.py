@@ -181,7 +181,11 @@ def open_swanlab(args, settings):
         id=settings["run_id"],
         resume="allow",
     )
-    return lambda values, step: run.log(values, step=step), run.finish  # it knows the last step of each name
+
+    def log(values, step):
+        run.log(values, step=step)  # it knows the last step of each name
+
+    return log, run.finish
 
 
 def open_wandb(args, settings):
@@ -197,8 +201,13 @@ def open_wandb(args, settings):
         resume="allow",
         allow_val_change=True,
     )
-    first = run.step  # the server's next one; offline 0, so that a start's own folder holds the whole run
-    return lambda values, step: run.log(values, step=step) if step >= first else None, run.finish
+    first = run.step  # the server's next one; offline 0, so that a start's own folder holds the complete run
+
+    def log(values, step):
+        if step >= first:
+            run.log(values, step=step)
+
+    return log, run.finish
 
 
 def open_tensorboard(args, settings):
@@ -206,7 +215,9 @@ def open_tensorboard(args, settings):
     from torch.utils.tensorboard import SummaryWriter
 
     step = settings["starts_behind_step"]
-    folder, held = str(Path(args.log_dir) / "-".join(filter(None, (args.run_name, settings["run_id"])))), set()
+    name = "-".join(filter(None, (args.run_name, settings["run_id"])))
+    folder = str(Path(args.log_dir) / name)
+    held = set()
     if step and Path(folder).is_dir():
         events = EventAccumulator(folder, {"scalars": 0}).Reload()  # 0: all of them
         held = {(event.step, name) for name in events.Tags()["scalars"] for event in events.Scalars(name)}
@@ -238,7 +249,8 @@ def open_mlflow(args, settings):
     ours = settings["run_id"]
     found = [client.get_run(named)] if named else client.search_runs([experiment], f"tags.run_id = '{ours}'")
     run = found[0] if found else client.create_run(experiment, run_name=args.run_name)
-    key, held = run.info.run_id, set()
+    key = run.info.run_id
+    held = set()
     if run.data.tags.get("run_id") == ours:
         client.update_run(key, status="RUNNING")
         held = {(row.step, name) for name in run.data.metrics for row in client.get_metric_history(key, name)}
@@ -260,7 +272,9 @@ def open_trackio(args, settings):
 
     name = "-".join(filter(None, (args.run_name, settings["run_id"])))  # it knows a run by its name
     run = trackio.init(project="eagle3", name=name, config=settings, resume="allow")
-    held, last = {(row["step"], name) for row in SQLiteStorage.get_logs("eagle3", run=name) for name in row}, -1
+    rows = SQLiteStorage.get_logs("eagle3", run=name)
+    held = {(row["step"], name) for row in rows for name in row}
+    last = -1
     if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):  # they tell the last step alone
         last = -1 if run._initial_last_step is None else run._initial_last_step
 
