@@ -1,4 +1,4 @@
-"""Import a target: copy it from the hub, or out of another layout, into one Hugging Face folder.
+"""Import a target: copy it from the hub, or from another layout, into one Hugging Face folder.
 
 In:  a hub id, a Hugging Face folder, a folder with one nested model, or an MLflow model.
 Out: --output_path: configuration, weights and tokenizer in one folder.
@@ -14,46 +14,64 @@ from core import common, target_files
 
 
 def copy_target(path_or_hub_id, folder, trust_remote_code=False):
-    """Copy what is read of a target into `folder`, as one Hugging Face folder whatever its layout was; returns bytes.
+    """Copy the files that are read of a target into `folder`, whatever their layout was; returns their bytes.
 
-    Ends with one line if it cannot train a draft, as far as this is seen without loading its weights, or if the folder
-    cannot take it.
+    Ends the program if a draft cannot be trained for the target, as far as this shows without its weights in memory,
+    or if the folder cannot be written.
     """
     folder = Path(folder)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):  # before anything is downloaded
-        common.fail(f"output_path {folder} cannot be a folder: {there} is none, or not one to write in")
+    check_writable(folder)  # before anything is downloaded
     files = files_of(path_or_hub_id, trust_remote_code)
-    places = {place for path in files for place in (path.parent, path.resolve().parent)}
-    if folder.exists() and any(folder.samefile(place) for place in places):
-        common.fail(f"output_path {folder} holds the target itself: give another folder")
+    check_apart(folder, files)
     for path in files:
-        building = folder / f".{path.name}.building"  # a file of an earlier copy stays until the new one is whole
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, building)  # not its attributes, which mounted storage may not keep
-            building.rename(folder / path.name)
-        except OSError as error:
-            building.unlink(missing_ok=True)
-            common.fail(f"{path} cannot be copied into {folder}: {error.strerror}")
+        copy_file(path, folder)
     return sum(path.stat().st_size for path in files)
 
 
+def check_writable(folder):
+    """End the program if `folder` neither is nor can become a folder to write in."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        common.fail(f"output_path {folder} cannot be a folder: {existing} is not one that can be written")
+
+
+def check_apart(folder, files):
+    """End the program if a target's files, or what they link to, are in `folder` already."""
+    if not folder.exists():
+        return
+    places = {path.parent for path in files} | {path.resolve().parent for path in files}
+    if any(folder.samefile(place) for place in places):
+        common.fail(f"output_path {folder} holds the target itself: give another folder")
+
+
+def copy_file(path, folder):
+    """Copy a file into `folder`: a file of an earlier copy stays until the new one is complete."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with common.building(folder / path.name) as unfinished:
+            shutil.copyfile(path, unfinished)  # without attributes, which mounted storage may not keep
+    except OSError as error:
+        common.fail(f"{path} cannot be copied into {folder}: {error.strerror}")
+
+
 def files_of(path_or_hub_id, trust_remote_code=False):
-    """The files that are read of a target, the weights first; ends with one line if it cannot train a draft."""
+    """The files that are read of a target, weights first; ends the program if a draft cannot be trained for it."""
     model_dir = target_files.resolve_target(path_or_hub_id)
     target_files.read_target_config(model_dir, trust_remote_code)
     target_files.load_tokenizer(path_or_hub_id, trust_remote_code)
     weights = [*model_dir.glob("*.safetensors")] or [*model_dir.glob("*.bin")]
     if not weights:
         common.fail(f"target model {path_or_hub_id}: no *.safetensors or *.bin in {model_dir}")
-    files = {path.name: path for pattern in target_files.SMALL_FILES for path in model_dir.glob(pattern)}
-    for pattern in target_files.SMALL_FILES:  # the tokenizer may have a folder of its own
-        found = {
-            path.name: path for path in target_files.locate(path_or_hub_id, target_files.TOKENIZER_FILES).glob(pattern)
-        }
-        files |= {name: path for name, path in found.items() if name != "config.json"}
-    return [*weights, *files.values()]
+    files = small_files(model_dir)
+    # The tokenizer may have a folder of its own, with a config.json that is not the model's.
+    tokenizer = small_files(target_files.locate(path_or_hub_id, target_files.TOKENIZER_FILES))
+    tokenizer.pop("config.json", None)
+    return [*weights, *(files | tokenizer).values()]
+
+
+def small_files(folder):
+    """{name: path} of the files of a folder that are not weights."""
+    return {path.name: path for pattern in target_files.SMALL_FILES for path in folder.glob(pattern)}
 
 
 def parse_args(argv=None):
