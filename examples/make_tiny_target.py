@@ -9,7 +9,6 @@ Out: a Hugging Face model folder: tokenizer and chat template, config.json, and 
     python examples/make_tiny_target.py weights --output tiny_target --data_path data --steps 600
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,9 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core import conversations, dataloader
+from core import common, conversations, dataloader
 
-# The markers and whitespace of Llama 3's instruct models, without their tool machinery.
+# The markers and whitespace of Llama 3's instruct models, without what these have for tools.
 LLAMA3_CHAT_TEMPLATE = (
     "{{- bos_token }}"
     "{%- for message in messages %}"
@@ -52,7 +51,7 @@ def train_tokenizer(
     bos_token="<|begin_of_text|>",
     eos_token="<|eot_id|>",
 ):
-    """Byte-level BPE tokenizer trained on texts (an iterable of str), with Llama 3's special tokens and chat template.
+    """A byte-level BPE tokenizer trained on texts (an iterable of str), by default with Llama 3's chat template.
 
     Returns a PreTrainedTokenizerFast with at most vocab_size entries, special tokens included.
     """
@@ -72,9 +71,10 @@ def train_tokenizer(
 
 
 def make_tokenizer(args):
-    """Tokenizer and config.json of the target, in args.output."""
+    """Write tokenizer and config.json of the target to args.output."""
     rows = [json.loads(line) for line in conversations.pydoc_lines()]
-    tokenizer = train_tokenizer((m["content"] for row in rows for m in row["conversations"]), args.vocab_size)
+    texts = (message["content"] for row in rows for message in row["conversations"])
+    tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save_pretrained(args.output)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -98,64 +98,86 @@ def make_tokenizer(args):
 
 
 def train_weights(args):
-    """Train the target on every token of the prepared training rows, put behind one another and cut into blocks."""
+    """Train the target on every token of the prepared training rows, concatenated and cut into blocks."""
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(args.output))
-    rows = dataloader.open_data(args.data_path)[0]["train"]["input_ids"]
-    tokens = torch.tensor([token for row in rows for token in row])
-    blocks = tokens[: len(tokens) // args.block * args.block].view(-1, args.block)
+    blocks = read_blocks(args.data_path, args.block)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    order, started = torch.empty(0, dtype=torch.int64), time.monotonic()
-    print(f"target of {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} tokens of text")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"target of {size:,} parameters, {blocks.numel():,} tokens of text")
+    order = torch.empty(0, dtype=torch.int64)
+    started = time.monotonic()
     for step in range(args.steps):
-        warm, share = min((step + 1) / 20, 1.0), step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+            group["lr"] = learning_rate_at(args, step)
         if len(order) < args.batch_size:
             order = torch.randperm(len(blocks))
-        batch, order = blocks[order[: args.batch_size]], order[args.batch_size :]
+        batch = blocks[order[: args.batch_size]]  # [batch_size, block]
+        order = order[args.batch_size :]
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % 50 == 0 or step + 1 == args.steps:
-            print(
-                f"step {step + 1}/{args.steps} loss {loss.item():.3f} after {time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+        done = step + 1
+        if done % 50 == 0 or done == args.steps:
+            seconds = time.monotonic() - started
+            print(f"step {done}/{args.steps} loss {loss.item():.3f} after {seconds:.0f} s", flush=True)
     model.save_pretrained(args.output)
-    tokenizer = AutoTokenizer.from_pretrained(args.output)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What does textwrap.wrap do?"}], add_generation_prompt=True, return_tensors="pt"
-    )["input_ids"]
-    reply = model.eval().generate(ids, max_new_tokens=60, do_sample=False)[0, ids.shape[1] :]
-    print(f"it says: {tokenizer.decode(reply)!r}")
+    print_reply(model.eval(), args.output)
+
+
+def read_blocks(data_path, block):
+    """The training rows as int64 [blocks, block]; what is left over at the end is dropped."""
+    data, _ = dataloader.open_data(data_path)
+    tokens = torch.tensor([token for row in data["train"]["input_ids"] for token in row])
+    count = len(tokens) // block
+    return tokens[: count * block].view(count, block)
+
+
+def learning_rate_at(args, step):
+    """Linear warm-up over 20 steps, then a cosine down to 5 % of the peak."""
+    warm = min((step + 1) / 20, 1.0)
+    share = step / args.steps
+    return args.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def print_reply(model, folder):
+    """Print what the target answers to a question about the standard library."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "What does textwrap.wrap do?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    prompt_ids = prompt["input_ids"]
+    output = model.generate(prompt_ids, max_new_tokens=60, do_sample=False)
+    reply = tokenizer.decode(output[0, prompt_ids.shape[1] :])
+    print(f"it says: {reply!r}")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("part", choices=("tokenizer", "weights"), help="what to make")
-    parser.add_argument("--output", required=True, help="folder of the target")
-    parser.add_argument("--data_path", help="folder written by prepare_data.py (weights)")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="tokens (default: 2048)")
-    parser.add_argument("--hidden_size", type=int, default=128, help="a multiple of 64 (default: 128)")
-    parser.add_argument("--layers", type=int, default=8, help="layers, at least 7 (default: 8)")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: 600)")
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks a step (default: 8)")
-    parser.add_argument("--block", type=int, default=256, help="tokens a block (default: 256)")
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak (default: 4e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the data order (default: 0)")
+    parser = common.Parser(__doc__)
+    add = parser.add_argument
+    add("part", choices=("tokenizer", "weights"), help="what to make")
+    add("--output", required=True, help="folder of the target")
+    add("--data_path", help="folder written by prepare_data.py (weights)")
+    add("--vocab_size", type=int, default=2048, help="tokens")
+    add("--hidden_size", type=int, default=128, help="a multiple of 64")
+    add("--layers", type=int, default=8, help="layers, at least 7")
+    add("--steps", type=int, default=600, help="optimizer steps")
+    add("--batch_size", type=int, default=8, help="blocks per step")
+    add("--block", type=int, default=256, help="tokens per block")
+    add("--learning_rate", type=float, default=4e-3, help="peak")
+    add("--seed", type=int, default=0, help="of the weights and the data order")
     args = parser.parse_args(argv)
     if args.part == "weights" and not args.data_path:
-        parser.error("weights need --data_path")
+        common.fail("weights need --data_path")
     return args
 
 
 def main(args):
-    make_tokenizer(args) if args.part == "tokenizer" else train_weights(args)
+    if args.part == "tokenizer":
+        make_tokenizer(args)
+    else:
+        train_weights(args)
 
 
 if __name__ == "__main__":
