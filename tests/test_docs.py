@@ -66,7 +66,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
     "SpecForge": "max-num-steps", "docs/changing.md": "ema_decay",
     "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "
                        "quiet yes version",
-    "benchmarks and make_tiny_target": "block hidden_size layers ranks steps table vocab_size",
+    "benchmarks and make_tiny_target": "block hidden_size layers other ranks rounds steps table vocab_size",
 }  # fmt: skip
 
 
