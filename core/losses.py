@@ -29,7 +29,7 @@ class Teacher(NamedTuple):
 
     def read(self, tokens):
         """p [n, Vd] over the draft vocabulary, its mass [n], argmax over the full vocabulary [n]; see Head.teacher."""
-        return self.head.teach(self.last[tokens], self.draft_ids)
+        return self.head.teacher(self.last[tokens], self.draft_ids)
 
 
 def head_loss(

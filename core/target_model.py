@@ -1,4 +1,9 @@
-"""target_model."""
+"""The target in memory: its head, its hidden states, how ranks share it.
+
+A target is loaded by transformers and frozen. Per token it gives auxiliary hidden states [layers·Ht] and the last one
+[Ht] (after the final norm), and from the latter the teacher: the distribution over the draft vocabulary and the argmax
+over the full one.
+"""
 
 import contextlib
 import copy
@@ -43,30 +48,36 @@ class Head:
         """Logits [N, V] of hidden states [N, Ht] (after the final norm), in fp32 at least."""
         logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits * self.scale if self.scale != 1 else logits
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
-    def teach(self, hidden, draft_ids):
-        """What the target says about the next token: p [N, Vd] over the draft vocabulary, in fp32 at least; mass [N],
-        the share of the whole that this is; argmax [N] over the full vocabulary (the lowest id among equals).
+    def teacher(self, hidden, draft_ids):
+        """What the target predicts as the next token, for hidden states [N, Ht].
 
-        hidden [N, Ht]: few rows at a time, as [N, V] logits are formed. draft_ids [Vd]: target ids, ascending.
+        Returns p [N, Vd], the distribution over the draft vocabulary, in fp32 at least; mass [N], the share of the
+        target's probability that lies in it; and the argmax [N] over the full vocabulary (the lowest id among equals).
+        Call it with few rows at a time: logits [N, V] are computed. draft_ids [Vd]: target ids, ascending.
         """
         logits = self.logits(hidden)
         top, best = logits.max(dim=-1)
-        share = logits.softmax(dim=-1).gather(1, best[:, None])[:, 0]  # so the logsumexp is top - log(share)
+        top_share = logits.softmax(dim=-1).gather(1, best[:, None])[:, 0]  # the logsumexp is top - log(top_share)
         if len(draft_ids) < logits.shape[1]:
             logits = logits[:, draft_ids]
         p = logits.softmax(dim=-1)
         drafted, index = logits.max(dim=-1)
-        return p, (drafted - top).exp() * share / p.gather(1, index[:, None])[:, 0], best
+        drafted_share = p.gather(1, index[:, None])[:, 0]
+        mass = (drafted - top).exp() * top_share / drafted_share
+        return p, mass, best
 
 
 @dataclass
 class Target:
     """A frozen target and its pieces. Sizes: Ht hidden, V vocabulary, L layers."""
 
-    model: torch.nn.Module  # the whole causal language model; None if its hidden states come from elsewhere
+    model: torch.nn.Module  # the complete causal language model; None if its hidden states come from elsewhere
     config: object  # its text configuration
     head: Head
     embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
@@ -105,17 +116,25 @@ class Target:
         Returns auxiliary hidden states [T', 3·Ht] and the last hidden state [T', Ht] of the sequences first to end, in
         the target's dtype.
         """
-        keep = 0, slice(sum(lengths[:first]), sum(lengths[:end]))
-        positions, input_ids = slots.positions_of(lengths, input_ids.device)[None], input_ids[None]
-        if not self.packs:
-            input_ids = pad_sequence(input_ids[0].split(lengths), batch_first=True)
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            keep = positions < torch.tensor(lengths, device=input_ids.device)[:, None]
-            keep[:first] = keep[len(lengths) if end is None else end :] = False
+        device = input_ids.device
+        if end is None:
+            end = len(lengths)
+        if self.packs:
+            keep = (0, slice(sum(lengths[:first]), sum(lengths[:end])))
+            input_ids = input_ids[None]
+            positions = slots.positions_of(lengths, device)[None]
+        else:
+            input_ids = pad_sequence(input_ids.split(lengths), batch_first=True)
+            positions = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
+            keep = positions < torch.tensor(lengths, device=device)[:, None]
+            keep[:first] = False
+            keep[end:] = False
         with torch.no_grad():  # not inference mode: FSDP, in a copy for several groups of ranks, fails in it
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         last = output.last_hidden_state[keep]
-        return self.auxiliary(keep), last.clone() if self.packs else last  # a slice would keep all of the group's
+        if self.packs:
+            last = last.clone()  # a slice would keep all of the group's states
+        return self.auxiliary(keep), last
 
     def auxiliary(self, keep=0):
         """The auxiliary hidden states [T, 3·Ht] that the last forward left behind; keep: which of [batch, tokens]."""
@@ -183,27 +202,32 @@ def resolve_sharding(args, world):
     return sharding
 
 
-def check_heads(text, tp_size):
+def check_heads(text_config, tp_size):
     """End the program if tensor parallelism cannot divide a target with this text configuration."""
     for name in ("num_attention_heads", "num_key_value_heads"):
-        if (heads := getattr(text, name, None) or tp_size) % tp_size:
-            fits = [n for n in range(1, heads + 1) if heads % n == 0]
-            common.fail(f"tp_size {tp_size} does not divide the target's {heads} {name}; these do: {fits}")
-    if tp_size > 1 and not text.base_model_tp_plan:
+        heads = getattr(text_config, name, None) or tp_size
+        if heads % tp_size:
+            fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+            common.fail(f"tp_size {tp_size} does not divide the target's {heads} {name}; these do: {fitting}")
+    if tp_size > 1 and not text_config.base_model_tp_plan:
         common.fail(
-            f"transformers has no tensor-parallel plan for model_type {text.model_type}: use target_sharding zero3"
+            f"transformers has no tensor-parallel plan for model_type {text_config.model_type}: use target_sharding "
+            "zero3"
         )
 
 
 def saved_dtype(model_dir, config):
     """The dtype that a target was saved in: its configuration's or, if that names none, its first weights'."""
     names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    for path in sorted(Path(model_dir).glob("*.safetensors")) if config.dtype is None else ():
+    if config.dtype is not None:
+        return config.dtype
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                if file.get_slice(name).get_dtype() in names:
-                    return names[file.get_slice(name).get_dtype()]
-    return config.dtype or torch.float32
+                dtype = file.get_slice(name).get_dtype()
+                if dtype in names:
+                    return names[dtype]
+    return torch.float32
 
 
 def find_decoder(model):
@@ -263,37 +287,81 @@ def full_tensor(parameter):
 
 
 def load(
-    model_dir, device="cpu", dtype="auto", layer_ids=None, trust_remote_code=False,
-    sharding="none", tp_size=1, offload="none", offload_path=None,
-):  # fmt: skip
+    model_dir,
+    device="cpu",
+    dtype="auto",
+    layer_ids=None,
+    trust_remote_code=False,
+    sharding="none",
+    tp_size=1,
+    offload="none",
+    offload_path=None,
+):
     """The target in memory, frozen, ready for hidden_states(); dtype "auto" is the one it was saved in.
 
-    sharding "tp": tp_size consecutive ranks share its layers; "zero3": all ranks do and gather them one by one, from
-    where `offload` says. Then all ranks call this, and each forward. The head and the embedding table are whole on
-    every rank: a part of the head would have to send 4·Vd bytes of probabilities for each token's 2·Ht of hidden state.
+    sharding "tp": tp_size consecutive ranks share its layers; "zero3": all ranks share them and gather them one by one,
+    from where `offload` says. Then all ranks call this, and each forward. The head and the embedding table are complete
+    on every rank: with a part of the head, ranks would exchange 4·Vd bytes of probabilities for each token instead of
+    2·Ht bytes of hidden states.
 
-    Loads with transformers, so single-file, sharded and tied weights need nothing here. Before it is used, its logits
-    are compared with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
+    transformers loads single-file, sharded and tied weights alike. Before the target is used, its logits are compared
+    with what Head makes of the last hidden state: a family that forms them otherwise ends the program.
     """
-    device, (text, whole_config) = torch.device(device), target_files.read_target_config(model_dir, trust_remote_code)
-    layers, layer_ids = (
-        text.num_hidden_layers,
-        list(layer_ids or target_files.default_layer_ids(text.num_hidden_layers)),
-    )
-    if not all(0 <= index <= layers for index in layer_ids) or len(set(layer_ids)) != len(layer_ids):
-        common.fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{layers}, the layers of {model_dir}")
-    options = {"device_map": {"": device}}  # straight to the device: a copy a rank fits no host memory
+    device = torch.device(device)
+    text_config, config = target_files.read_target_config(model_dir, trust_remote_code)
+    layer_ids = list(layer_ids or target_files.default_layer_ids(text_config.num_hidden_layers))
+    check_layers(model_dir, layer_ids, text_config.num_hidden_layers)
+    options = {"device_map": {"": device}}  # straight to the device: host memory does not hold a copy for each rank
+    zero3 = None
     if sharding == "tp":
         copies = dist.get_world_size() // tp_size
         several = {"dp_replicate_size": copies} if copies > 1 else {}
         options = {"distributed_config": DistributedConfig(tp_size=tp_size, **several)}
     elif sharding == "zero3":
-        dtype, options = saved_dtype(model_dir, whole_config) if dtype == "auto" else dtype, {}
-        zero3 = zero3_config(whole_config, device, dtype, offload, offload_path, trust_remote_code)
-        partitioned = HfDeepSpeedConfig(zero3)  # noqa: F841 (from_pretrained finds it as long as it lives)
+        options = {}
+        if dtype == "auto":
+            dtype = saved_dtype(model_dir, config)
+        zero3 = zero3_config(config, device, dtype, offload, offload_path, trust_remote_code)
+    options["dtype"] = dtype
+    model = read_model(model_dir, config, sharding, zero3, trust_remote_code, options)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if zero3:
+        partition(model, zero3)
+    inputs = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    head = Head(full_tensor(output.weight), full_tensor(output.bias))
+    embedding = head.weight if tied else full_tensor(inputs.weight)
+    if zero3:  # the full tensors take the place of the partitioned ones
+        output = torch.nn.Linear(1, 1, device="meta")
+        output.weight = frozen(head.weight)
+        output.bias = frozen(head.bias)
+        model.set_output_embeddings(output)
+        inputs.weight = frozen(embedding)
+    target = Target(model, text_config, head, embedding, layer_ids)
+    _fit_head(target)
+    target.packs = _ends_at_borders(target)
+    return target
+
+
+def check_layers(model_dir, layer_ids, count):
+    """End the program if these are not distinct auxiliary layers of a target with `count` layers."""
+    inside = all(0 <= index <= count for index in layer_ids)
+    if not inside or len(set(layer_ids)) != len(layer_ids):
+        common.fail(f"auxiliary layers {layer_ids}: must be distinct and within 0..{count}, the layers of {model_dir}")
+
+
+def read_model(model_dir, config, sharding, zero3, trust_remote_code, options):
+    """transformers' model of a target, frozen; zero3: DeepSpeed's configuration under which it is partitioned, or None.
+
+    Ends the program if the weights cannot be read or are not complete.
+    """
+    partitioned = HfDeepSpeedConfig(zero3) if zero3 else None  # from_pretrained finds it as long as it lives
     try:
-        model, info = automatic_class(whole_config).from_pretrained(
-            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        model, info = automatic_class(config).from_pretrained(
+            model_dir,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
@@ -301,29 +369,33 @@ def load(
         common.fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
     finally:
         unset_hf_deepspeed_config()
-    if info["missing_keys"]:  # transformers would go on with random values
-        common.fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
-    model.eval().requires_grad_(False)
-    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if sharding == "zero3":
-        import deepspeed
+        del partitioned
+    check_complete(model_dir, info)
+    return model.eval().requires_grad_(False)
 
-        # The table stays out of what is gathered in each forward, as the head does: both are whole on every rank.
-        model.set_input_embeddings(torch.nn.Identity())
-        deepspeed.initialize(model=find_decoder(model), config=zero3)
-        model.set_input_embeddings(inputs)
-    tied, head = inputs.weight is output.weight, Head(full_tensor(output.weight), full_tensor(output.bias))
-    embedding = head.weight if tied else full_tensor(inputs.weight)
-    if sharding == "zero3":
-        own = [x if x is None else torch.nn.Parameter(x, requires_grad=False) for x in (head.weight, head.bias)]
-        output = torch.nn.Linear(1, 1, device="meta")
-        output.weight, output.bias = own
-        model.set_output_embeddings(output)
-        inputs.weight = torch.nn.Parameter(embedding, requires_grad=False)
-    target = Target(model, text, head, embedding, layer_ids)
-    _fit_head(target)
-    target.packs = _ends_at_borders(target)
-    return target
+
+def check_complete(model_dir, info):
+    """End the program if weights of a target are missing: transformers would continue with random values."""
+    if info["missing_keys"]:
+        common.fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+
+
+def partition(model, zero3):
+    """Have DeepSpeed gather the decoder's layers one by one.
+
+    The embedding table is not gathered in each forward, nor is the head: both are complete on every rank.
+    """
+    import deepspeed
+
+    inputs = model.get_input_embeddings()
+    model.set_input_embeddings(torch.nn.Identity())
+    deepspeed.initialize(model=find_decoder(model), config=zero3)
+    model.set_input_embeddings(inputs)
+
+
+def frozen(tensor):
+    """A parameter without gradient; None stays None."""
+    return None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def share_of_weights(target, args, sharding, row_tokens):
@@ -356,8 +428,10 @@ def _probe(target, count):
 
 
 def _fit_head(target):
-    """Find scale and soft cap of the target's logits by one forward of the whole model; fail if nothing fits."""
-    config, head, ids = target.config, target.head, _probe(target, 8)
+    """Find scale and soft cap of the target's logits by one forward of the complete model; fail if nothing fits."""
+    config = target.config
+    head = target.head
+    ids = _probe(target, 8)
     with torch.no_grad():
         own = target.model(input_ids=ids[None], use_cache=False).logits[0].float()
         last = target.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
@@ -371,9 +445,11 @@ def _fit_head(target):
     gaps = {}
     for softcap in dict.fromkeys((cap or None, None)):
         for scale in scales:
-            head.scale, head.softcap = scale, softcap
+            head.scale = scale
+            head.softcap = softcap
             gaps[scale, softcap] = float((head.logits(last) - own).abs().max())
-    head.scale, head.softcap = best = min(gaps, key=gaps.get)  # the best, as small logits fit several
+    best = min(gaps, key=gaps.get)  # the best, as small logits fit several
+    head.scale, head.softcap = best
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
     if not gaps[best] <= tolerance * own.abs().max():
         common.fail(
@@ -384,22 +460,26 @@ def _fit_head(target):
 
 
 def _ends_at_borders(target):
-    """Whether a sequence gets the same states behind another one as alone; some families ignore the position ids."""
-    ids, count = _probe(target, 24), 16
-    behind, alone = target.hidden_states(ids, [count, 8])[1][count:], target.hidden_states(ids[count:], [8])[1]
-    gaps = (behind - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    """Whether a sequence gets the same states after another one as alone; some families ignore the position ids."""
+    count = 16
+    ids = _probe(target, count + 8)
+    _, packed = target.hidden_states(ids, [count, 8])
+    _, alone = target.hidden_states(ids[count:], [8])
+    gaps = (packed[count:] - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
     # The median, because rounding may send single tokens to other experts. What leaks in shows in every token.
-    return bool(gaps.median() < (1e-4 if alone.dtype == torch.float32 else 2e-2))
+    return bool(gaps.median() < tolerance)
 
 
 def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
     """A target of which only the head, the embedding table and the final norm are loaded: a model without layers."""
-    text, config = target_files.read_target_config(model_dir, trust_remote_code)
-    small, verbosity = copy.deepcopy(config), logging.get_verbosity()
+    text_config, config = target_files.read_target_config(model_dir, trust_remote_code)
+    small = copy.deepcopy(config)
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the tensors of all layers
     try:
         small.get_text_config().num_hidden_layers = 0
-        if getattr(text, "layer_types", None):
+        if getattr(text_config, "layer_types", None):
             small.get_text_config().layer_types = []
         model, info = automatic_class(config).from_pretrained(
             model_dir,
@@ -409,23 +489,33 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
             device_map={"": device},
             output_loading_info=True,
         )
-        output, table = model.eval().requires_grad_(False).get_output_embeddings(), model.get_input_embeddings().weight
-        target, called = (
-            Target(model, text, Head(full_tensor(output.weight), full_tensor(output.bias)), full_tensor(table), []),
-            [],
-        )
-        for part in target.decoder.modules():
-            part.register_forward_hook(lambda part, args, states: called.append((states, part)))
-        last = target.decoder(input_ids=_probe(target, 8)[None], use_cache=False).last_hidden_state
-        norm = next(part for states, part in called if states is last)
+        model.eval().requires_grad_(False)
+        output = model.get_output_embeddings()
+        head = Head(full_tensor(output.weight), full_tensor(output.bias))
+        embedding = full_tensor(model.get_input_embeddings().weight)
+        target = Target(model, text_config, head, embedding, [])
+        norm = find_norm(target)
         _fit_head(target)
     except Exception as error:  # of the family's own code, too
         common.fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
     finally:
         logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        common.fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
-    return Target(None, text, target.head, target.embedding, layer_ids, norm=norm)
+    check_complete(model_dir, info)
+    return Target(None, text_config, head, embedding, layer_ids, norm=norm)
+
+
+def find_norm(target):
+    """The final norm of a target: the module whose output is the decoder's last hidden state."""
+    called = []
+
+    def note(module, args, states):
+        called.append((states, module))
+
+    for part in target.decoder.modules():
+        part.register_forward_hook(note)
+    ids = _probe(target, 8)[None]
+    last = target.decoder(input_ids=ids, use_cache=False).last_hidden_state
+    return next(module for states, module in called if states is last)
 
 
 def load_as_asked(args, sharding, model_dir, device, layers):

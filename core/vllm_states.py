@@ -1,7 +1,10 @@
-"""vllm_states."""
+"""Hidden states from a vLLM server that runs the target, and from the files that its extractor writes.
+
+The server is started as examples/run_llama3_vllm.sh does, and shares a folder with this machine. A row's hidden states
+are [T, layers, Ht]: the auxiliary layers, and the last one before the final norm.
+"""
 
 import fcntl
-import functools
 import time
 from collections import defaultdict
 from multiprocessing.pool import ThreadPool
@@ -24,24 +27,29 @@ def add_server_flags(add):
 
 
 class VllmFiles:
-    """Rows in files of vLLM's extractor, as speculators names them: hs_N.safetensors is row N of the train split, in
-    the folder validation of that split. They are only read. They do not say of which target and layers they are.
-    """
+    """Rows in files of vLLM's extractor, as speculators names them: hs_N.safetensors is row N of the train split.
 
-    def __init__(self, folder, data, shape):
-        """data: the splits; shape: auxiliary layers and the last one, and hidden size."""
-        self.folder, self.data, self.shape = Path(folder), data, shape
-        self.layer_count = shape[0] - 1  # auxiliary layers
-        self.refresh()
+    Those of the validation split are in the folder validation. The files are only read. They do not say which target
+    and layers they belong to.
+    """
 
     before_norm = True  # last hidden states are those before the final norm
 
+    def __init__(self, folder, data, shape):
+        """data: the splits; shape: auxiliary layers and the last one, and hidden size."""
+        self.folder = Path(folder)
+        self.data = data
+        self.shape = shape
+        self.layer_count = shape[0] - 1  # auxiliary layers
+        self.refresh()
+
     def refresh(self):
         """As Store.refresh."""
-        found = [(split, path) for split in self.data for path in self.path(split, 0).parent.glob("hs_*.safetensors")]
-        self.rows = {
-            f"{split}/{path.stem.removeprefix('hs_')}": (path.relative_to(self.folder), None) for split, path in found
-        }
+        self.rows = {}
+        for split in self.data:
+            for path in self.path(split, 0).parent.glob("hs_*.safetensors"):
+                number = path.stem.removeprefix("hs_")
+                self.rows[f"{split}/{number}"] = (path.relative_to(self.folder), None)
 
     def flush(self, wait=False):
         """Nothing: the files are only read."""
@@ -53,26 +61,31 @@ class VllmFiles:
         """As Store.read, with last_hidden_states from before the final norm."""
         split, number = row.split("/")
         input_ids, loss_mask = (torch.tensor(self.data[split][int(number)][name]) for name in dataloader.COLUMNS)
-        states, wrong = read_extracted(self.path(split, number), input_ids.tolist(), self.shape)
-        if wrong:
-            return None, wrong
+        states, problem = read_extracted(self.path(split, number), input_ids.tolist(), self.shape)
+        if problem:
+            return None, problem
         count, teachers = slots.tokens_read(loss_mask)
-        states = states[:count, :-1].flatten(1), states[teachers, -1]
-        return dict(zip((*dataloader.COLUMNS, *hidden_states.STATES), (input_ids, loss_mask, *states), strict=True)), ""
+        auxiliary = states[:count, :-1].flatten(1)
+        last = states[teachers, -1]
+        names = (*dataloader.COLUMNS, *hidden_states.STATES)
+        return dict(zip(names, (input_ids, loss_mask, auxiliary, last), strict=True)), ""
 
 
 def read_extracted(path, input_ids, shape):
-    """(hidden_states [T, layers, Ht], "") of a file of vLLM's extractor, or (None, what is wrong with it)."""
+    """(hidden_states [T, layers, Ht], "") of a file of vLLM's extractor, or (None, the problem with it)."""
     try:
         with safe_open(path, "pt") as file:
-            states, tokens = file.get_tensor("hidden_states"), file.get_tensor("token_ids").tolist()
+            states = file.get_tensor("hidden_states")
+            tokens = file.get_tensor("token_ids").tolist()
     except FileNotFoundError:
         return None, "missing"
     except (OSError, SafetensorError):
         return None, "damaged"
     if tokens != input_ids:
         return None, "of other tokens"
-    return (states, "") if states.shape == (len(tokens), *shape) else (None, f"of shape {tuple(states.shape)}")
+    if states.shape != (len(tokens), *shape):
+        return None, f"of shape {tuple(states.shape)}"
+    return states, ""
 
 
 def request(args, path, body=None):
@@ -108,20 +121,27 @@ class Server:
     """A vLLM server started with extract_hidden_states: it answers with the path of a file in a shared folder."""
 
     def __init__(self, args, model, shape):
-        self.args, self.model, self.shape = args, model, shape
-        self.pool, self.asked = ThreadPool(REQUESTS), defaultdict(list)  # a row ends one epoch and begins the next
+        self.args = args
+        self.model = model
+        self.shape = shape
+        self.pool = ThreadPool(REQUESTS)
+        self.asked = defaultdict(list)  # lists, because a row may end one epoch and begin the next
 
     def ask(self, row, input_ids):
         """Send a request; at most REQUESTS are under way."""
-        work = functools.partial(self.generate, input_ids)
-        self.asked[row].append(self.pool.apply_async(ask_for, (self.args, f"row {row}", work)))
+
+        def work():
+            return self.generate(input_ids)
+
+        result = self.pool.apply_async(ask_for, (self.args, f"row {row}", work))
+        self.asked[row].append(result)
 
     def take(self, row):
         """hidden_states [T, layers, Ht] of a row that was asked for, on the CPU; ServerFailed."""
         return self.asked[row].pop(0).get()
 
     def generate(self, input_ids):
-        """One request. Its file's lock is held by the server until the file is whole; both are removed."""
+        """One request. The server holds the lock of its file until the file is complete; both are removed."""
         end = time.monotonic() + self.args.request_timeout
         body = {"model": self.model, "prompt": input_ids, "max_tokens": 1, "return_token_ids": True}
         answer = request(self.args, "completions", body)
@@ -136,17 +156,17 @@ class Server:
                     if time.monotonic() > end:
                         raise TimeoutError(f"{path} is still being written")
                     time.sleep(0.005)
-                states, wrong = read_extracted(path, input_ids, self.shape)
-                states = states if wrong else states.clone()  # it lies in the file's pages
+                states, problem = read_extracted(path, input_ids, self.shape)
+                states = states if problem else states.clone()  # it lies in the file's pages
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}: its folder must be seen here under the same path") from error
         for name in (f"{path}.lock", path):
             Path(name).unlink(missing_ok=True)
-        if wrong in ("missing", "damaged"):
-            raise OSError(f"{path} is {wrong}")
-        if wrong or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
+        if problem in ("missing", "damaged"):
+            raise OSError(f"{path} is {problem}")
+        if problem or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
             raise server.ServerFailed(
-                f"what it gives is {wrong or 'of other tokens'}, not {len(input_ids)} x {self.shape}"
+                f"what it gives is {problem or 'of other tokens'}, not {len(input_ids)} x {self.shape}"
             )
         return states
 

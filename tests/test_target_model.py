@@ -332,17 +332,17 @@ def test_head_teaches_what_the_full_logits_say(options, dtype):
     full, head.weight = full_logits(head, hidden), head.weight.to(dtype)
     head.bias = None if bias is None else bias.to(dtype)
     for draft_ids in (torch.randperm(501)[:60].sort().values, torch.arange(501)):
-        p, mass, argmax = head.teach(hidden, draft_ids)
+        p, mass, argmax = head.teacher(hidden, draft_ids)
         assert p.dtype == mass.dtype == dtype and argmax.dtype == torch.int64
         assert torch.allclose(p.double(), full[:, draft_ids].softmax(-1), atol=1e-6)
         assert torch.allclose(mass.double(), full.softmax(-1)[:, draft_ids].sum(-1), atol=1e-6)
         assert torch.equal(argmax, full.argmax(-1))
-    assert head.teach(hidden.to(torch.bfloat16), draft_ids)[0].dtype == dtype
+    assert head.teacher(hidden.to(torch.bfloat16), draft_ids)[0].dtype == dtype
 
 
 def test_a_draft_vocabulary_that_the_target_never_says_is_no_division_by_zero():
     head = target_model.Head(torch.tensor([[400.0], [0.0], [1.0]]))
-    p, mass, argmax = head.teach(torch.ones(1, 1), torch.tensor([1, 2]))
+    p, mass, argmax = head.teacher(torch.ones(1, 1), torch.tensor([1, 2]))
     assert (
         torch.allclose(p, torch.tensor([[0.0, 1.0]]).softmax(-1)) and mass.tolist() == [0.0] and argmax.tolist() == [0]
     )
@@ -356,12 +356,12 @@ def test_head_takes_the_lowest_of_equal_ids(softcap):
     for ids in ([37, 38], [12, 95], [99], [0, 9, 10]):
         head = target_model.Head(weight.clone(), softcap=softcap)
         head.weight[ids] = torch.full((8,), 4.0)
-        argmax = head.teach(torch.ones(5, 8), torch.arange(3))[2].tolist()
+        argmax = head.teacher(torch.ones(5, 8), torch.arange(3))[2].tolist()
         assert argmax == [int(head.logits(torch.ones(1, 8)).argmax())] * 5
         assert softcap or argmax == [min(ids)] * 5
     saturated = target_model.Head(torch.full((100, 8), 50.0), softcap=0.5)
     saturated.weight[:42] = -50.0
-    assert saturated.teach(torch.ones(2, 8), torch.arange(100))[2].tolist() == [42, 42]
+    assert saturated.teacher(torch.ones(2, 8), torch.arange(100))[2].tolist() == [42, 42]
 
 
 # ---------------------------------------------------------------------------- command line
