@@ -290,7 +290,8 @@ def token_loss(logits, p, mass):
     """Soft cross-entropy -Σ p log q of each prediction: [N].
 
     logits [N, Vd] of the draft; p [N, Vd]: the target's distribution, renormalised over the draft vocabulary; mass [N]:
-    the share of the target's probability that lies in it. All in fp32 at least. Autograd differentiates this function.
+    the share of the target's probability that lies in it. All in fp32 at least. Autograd differentiates
+    this function. On GPUs it is compiled as one graph: no .item(), no print, no boolean indexing.
     """
     log_q = logits.log_softmax(dim=-1)
     return -(p * log_q).sum(dim=-1)
@@ -349,6 +350,7 @@ def objective(
             hidden, keys = checkpoint(ttt_step, *arguments, **RECOMPUTED)
         else:
             hidden, keys = ttt_step(*arguments)  # [n_i, H]
+        del arguments  # the keys before these
         normed = draft.norm(hidden)
         outputs.append(normed)  # [n_i, H]
         weights.append(torch.full_like(live, decay**i, dtype=wide))  # [n_i]
@@ -544,6 +546,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
         loss, sums, _ = run_draft(draft, batch, states, source.target, d2t, args.ttt_step_loss_decay)
         return loss, sums
 
+    start = time.monotonic() - progress.seconds
     if progress.evaluation_due:  # it was interrupted
         evaluate_now(args, run, engine, source, data, d2t, record, progress)
     steps = dataloader.read_steps(
@@ -557,7 +560,6 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
         total_seq_len=args.total_seq_len,
         **loader_options(args),
     )
-    start = time.monotonic() - progress.seconds
     mark = saved_at = time.monotonic()
     last_good = progress
     with ranks.stop_signals() as signals, contextlib.closing(steps):
@@ -571,7 +573,9 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
             count_step(progress, engine, batches, sums, problem)
             if problem:
                 record.line(f"step {step} is left out, it is not finite: {problem}")
-            now = time.monotonic()
+            too_old = 0 < 60 * args.save_minutes < time.monotonic() - saved_at
+            stop, too_old = ranks.any_rank(engine.device, signals, too_old)
+            now = time.monotonic()  # the ranks have met, so the device has finished the step
             progress.step = step
             progress.seconds = now - start
             progress.spent += now - mark
@@ -579,10 +583,8 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
                 end_badly(record, progress.bad, save(last_good))
             record.advance()
 
-            # --- what is due: the ranks decide together ---
+            # --- what is due ---
             last = step == run.total_steps
-            too_old = 0 < 60 * args.save_minutes < now - saved_at
-            stop, too_old = ranks.any_rank(engine.device, bool(signals), record.is_main and too_old)
             save_due = stop or too_old or is_due(run, step, args.save_interval, args.save_steps)
             evaluation_due = "validation" in data and is_due(run, step, args.eval_interval, args.eval_steps)
 
@@ -606,7 +608,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
 
             # --- stop ---
             if stop and not last:
-                record.line(f"stopped behind step {step} by {(signals or ['a signal'])[0]}: --resume continues")
+                record.line(f"stopped after step {step} by {(signals or ['a signal'])[0]}: --resume continues")
                 return False
             mark = time.monotonic()  # tokens/s is about training
     return True

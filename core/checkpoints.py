@@ -59,8 +59,7 @@ class Progress:
 
     def add(self, sums):
         """Add one step's sums {name: tensor}."""
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
 
     def restart(self):
         """Begin a new interval between two log lines."""
@@ -237,7 +236,9 @@ def publish(building, folder, state):
         problem = f"{path} cannot be written: {error}"
     gathered = ranks.gather(measured)
     problem = first_problem(problem)
-    if rank == 0 and not problem:
+    if problem:
+        return problem
+    if rank == 0:
         files = {name: numbers for part in gathered for name, numbers in part.items()}
         try:
             common.write_atomic(building / STATE, json.dumps({**state, "files": files}, indent=1) + "\n")
@@ -247,7 +248,7 @@ def publish(building, folder, state):
             sync(folder.parent)
         except OSError as error:
             problem = f"{building} cannot be written: {error}"
-    return problem or first_problem(problem)
+    return first_problem(problem)
 
 
 def write_final(engine, folder, files, write_draft):
@@ -412,6 +413,8 @@ def find_state(args, engine, decisive):
         start = f"from the weights of {given}" if given else "from the beginning"
         print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {start}", file=sys.stderr)
         return None, None
+    if RANKS not in state["files"]:
+        common.fail(f"{folder} was written by an older version: start from its weights without --resume")
     if folder not in elsewhere:  # an interruption may have come before the links
         link_newest(folder, state["best"])
     for name in decisive:

@@ -2,7 +2,7 @@
 
 In:  a folder written by prepare_data.py; the number of ranks and the sizes of batches.
 Out: per rank and optimizer step its micro-batches: complete sequences, concatenated without padding, and beside each
-     what a source of hidden states (core/hidden_states.py) fetches for it. It knows no draft: the trainer hands in
+     what a source of hidden states (core/states.py) fetches for it. It knows no draft: the trainer hands in
      `collate`, which makes a Batch of rows.
 """
 
@@ -210,7 +210,7 @@ def map_parts(value, kind, replace):
         return type(value)(**parts)
     if isinstance(value, dict):
         return {key: map_parts(part, kind, replace) for key, part in value.items()}
-    if isinstance(value, list | tuple) and value and not isinstance(value[0], int):  # numbers are no containers
+    if isinstance(value, list | tuple) and not all(type(part) is int for part in value):
         parts = [map_parts(part, kind, replace) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
@@ -324,7 +324,7 @@ def read_steps(
 ):
     """Yield this rank's batches of each of `steps` (a range; default: an epoch), read ahead by num_workers processes.
 
-    source: hidden_states.Online or Stored, whose `fetch` runs in the workers; collate(rows) -> Batch; name: of the
+    source: states.Online or Stored, whose `fetch` runs in the workers; collate(rows) -> Batch; name: of the
     split.
     """
     data = Steps(

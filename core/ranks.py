@@ -291,8 +291,8 @@ def on_first_rank(work):
 
 
 def any_rank(device, *flags):
-    """Of each flag whether any rank has it. One all_reduce."""
-    votes = torch.tensor(flags, dtype=torch.float32, device=device)
+    """Of each flag whether it is true on any rank. One all_reduce."""
+    votes = torch.tensor([bool(flag) for flag in flags], dtype=torch.float32, device=device)
     dist.all_reduce(votes)
     return [count > 0 for count in votes.tolist()]
 

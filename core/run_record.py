@@ -58,7 +58,7 @@ def ask_git(*words, expected=0):
     if not shutil.which("git"):
         return None
     command = ["git", "-C", str(REPOSITORY), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return done.stdout if done.returncode == expected else None
 
 
@@ -69,7 +69,7 @@ def edited_source(trainer, step):
     latter alone; else nothing. Each start that continues a run has names of its own.
     """
     difference = ask_git("diff", "--binary", "HEAD", "--", ".")
-    new = ask_git("ls-files", "--others", "--exclude-standard", "--", "*.py") or ""
+    new = ask_git("ls-files", "--others", "--exclude-standard", "--", ":(glob)*.py", ":(glob)core/*.py") or ""
     for name in new.splitlines():  # a difference to nothing has exit code 1
         difference = (difference or "") + (ask_git("diff", "--no-index", "--", "/dev/null", name, expected=1) or "")
     if difference == "":

@@ -28,7 +28,7 @@ class Run:
     total_steps: int
     scheduler_warmup_steps: int
     scheduler_total_steps: int
-    engine: dict  # optimization.engine_kind of DeepSpeed's configuration
+    engine: dict  # checkpoints.engine_kind of DeepSpeed's configuration
     fingerprints: dict  # of the data and the target
     resume_from_checkpoint: str | None  # folder that the training continues or the draft starts from
 

@@ -42,7 +42,7 @@ def test_stopped_by_a_signal_and_resumed_is_the_undisturbed_run(work, tmp_path, 
     at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(work, out)
     assert oct((out / "latest" / "model.safetensors").stat().st_mode)[-3:] == "644", "others may serve it"
-    assert "stopped behind step 7 by SIGTERM: --resume continues" in capsys.readouterr().out
+    assert "stopped after step 7 by SIGTERM: --resume continues" in capsys.readouterr().out
     assert (out / "latest").resolve().name == "step_00000007" and not (out / "final").exists()
     monkeypatch.undo()
     train(work, out, "--resume")
@@ -109,7 +109,7 @@ def test_every_rank_ends_with_0_when_one_is_asked_to_stop(work, starts, tmp_path
         asked = max(int(path.name[5:]) for path in out.glob("step_*"))
         assert starts.wait() == [0, 0]
         (line,) = [x for x in (tmp_path / "log").read_text().splitlines() if x.startswith("stopped")][number:]
-        stopped = int(line.split("behind step ")[1].split()[0])
+        stopped = int(line.split("after step ")[1].split()[0])
         assert asked <= stopped <= asked + 2, "the step under way, behind the checkpoint that may be under way"
         assert (out / "latest").resolve().name == f"step_{stopped:08d}"
         readable(out)
