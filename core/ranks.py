@@ -23,9 +23,13 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.file_baton import FileBaton
 
 from core import common
+
+try_acquire = FileBaton.try_acquire
+LOCK_PATIENCE = 5  # seconds
+LOCAL_FILE_SYSTEMS = {"btrfs", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}  # no other machine writes here
 
 
 def start_distributed(timeout, local_rank=-1):
@@ -64,7 +68,7 @@ def start_distributed(timeout, local_rank=-1):
     timeout = datetime.timedelta(minutes=timeout)
     # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
-    remove_old_locks()
+    FileBaton.try_acquire = acquire_build_lock
     import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
 
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
@@ -73,14 +77,50 @@ def start_distributed(timeout, local_rank=-1):
     return device
 
 
-def remove_old_locks():
-    """Remove locks of builds that were killed: torch would wait for them without end. A build takes minutes at most."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        with contextlib.suppress(OSError):  # another rank was faster
-            if time.time() - lock.stat().st_mtime > 900:
-                lock.unlink()
+def acquire_build_lock(baton):
+    """torch's FileBaton.try_acquire, except that the lock of a process which was killed is taken over.
+
+    torch takes the lock at each start, not only to build, and would wait without end for a process that was killed
+    then. Returns whether this process has the lock; if not, another one has built.
+    """
+    lock = Path(baton.lock_file_path)
+    checked = time.monotonic()
+    while not try_acquire(baton):
+        time.sleep(0.1)
+        if not lock.exists():
+            return False
+        if time.monotonic() - checked > LOCK_PATIENCE:
+            checked = time.monotonic()
+            if is_abandoned(lock):
+                lock.unlink(missing_ok=True)
                 print(f"{lock} was left by a build that was interrupted: removed", file=sys.stderr)
+    return True
+
+
+def is_abandoned(lock):
+    """Whether a lock's process is gone: none here has the file open, or, if it may be elsewhere, 15 minutes passed."""
+    with contextlib.suppress(FileNotFoundError):
+        before = lock.stat()
+        if time.time() - before.st_mtime > 900:
+            return True
+        if is_open(lock) or file_system(lock) not in LOCAL_FILE_SYSTEMS:
+            return False
+        time.sleep(1)  # a process that closes its lock removes it at once
+        return lock.stat().st_mtime_ns == before.st_mtime_ns and not is_open(lock)
+    return False
+
+
+def is_open(path):
+    """Whether a process of this machine has a file open."""
+    open_files = (process.info["open_files"] or [] for process in psutil.process_iter(["open_files"]))
+    return any(file.path == os.path.realpath(path) for files in open_files for file in files)
+
+
+def file_system(path):
+    """The type of the file system that holds a path, as in "ext4"."""
+    path = Path(path).resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next(mounts[folder] for folder in [path, *path.parents] if folder in mounts)
 
 
 class Watch:

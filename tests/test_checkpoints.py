@@ -71,6 +71,21 @@ def test_checkpoints_by_the_clock(work, tmp_path, monkeypatch):
     assert sorted(path.name[-2:] for path in (tmp_path / "out").glob("step_*")) == ["03", "06", "09", "12"]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_problem_of_one_rank_is_told_to_all(rank, tmp_path, monkeypatch):
+    """A disk that is full on rank 0 alone: rank 1 waits for its word, so every rank takes part in every exchange."""
+    told = []
+    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(checkpoints.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints.ranks, "on_first_rank", lambda act: act())
+    monkeypatch.setattr(checkpoints.ranks, "gather", lambda value: [value])
+    monkeypatch.setattr(checkpoints, "first_problem", lambda problem: told.append(problem) or problem)
+    building = tmp_path / ".step_00000001.building"
+    building.mkdir()  # without deepspeed/, which rank 0 flushes
+    problem = checkpoints.publish(building, tmp_path / "step_00000001", {})
+    assert told == ["", problem] and ("cannot be written" in problem) == (rank == 0)
+
+
 def poisoned(monkeypatch, steps, row=None):
     """The loss of these optimizer steps is not a number, of a micro-batch with this row only or of all."""
     original = train_eagle3.run_draft

@@ -4,6 +4,7 @@ import itertools
 import math
 import pickle
 from random import Random
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -337,6 +338,24 @@ def test_a_rank_without_rows_takes_part_in_the_forwards_and_has_a_batch_without_
     assert all(batch.normaliser >= 0 for batch in idle)
     # A worker hands over one tensor, whatever a batch holds.
     assert all(list(tensors) == [torch.int64] for _, tensors in packed)
+
+
+class Pair(NamedTuple):
+    count: int
+    values: torch.Tensor
+
+
+def test_tensors_anywhere_in_a_batch_are_packed():
+    """A `collate` of one's own may return any containers of tensors and plain values."""
+    wide, narrow = torch.arange(6).view(2, 3), torch.tensor([0.5, 1.5])
+    batches = [(3, wide), Pair(2, narrow), {"nothing": (), "lengths": [1, 2], "one": torch.tensor(7)}]
+    packed, tensors = dataloader.pack_tensors(batches)
+    assert {dtype: len(flat) for dtype, flat in tensors.items()} == {torch.int64: 7, torch.float32: 2}
+    packed = pickle.loads(pickle.dumps(packed))
+    (number, same_wide), pair, rest = dataloader.unpack((packed, tensors), "cpu")
+    assert number == 3 and same_wide.equal(wide)
+    assert type(pair) is Pair and pair.count == 2 and pair.values.equal(narrow)
+    assert rest["nothing"] == () and rest["lengths"] == [1, 2] and rest["one"].equal(torch.tensor(7))
 
 
 def test_an_epoch_is_one_order_for_all_and_another_one_for_each_seed_and_epoch():

@@ -3,13 +3,17 @@
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch.distributed as dist
+from torch.utils.file_baton import FileBaton
 
 from core import ranks
+from helpers import training
 
 
 @pytest.fixture
@@ -67,16 +71,65 @@ def test_a_forked_process_closes_the_connections_and_nothing_else(watch):
     theirs.close()
 
 
-def test_lock_of_a_build_that_was_killed_is_removed_and_of_one_under_way_is_not(tmp_path, monkeypatch, capsys):
-    old, fresh = tmp_path / "cpu_adam" / "lock", tmp_path / "py311_cpu" / "shm" / "lock"
-    for lock, age in ((old, 901), (fresh, 880)):
-        lock.parent.mkdir(parents=True)
+HOLD = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """(lock, process): a lock as torch takes it when it builds an extension, and the process that holds it."""
+    monkeypatch.setattr(ranks, "LOCK_PATIENCE", 0.3)
+    lock = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield lock, process
+        process.kill()
+
+
+def acquire(lock):
+    """A thread that acquires a lock, and the list into which it puts the answer."""
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ranks.acquire_build_lock(FileBaton(lock))), daemon=True)
+    thread.start()
+    return thread, answers
+
+
+def test_lock_of_a_build_that_was_killed_is_taken_over(held, capsys):
+    lock, process = held
+    thread, answers = acquire(lock)
+    thread.join(1)
+    assert not answers and lock.exists()  # the process lives
+    process.kill()
+    process.wait()
+    thread.join(10)
+    assert answers == [True] and lock.exists()
+    assert capsys.readouterr().err == f"{lock} was left by a build that was interrupted: removed\n"
+
+
+def test_build_of_another_process_is_waited_for(held):
+    lock, _ = held
+    thread, answers = acquire(lock)
+    thread.join(1)
+    assert not answers
+    lock.unlink()
+    thread.join(10)
+    assert answers == [False] and not lock.exists()
+
+
+def test_lock_of_another_machine_is_taken_over_after_a_quarter_of_an_hour(tmp_path, monkeypatch):
+    lock = tmp_path / "lock"
+    monkeypatch.setattr(ranks, "file_system", lambda path: "nfs4")
+    for age, abandoned in ((880, False), (901, True)):
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    ranks.remove_old_locks()
-    assert not old.exists() and fresh.exists()
-    assert capsys.readouterr().err == f"{old} was left by a build that was interrupted: removed\n"
+        assert ranks.is_abandoned(lock) == abandoned
+    lock.unlink()
+    assert not ranks.is_abandoned(lock)
+
+
+def test_training_takes_locks_over(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(FileBaton, "try_acquire", ranks.try_acquire)
+    training.run(work, tmp_path / "out", "--dry_run")
+    assert FileBaton.try_acquire is ranks.acquire_build_lock
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def test_run_of_an_edited_tree_can_be_repeated_from_what_it_keeps(tmp_path):
     assert EDIT[0] in trainer.read_text()
     trainer.write_text(trainer.read_text().replace(*EDIT))
     (tree / "core" / "extra.py").write_text(NEW)
+    (tree / "scratch").mkdir()
+    (tree / "scratch" / "note.py").write_text("a file of one's own is not the program's\n")
     edited, settings = dry_run(tree, work, tmp_path / "edited")
     assert settings["source_files"] == ["source.diff", "train_eagle3.py"]
     assert (tmp_path / "edited" / "train_eagle3.py").read_text() == trainer.read_text()
@@ -67,7 +69,7 @@ def test_run_of_an_edited_tree_can_be_repeated_from_what_it_keeps(tmp_path):
     git(again, "checkout", "-q", settings["git_commit"])
     assert EDIT[1] not in (again / "train_eagle3.py").read_text()
     git(again, "apply", str(tmp_path / "edited" / "source.diff"))
-    assert (again / "core" / "extra.py").read_text() == NEW
+    assert (again / "core" / "extra.py").read_text() == NEW and not (again / "scratch").exists()
     repeated, settings = dry_run(again, work, tmp_path / "repeated")
     assert edited.keys() == repeated.keys() and all(edited[name].equal(repeated[name]) for name in edited)
     assert (tmp_path / "repeated" / "source.diff").read_text() == (tmp_path / "edited" / "source.diff").read_text()
