@@ -700,7 +700,7 @@ def parse_args(argv=None):
     add_draft_flags(parser.add_argument_group("draft").add_argument)
     add_optimizer_flags(parser.add_argument_group("objective and optimizer").add_argument)
     add_batch_flags(parser.add_argument_group("length and batches").add_argument)
-    add_run_flags(parser.add_argument_group("run").add_argument)
+    setup.add_run_flags(parser.add_argument_group("run").add_argument)
     args = parser.parse_args(foreign_flags.drop(argv, foreign_flags.OF_TRAINERS, foreign_flags.ALIASES))
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in run_record.TRACKERS]
@@ -758,32 +758,6 @@ def add_batch_flags(add):
     add("--num_workers", type=NATURAL, default=2, help="processes per rank that read ahead; 0 = none")
     add("--prefetch_factor", type=POSITIVE, default=4, help="optimizer steps that each reads ahead")
     add("--gradient_checkpointing", action=common.Switch, help="recompute the draft's layer in the backward pass")
-
-
-def add_run_flags(add):
-    config = str(Path(__file__).resolve().parent / "ds_configs" / "zero2.json")
-    metrics = ("acceptance_length", "loss")
-    add("--output_dir", default="./output", help="where everything is written")
-    add("--log_steps", type=POSITIVE, default=50, help="optimizer steps between two log lines")
-    add("--eval_interval", type=POSITIVE, default=1, help="epochs; the end is always evaluated")
-    add("--save_interval", type=POSITIVE, default=1, help="epochs; the end is always saved")
-    add("--eval_steps", type=NATURAL, default=0, help="optimizer steps; 0 = by epoch only")
-    add("--save_steps", type=NATURAL, default=0, help="optimizer steps; 0 = by epoch only")
-    add("--save_minutes", type=NOT_NEGATIVE, default=0, help="minutes between checkpoints; 0 = off")
-    add("--save_total_limit", type=NATURAL, default=0, help="newest checkpoints kept, and the best; 0 = all")
-    add("--save_best", action=common.Switch, help="save whenever the evaluation is the best so far; `best` links to it")
-    add("--best_metric", choices=metrics, default=metrics[0], help="of the validation split")
-    add("--max_bad_steps", type=POSITIVE, default=10, help="non-finite steps in a row that end the run")
-    add("--resume", action=common.Switch, help="continue the newest complete checkpoint of output_dir, if there is one")
-    add("--resume_from_checkpoint", help="with resume: if output_dir has none; without: draft to start from")
-    add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume")
-    add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
-    add("--run_name", help="name of the run in the trackers; none: theirs")
-    add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")
-    add("--seed", type=int, default=0, help="of initialisation and data order")
-    add("--dist_timeout", type=NOT_NEGATIVE, default=20, help="minutes a collective may take")
-    add("--deepspeed_config", default=config, help="ZeRO, precision, offload")
-    add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
 
 
 # ==================== Main ===========================================================================================

@@ -15,6 +15,10 @@ import torch
 
 from core import common, draft_files, target_files, target_model, vocabulary
 
+POSITIVE = common.at_least(int, 1)
+NATURAL = common.at_least(int, 0)
+NOT_NEGATIVE = common.at_least(float, 0)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,6 +42,33 @@ class Run:
 
 
 # ==================== Flags ==========================================================================================
+
+
+def add_run_flags(add):
+    """The flags that every trainer has; add: the add_argument of their group."""
+    config = str(Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json")
+    metrics = ("acceptance_length", "loss")
+    add("--output_dir", default="./output", help="where everything is written")
+    add("--log_steps", type=POSITIVE, default=50, help="optimizer steps between two log lines")
+    add("--eval_interval", type=POSITIVE, default=1, help="epochs; the end is always evaluated")
+    add("--save_interval", type=POSITIVE, default=1, help="epochs; the end is always saved")
+    add("--eval_steps", type=NATURAL, default=0, help="optimizer steps; 0 = by epoch only")
+    add("--save_steps", type=NATURAL, default=0, help="optimizer steps; 0 = by epoch only")
+    add("--save_minutes", type=NOT_NEGATIVE, default=0, help="minutes between checkpoints; 0 = off")
+    add("--save_total_limit", type=NATURAL, default=0, help="newest checkpoints kept, and the best; 0 = all")
+    add("--save_best", action=common.Switch, help="save whenever the evaluation is the best so far; `best` links to it")
+    add("--best_metric", choices=metrics, default=metrics[0], help="of the validation split")
+    add("--max_bad_steps", type=POSITIVE, default=10, help="non-finite steps in a row that end the run")
+    add("--resume", action=common.Switch, help="continue the newest complete checkpoint of output_dir, if there is one")
+    add("--resume_from_checkpoint", help="with resume: if output_dir has none; without: draft to start from")
+    add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume")
+    add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
+    add("--run_name", help="name of the run in the trackers; none: theirs")
+    add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")
+    add("--seed", type=int, default=0, help="of initialisation and data order")
+    add("--dist_timeout", type=NOT_NEGATIVE, default=20, help="minutes a collective may take")
+    add("--deepspeed_config", default=config, help="ZeRO, precision, offload")
+    add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
 
 
 def check_flags(args):
