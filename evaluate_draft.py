@@ -36,7 +36,17 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import prepare_data
 import train_eagle3
-from core import common, conversations, dataloader, draft_files, rendering, target_files, target_model, vocabulary
+from core import (
+    common,
+    conversation_files,
+    conversations,
+    dataloader,
+    draft_files,
+    rendering,
+    target_files,
+    target_model,
+    vocabulary,
+)
 
 # ==================== Target and draft with their caches =============================================================
 
@@ -231,19 +241,18 @@ def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
 # ==================== Prompts, target and draft ======================================================================
 
 
-def read_prompts(path, tokenizer, limit=None, options=None):
-    """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program.
+def read_prompts(path, tokenizer, limit=None, options=None, **flags):
+    """Token ids of at most `limit` prompts of a data set or a prepared folder; a bad row ends the program.
 
-    options: variables of the tokenizer's template. The prompt of a row with several turns ends before the last reply:
+    flags: of core/conversation_files.py. options: variables of the tokenizer's template. The prompt of a row with
+    several turns ends before the last reply:
     templates of reasoning targets render earlier replies as history, without the thought that the target would begin.
     """
-    if Path(path).is_dir():
+    if Path(path, "data_config.json").is_file():
         prompts = read_prepared_prompts(path, tokenizer, limit)
-    elif Path(path).is_file():
-        lines = itertools.islice(conversations.read_lines(path), limit)
-        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
     else:
-        common.fail(f"prompts {path} does not exist")
+        lines = itertools.islice(conversation_files.open_source(str(path), "prompt", flags).rows(), limit)
+        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
     if not prompts or not all(prompts):
         common.fail(f"{path} has no prompts, or an empty one")
     return prompts
@@ -468,7 +477,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("target, draft and prompts").add_argument
     add("--target_model_path", required=True, help="folder or hub id of the target")
     add("--draft_model_path", required=True, help="draft checkpoint, flat or speculators form")
-    add("--prompts", required=True, help='JSON Lines of conversations or {"prompt": text}, or a prepared folder')
+    add("--prompts", required=True, help='conversations or {"prompt": text} in any form of prepare_data.py --dataset')
+    add("--prompt_split", help="split of a hub data set; none: test, else validation, or its only one")
+    conversation_files.add_flags(add)
     add("--num_prompts", type=common.at_least(int, 1), help="use the first prompts only; none: all")
     add(
         "--chat_template",
@@ -491,7 +502,8 @@ def main(args):
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
-    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
+    flags = {name: getattr(args, name) for name in conversation_files.PROMPT_FLAGS}
+    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options, **flags)
     config, tensors = draft_files.read_draft(args.draft_model_path)
     text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
     draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)

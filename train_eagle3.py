@@ -39,6 +39,7 @@ from core import (
     attention,
     checkpoints,
     common,
+    conversation_files,
     dataloader,
     draft_files,
     foreign_flags,
@@ -712,8 +713,9 @@ def parse_args(argv=None):
 
 def add_data_flags(add):
     add("--target_model_path", required=True, help="folder or hub id; a folder may hold one nested or MLflow model")
-    add("--dataset_train_split", help="JSON Lines of conversations; prepared into output_dir/data")
+    add("--dataset_train_split", help="conversations, see prepare_data.py --dataset; prepared into output_dir/data")
     add("--dataset_validation_split", help="the same, for evaluation; none: no evaluation")
+    conversation_files.add_preparation_flags(add)
     add("--data_path", help="folder written by prepare_data.py, instead of the two above")
     add("--chat_template", default="llama3", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto: found out")
     add("--max_length", type=common.at_least(int, 2), default=2048, help="tokens; longer conversations are truncated")
@@ -826,6 +828,7 @@ def prepare_conversations(args):
         num_proc=args.build_dataset_num_proc,
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
+        **conversation_files.read_flags(args),
     )
     return folder
 

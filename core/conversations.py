@@ -1,7 +1,7 @@
-"""Conversations: one row of JSON as messages, and where rows come from: presets and JSON Lines files.
+"""Conversations: one row of JSON as messages, and the presets: data sets with a name.
 
-In:  rows {"conversations" or "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}; the files of a
-     preset, in the layout and schema of its hub repository.
+In:  rows {"conversations" or "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}; rows in the schema
+     of a preset's hub repository.
 Out: messages {"role", "content"}, the role one of system, user, assistant and tool; an assistant's also have
      "reasoning" and "tool_calls".
 """
@@ -16,8 +16,6 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-from core import common
 
 NAMES = {
     "system": ("system", "developer"),
@@ -41,6 +39,9 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # ==================== A row of JSON as messages ======================================================================
 
 
+UNANSWERED = "no question with a reply"  # the cause of a row in which there is nothing to learn
+
+
 class Rejected(Exception):
     """A row that cannot be used. Arguments: the cause, by which it is counted, and a short detail."""
 
@@ -49,15 +50,25 @@ def read_conversation(row):
     """(messages, tools) of a row. Turns after the last assistant turn are dropped: nothing of them is supervised."""
     turns = row.get("conversations") or row.get("messages")
     if not turns:
-        raise Rejected("empty", "no messages")
+        raise Rejected(UNANSWERED, "no messages")
     if not is_list_of_objects(turns):
         raise Rejected("malformed message", "the messages are not a list of objects")
-    messages = [read_message(turn) for turn in turns]
+    messages = [read_message(turn) for turn in drop_unasked(turns)]
     roles = [message["role"] for message in messages]
     check_order(roles)
     tools = read_tools(row)
     after_last = len(roles) - roles[::-1].index("assistant")
     return messages[:after_last], tools
+
+
+def drop_unasked(turns):
+    """The turns without replies and outputs in front of the first question, with which a part of a long chat begins."""
+    roles = [ROLES.get(str(turn.get("role") or turn.get("from")).lower()) for turn in turns]
+    if "user" not in roles:
+        return turns
+    first = roles.index("user")
+    kept = [turn for turn, role in zip(turns[:first], roles[:first], strict=True) if role not in ("assistant", "tool")]
+    return kept + turns[first:]
 
 
 def is_list_of_objects(value):
@@ -66,9 +77,9 @@ def is_list_of_objects(value):
 
 
 def check_order(roles):
-    """Raise Rejected unless the roles alternate as chat templates expect and one of them is the assistant's."""
-    if "assistant" not in roles:
-        raise Rejected("no assistant turn", " ".join(roles))
+    """Raise Rejected unless the roles alternate as chat templates expect, with a question and a reply among them."""
+    if "assistant" not in roles or "user" not in roles:
+        raise Rejected(UNANSWERED, " ".join(roles))
     before = ""
     for role in roles:
         if role not in NEXT_ROLES[before]:
@@ -216,17 +227,9 @@ def split_turns(messages):
 # ==================== Rows of the presets ============================================================================
 
 
-def chat(row):
-    """A row with a list of turns. A piece cut out of a long chat may begin with replies without a question: dropped."""
-    turns = row.get("conversations") or row.get("messages") or []
-    while turns and ROLES.get(turns[0].get("from") or turns[0].get("role")) == "assistant":
-        turns = turns[1:]
-    return {"messages": turns}
-
-
 def pair(question, answer):
     """A row of one question and one answer."""
-    return chat({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def gsm8k(row):
@@ -258,7 +261,8 @@ class Preset(NamedTuple):
     """A data set with a name.
 
     hub: repositories. files: {split: patterns, of which the first that matches counts}. convert: function from the
-    columns to a row that read_conversation reads. columns: those of question and answer, in place of convert.
+    columns to a row that read_conversation reads; columns: those of question and answer, in place of convert; neither
+    where rows are conversations.
     rejected: max_rejected_ratio unless given. revision: of the repository, None for the newest.
     """
 
@@ -273,8 +277,10 @@ class Preset(NamedTuple):
         """The row of JSON for a row of the repository."""
         if self.convert:
             return self.convert(row)
-        question, answer = self.columns
-        return pair(row[question], row[answer])
+        if self.columns:
+            question, answer = self.columns
+            return pair(row[question], row[answer])
+        return row
 
 
 PARQUET = {"train": ("data/train-*.parquet",)}
@@ -283,25 +289,21 @@ PRESETS = {
     "sharegpt": Preset(
         hub=("Aeala/ShareGPT_Vicuna_unfiltered",),
         files={"train": ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)},
-        convert=chat,
         rejected=0.1,  # raw chats; the ratio is assumed, so that only a wrong template or schema stops
     ),
     "ultrachat": Preset(
         hub=("HuggingFaceH4/ultrachat_200k",),
         files={"train": ("data/train_sft-*.parquet",), "validation": ("data/test_sft-*.parquet",)},
-        convert=chat,
     ),
     "eaglechat": Preset(
         hub=("zhaode/EagleChat",),
         files={"train": ("data/train-*.parquet", "*.parquet", "*.jsonl", "*.json")},
-        convert=chat,
         rejected=0.1,
     ),
-    "perfectblend": Preset(hub=("mlabonne/open-perfectblend",), files=PARQUET, convert=chat),
+    "perfectblend": Preset(hub=("mlabonne/open-perfectblend",), files=PARQUET),
     "magpie-qwen2.5-pro-1m-v0.1": Preset(
         hub=("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1",),
         files=PARQUET,
-        convert=chat,
     ),
     "opencodeinstruct": Preset(hub=("nvidia/OpenCodeInstruct",), files=PARQUET, columns=("input", "output")),
     "codealpaca-20k": Preset(
@@ -345,80 +347,3 @@ PRESETS = {
     ),
     "pydoc": Preset(hub=(), files={"train": ()}),
 }
-
-
-# ==================== Files and their rows ===========================================================================
-
-
-def find_files(name, dataset_path, split):
-    """The files of a preset's split, or of a JSON Lines file; ends the program here if one is missing or empty."""
-    if name not in PRESETS:
-        return [find_jsonl(name)]
-    preset = PRESETS[name]
-    if split not in preset.files:
-        common.fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
-    patterns = list(preset.files[split])
-    if dataset_path and preset.hub:
-        # One copy holds the files of all the repositories.
-        return match_files(name, Path(dataset_path).expanduser(), patterns, least=len(preset.hub))
-    files = []
-    for repository in preset.hub:
-        folder = common.download(repository, patterns, "dataset", preset.revision)
-        files += match_files(name, folder, patterns, least=1)
-    return files
-
-
-def find_jsonl(name):
-    """The path of a JSON Lines file with rows in it."""
-    path = Path(name).expanduser()
-    if not path.is_file():
-        common.fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
-    if next(read_lines(path), None) is None:
-        common.fail(f"dataset {name} is empty: no row in it")
-    return path
-
-
-def match_files(name, folder, patterns, least):
-    """The files of the first pattern that matches any; ends the program if they are fewer than `least`."""
-    found = []
-    for pattern in patterns:
-        found = found or sorted(folder.glob(pattern))
-    if len(found) < least:
-        wanted = f"{len(found) or 'no'} {' or '.join(patterns)} in {folder}"
-        common.fail(f"preset {name}: {wanted}, as in {', '.join(PRESETS[name].hub)} on the hub")
-    return found
-
-
-def read_lines(path):
-    """Yield (line number from 1, line) of a file; blank lines at its end are not rows."""
-    blank = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            blank.append((number, line))
-            if line:
-                yield from blank
-                blank = []
-
-
-def read_rows(name, files, cache):
-    """Yield (row number from 1, bytes of the row as JSON)."""
-    if name not in PRESETS:
-        yield from read_lines(files[0])
-    elif not files:
-        yield from enumerate(pydoc_lines(), 1)
-    else:
-        yield from read_tables(PRESETS[name], files, cache)
-
-
-def read_tables(preset, files, cache):
-    """read_rows for the files of a hub repository."""
-    from datasets import load_dataset
-
-    suffix = files[0].suffix[1:]
-    kind = "json" if suffix in ("jsonl", "zip") else suffix
-    table = load_dataset(kind, data_files=[str(file) for file in files], split="train", cache_dir=str(cache))
-    for number, row in enumerate(table, 1):
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # other columns: rejected as it is
-            row = preset.to_row(row)
-        yield number, json.dumps(row, default=str).encode()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from core import common, draft_files, target_files, target_model, vocabulary
+from core import common, conversation_files, draft_files, slots, target_files, target_model, vocabulary
 
 POSITIVE = common.at_least(int, 1)
 NATURAL = common.at_least(int, 0)
@@ -76,16 +76,18 @@ def check_flags(args):
     if bool(args.d2t_path) != bool(args.t2d_path):
         common.fail("d2t_path and t2d_path belong together: give both or neither")
     if bool(args.data_path) == bool(args.dataset_train_split):
-        common.fail("give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)")
+        common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
     if args.data_path and args.dataset_validation_split:
         common.fail("data_path brings its own validation split: drop dataset_validation_split")
+    if args.data_path and (given := [name for name, value in conversation_files.read_flags(args).items() if value]):
+        common.fail(f"{given[0]} is for conversations, data_path is prepared already: drop it")
     for name in PATHS:
         path = getattr(args, name)
         if path and not Path(path).exists():
             common.fail(f"{name} {path} does not exist")
 
 
-PATHS = ("dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path")
+PATHS = ("data_path", "token_freq_path", "d2t_path", "t2d_path")
 
 
 def check_output(args):
@@ -158,6 +160,7 @@ def check_data(args, folder, data, data_config, world):
         common.fail(
             f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}"
         )
+    slots.check_slots(folder, data["train"])
     rows = len(data["train"])
     if rows < world:
         common.fail(f"{rows} training sequences for {world} ranks: a rank would have none")
