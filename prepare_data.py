@@ -144,7 +144,8 @@ def read_text(row, chat):
     if isinstance(text, str):
         return text, rendering.find_spans(text, chat.template, chat.opening), False
     if row:
-        raise conversations.Rejected("unknown form", f"fields {', '.join(row)}")
+        remedy = "name two of them by --prompt_column and --response_column, if they are questions and answers"
+        raise conversations.Rejected("unknown form", f"fields {', '.join(row)[:100]}: {remedy}")
     return "", [], False
 
 
@@ -331,7 +332,7 @@ class Options:
     validation_split: str | None = None
     prompt_column: str | None = None
     response_column: str | None = None
-    chat_template: str = "llama3"
+    chat_template: str = "auto"
     max_length: int = 2048
     num_samples: int | None = None
     train_only_last_turn: bool = False
@@ -663,7 +664,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     templates = ", ".join(TEMPLATES)
     add("--output_path", help="folder to write; none: data/DATASET")
-    add("--chat_template", default="auto", help=f"{templates} or auto, which finds it out")
+    add("--chat_template", default=Options.chat_template, help=f"{templates} or auto, which finds it out")
     length = common.at_least(int, 2)
     add("--max_length", type=length, default=Options.max_length, help="tokens; longer rows are truncated at the right")
     add("--num_samples", type=count, help="rows of the training input, taken at random; none: all")
