@@ -1,6 +1,6 @@
 """Measure a draft as serving uses it: real speculative decoding against the target, one chain of drafts per pass.
 
-In:  a target, a draft checkpoint (flat or speculators form), and prompts: JSON Lines of conversations (up to the last
+In:  a target, a draft checkpoint (flat or speculators form), and prompts: a data set of conversations (up to the last
      assistant turn) or of {"prompt": text}, or a folder written by prepare_data.py (its validation rows, up to the last
      reply).
 Out: acceptance length, share accepted by position, tokens/s with and without the draft; with --output a folder with
@@ -275,7 +275,7 @@ def read_prepared_prompts(folder, tokenizer, limit):
 
 
 def read_prompt(line, tokenizer, where, options):
-    """Token ids of the prompt in one line of a JSON Lines file."""
+    """Token ids of the prompt in one row."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
@@ -485,7 +485,7 @@ def parse_args(argv=None):
         "--chat_template",
         choices=(*prepare_data.TEMPLATES, "auto"),
         default="auto",
-        help="of JSON Lines; qwen3-thinking and -instruct switch thinking",
+        help="of conversations; qwen3-thinking and -instruct switch thinking",
     )
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
 

@@ -1,12 +1,13 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  a preset (sharegpt, gsm8k, pydoc, ...) or a JSON Lines file with rows {"conversations" or "messages":
-     [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a tokenizer.
+In:  a preset (sharegpt, gsm8k, pydoc, ...) or a data set in any form of docs/data.md, with rows {"conversations" or
+     "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a
+     tokenizer.
 Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = the assistant's, its
      end-of-turn token included; length int32), data_config.json (fingerprint, its ingredients, counts), token_freq.pt
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
-    python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
+    python prepare_data.py --dataset pydoc --target_model_path TARGET   # to data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
@@ -589,7 +590,9 @@ def show_first_row(data, tokenizer):
 
 def default_output(dataset):
     """data/NAME for a data set."""
-    name = re.sub(r"(\.\w{1,7})+\Z", "", Path(dataset).name)
+    name = Path(dataset).name
+    while conversation_files.SUFFIXES.search(name):
+        name = conversation_files.SUFFIXES.sub("", name)
     if not re.fullmatch(r"[\w.-]+", name):
         common.fail(f"dataset {dataset}: give --output_path")
     return str(Path("data", name))

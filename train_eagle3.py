@@ -1,6 +1,6 @@
 """Train an EAGLE-3 draft for a target model, whose hidden states are computed in memory or read from disk or a server.
 
-In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split),
+In:  a target (--target_model_path) and conversations: a data set (--dataset_train_split, --dataset_validation_split),
      or a folder written by prepare_data.py (--data_path).
 Out: output_dir/ with run.json, metrics.jsonl, curves.png, step_XXXXXXXX/ (complete checkpoints, core/checkpoints.py),
      `latest` and `best` (links to two of them) and final/. A folder with a model.safetensors can be served as it is.

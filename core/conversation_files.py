@@ -71,7 +71,8 @@ def add_preparation_flags(add):
     add_flags(add)
     add("--train_split", help="split of a hub data set; none: train, or its only one")
     add("--validation_split", help="the same of the validation data; none: validation, else test, or its only one")
-    add("--max_rejected_ratio", type=float, help="share of unusable rows; none: 0.01; sharegpt, eaglechat 0.1")
+    ratio = "share of unusable rows at which it stops; none: 0.01; sharegpt, eaglechat 0.1"
+    add("--max_rejected_ratio", type=common.at_least(float, 0), help=ratio)
 
 
 PROMPT_FLAGS = ("dataset_config", "prompt_column", "response_column", "prompt_split")
@@ -81,7 +82,7 @@ FLAGS = ("dataset_path", "dataset_config", "prompt_column", "response_column", "
 
 def read_flags(args):
     """{name: value} of the flags of a preparation."""
-    return {name: getattr(args, name) for name in (*FLAGS, "max_rejected_ratio")}
+    return {name: getattr(args, name) for name in FLAGS} | {"max_rejected_ratio": args.max_rejected_ratio}
 
 
 # ==================== A data set and its rows ========================================================================
@@ -258,7 +259,8 @@ USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "test"), "prom
 
 def choose_split(name, splits, flags, part):
     """The split that is asked for, the usual one, or the only one."""
-    wanted = flags[f"{part}_split"]
+    named = {"train": flags["train_split"], "validation": flags["validation_split"], "prompt": flags["prompt_split"]}
+    wanted = named[part]
     usual = [split for split in USUAL_SPLITS[part] if split in splits]
     if not wanted and (usual or len(splits) == 1):
         return (usual or splits)[0]

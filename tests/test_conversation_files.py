@@ -294,6 +294,7 @@ def test_a_local_copy_of_a_hub_data_set_gives_its_splits(tmp_path, capsys):
     (tmp_path / "README.md").write_text(README)
     assert ids(tmp_path) == [0, 1]
     assert ids(tmp_path, "validation") == ids(tmp_path, "prompt") == ids(tmp_path, train_split="test") == [2]
+    assert ids(tmp_path, "validation", validation_split="train") == [0, 1]
     assert ids(tmp_path, dataset_config="other", train_split="b") == [1]
     error = stops(capsys, read, tmp_path, dataset_config="other")
     assert "has the splits a, b, none of them is the usual one: choose one by --train_split" in error

@@ -386,7 +386,12 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
         capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare"
     )
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, {"text": text}])
-    assert prepare_data.prepare(path, tmp_path / "out", tmp_path / "bare")["splits"]["train"]["supervised_tokens"] > 5
+    assert (
+        prepare_data.prepare(path, tmp_path / "out", tmp_path / "bare", chat_template="llama3")["splits"]["train"][
+            "supervised_tokens"
+        ]
+        > 5
+    )
     assert missing + "2: needed to render" in fails(
         capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto"
     )
