@@ -280,7 +280,7 @@ def read_prompt(line, tokenizer, where, options):
         row = json.loads(line)
         if not isinstance(row, dict):
             raise conversations.Rejected("not an object", type(row).__name__)
-        if isinstance(row.get("prompt"), str):
+        if isinstance(row.get("prompt"), str) and not conversations.has_turns(row):
             return tokenizer(row["prompt"])["input_ids"]
         messages, tools = conversations.read_conversation(row)
         text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)

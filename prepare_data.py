@@ -136,7 +136,7 @@ def read_tokens(row, chat):
 def read_text(row, chat):
     """(text, spans, whether the reasoning of the last reply is lost) of a row of messages or of rendered text."""
     text = row.get("text")
-    is_chat = "conversations" in row or "messages" in row
+    is_chat = conversations.has_turns(row)
     if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
         detail = "needed to render messages, or for the markers of auto"
         raise conversations.Rejected("no chat template in the tokenizer", detail)

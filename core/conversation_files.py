@@ -33,9 +33,7 @@ SUFFIXES = re.compile(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv|zip|gz|bz2|xz|zst
 
 BETWEEN = re.compile(r"[\s,]*")  # two rows of a JSON array
 
-ROW_FIELDS = {"conversations", "messages", "conversation", "text", "prompt", "input_ids"}
-
-TURN_FIELDS = {"role", "from"}
+ROW_FIELDS = {*conversations.TURN_FIELDS, "text", "prompt", "input_ids"}
 
 # What damaged files raise, depending on their form; pyarrow's own errors are OSError and ValueError.
 DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error, RecursionError)
@@ -434,7 +432,7 @@ def rows_of_object(text):
     if not isinstance(whole, dict):
         return None
     lists = [value for value in whole.values() if value and conversations.is_list_of_objects(value)]
-    if len(lists) == 1 and not ROW_FIELDS & whole.keys() and not TURN_FIELDS & lists[0][0].keys():
+    if len(lists) == 1 and not ROW_FIELDS & whole.keys() and not {"role", "from"} & lists[0][0].keys():
         return [json.dumps(row).encode() for row in lists[0]]
     return [text]
 

@@ -33,6 +33,8 @@ NEXT_ROLES = {  # "" is the start of a conversation
     "tool": ("tool", "assistant"),
 }
 
+TURN_FIELDS = ("conversations", "messages", "conversation")  # of a row
+
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -48,7 +50,7 @@ class Rejected(Exception):
 
 def read_conversation(row):
     """(messages, tools) of a row. Turns after the last assistant turn are dropped: nothing of them is supervised."""
-    turns = row.get("conversations") or row.get("messages")
+    turns = next((row[field] for field in TURN_FIELDS if row.get(field)), None)
     if not turns:
         raise Rejected(UNANSWERED, "no messages")
     if not is_list_of_objects(turns):
@@ -61,9 +63,14 @@ def read_conversation(row):
     return messages[:after_last], tools
 
 
+def has_turns(row):
+    """Is the row a conversation?"""
+    return any(field in row for field in TURN_FIELDS)
+
+
 def drop_unasked(turns):
     """The turns without replies and outputs in front of the first question, with which a part of a long chat begins."""
-    roles = [ROLES.get(str(turn.get("role") or turn.get("from")).lower()) for turn in turns]
+    roles = [ROLES.get(str(turn.get("role") or turn.get("from")).strip().lower()) for turn in turns]
     if "user" not in roles:
         return turns
     first = roles.index("user")

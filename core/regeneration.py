@@ -221,7 +221,7 @@ def read_row(raw):
         row = json.loads(raw.decode() or "{}")
     except (ValueError, RecursionError) as error:
         raise conversations.Rejected("not JSON", error) from None
-    if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
+    if not isinstance(row, dict) or not conversations.has_turns(row):
         raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
     messages, tools = conversations.read_conversation(row)
     tools = tools or ()
