@@ -274,6 +274,8 @@ def read_prompt(line, tokenizer, where, options):
         if isinstance(row.get("prompt"), str):
             return tokenizer(row["prompt"])["input_ids"]
         messages, tools = conversations.read_conversation(row)
+        if not tokenizer.chat_template:
+            raise conversations.Rejected("no chat template in the tokenizer", "name one with --chat_template")
         text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except conversations.Rejected as error:
@@ -491,6 +493,8 @@ def main(args):
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
+    if not Path(args.prompts).is_dir():  # prepared rows are rendered already
+        tokenizer, _ = rendering.with_own_template(tokenizer, args.chat_template, template)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
     config, tensors = draft_files.read_draft(args.draft_model_path)
     text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)

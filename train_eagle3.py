@@ -715,7 +715,7 @@ def add_data_flags(add):
     add("--dataset_train_split", help="JSON Lines of conversations; prepared into output_dir/data")
     add("--dataset_validation_split", help="the same, for evaluation; none: no evaluation")
     add("--data_path", help="folder written by prepare_data.py, instead of the two above")
-    add("--chat_template", default="llama3", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto: found out")
+    add("--chat_template", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto: found out; none: llama3")
     add("--max_length", type=common.at_least(int, 2), default=2048, help="tokens; longer conversations are truncated")
     add("--build_dataset_num_proc", type=POSITIVE, default=96, help="processes, at most one a core")
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
@@ -821,7 +821,7 @@ def prepare_conversations(args):
         folder,
         args.target_model_path,
         validation_dataset=args.dataset_validation_split,
-        chat_template=args.chat_template,
+        chat_template=args.chat_template or prepare_data.Options.chat_template,
         max_length=args.max_length,
         num_proc=args.build_dataset_num_proc,
         seed=args.seed,

@@ -198,7 +198,7 @@ def test_rows_that_lose_their_reasoning_are_counted(tmp_path, capsys):
 def test_calls_and_tools_of_another_form_are_rejected(name):
     for call in ({"function": "add"}, {"function": None}, {"function": {"arguments": {}}}, {"name": 3}):
         row = chat_row(USER, {"role": "assistant", "content": None, "tool_calls": [call]})
-        assert cause(row, chat_for(name)) == "malformed message", call
+        assert cause(row, chat_for(name)) == "malformed call", call
     for tools in ([None], [1], "[1]", {"name": "add"}):
         assert cause(chat_row(USER, REPLY, tools=tools), chat_for(name)) == "malformed tools", tools
 
@@ -250,7 +250,7 @@ BAD = [
     ("unknown form", {"prompt": "a", "completion": "b"}),
     ("malformed message", {"conversations": "hi"}),
     ("malformed message", chat_row({"role": "user", "content": 3}, REPLY)),
-    ("malformed message", chat_row(USER, {"role": "assistant", "content": "", "tool_calls": ["add"]})),
+    ("malformed call", chat_row(USER, {"role": "assistant", "content": "", "tool_calls": ["add"]})),
     ("malformed tools", chat_row(USER, REPLY, tools="[")),
     ("malformed tools", chat_row(USER, REPLY, tools={"a": 1})),
     ("unknown role", chat_row({"role": "narrator", "content": "once"}, REPLY)),
