@@ -54,10 +54,18 @@ OTHER_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio
 NO = ("0", "0.0", "false", "no")
 YES = ("1", "1.0", "true", "yes")
 # Keys of a turn that say whether it is trained, and the values that say that it is not.
-MARKS = dict.fromkeys(
-    ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "supervised"), NO
-)
-MARKS |= dict.fromkeys(("mask", "masked"), YES)
+MARKS = {
+    "weight": NO,
+    "train": NO,
+    "training": NO,
+    "trainable": NO,
+    "loss": NO,
+    "loss_mask": NO,
+    "loss_weight": NO,
+    "supervised": NO,
+    "mask": YES,
+    "masked": YES,
+}
 
 ARGUMENTS = ("arguments", "parameters")
 KEYS_OF_CALLS = ("name", "id", "type", "index")

@@ -271,7 +271,7 @@ def check_tools(messages, tools, chat, text):
 
 
 def check_replies(messages, text, spans):
-    """Raise Rejected unless questions are shown and each assistant turn has a span with its text and its calls in it."""
+    """Raise Rejected unless prompts are shown, and each assistant turn has a span with its text and its calls in it."""
     for message in messages:
         if message["role"] in ("system", "user") and message["content"].strip() not in text:
             raise conversations.Rejected("text left out", f"the chat template does not show a {message['role']} turn")

@@ -383,7 +383,9 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
     tokens = {"input_ids": [9, 9], "loss_mask": [0, 1]}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, chat_row(USER, REPLY)])
     missing = "no chat template in the tokenizer (first: line "
-    assert missing + "2)" in fails(capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare")
+    assert missing + "2)" in fails(
+        capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="qwen"
+    )
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, {"text": text}])
     assert prepare_data.prepare(path, tmp_path / "out", tmp_path / "bare")["splits"]["train"]["supervised_tokens"] > 5
     assert missing + "2)" in fails(
