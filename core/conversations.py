@@ -104,6 +104,14 @@ def decode(value):
     return value
 
 
+def kind_of(value):
+    """What a value is in JSON."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
 def is_list_of_objects(value):
     """Is the value a list of JSON objects?"""
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
@@ -123,7 +131,7 @@ def add_system_prompt(messages, row):
         if text is None or text == "":
             continue
         if not isinstance(text, str):
-            raise Rejected("malformed message", f"{key} of the row is {type(text).__name__}, not text")
+            raise Rejected("malformed message", f"{key} of the row is {kind_of(text)}, not text")
         prompt = {"role": "system", "content": text}
         if messages[0] == prompt:
             continue
@@ -199,7 +207,7 @@ def read_message(turn):
             message["tool_calls"] = calls
         content = check_reply(content, message)
     if not isinstance(content, str) and "tool_calls" not in message:
-        raise Rejected("malformed message", f"the content of a {role} turn is {type(content).__name__}")
+        raise Rejected("malformed message", f"the content of a turn of {name} is {kind_of(content)}")
     message["content"] = content
     return message
 
@@ -228,7 +236,7 @@ def read_content(turn, role):
         content = turn.get("value")
     kinds = []
     if isinstance(content, list):
-        kinds = [part.get("type", "text") if isinstance(part, dict) else type(part).__name__ for part in content]
+        kinds = [str(part.get("type", "text")) if isinstance(part, dict) else type(part).__name__ for part in content]
     is_chat = isinstance(content, list) and {*kinds} <= {*TEXT_PARTS, *THOUGHT_PARTS, *OTHER_PARTS}
     if role == "tool" and content is not None and not isinstance(content, str) and not is_chat:
         return json.dumps(content, ensure_ascii=False), None
@@ -244,10 +252,10 @@ def read_parts(parts, kinds, role):
     for kind, part in zip(kinds, parts, strict=True):
         is_thought = role == "assistant" and kind in THOUGHT_PARTS
         if kind not in TEXT_PARTS and not is_thought:
-            raise Rejected("not read", f"a part of type {kind} in the content of a {role} turn: only text is read")
+            raise Rejected("not read", f"a part of type {kind} in a turn of {role}: only text is read")
         text = part.get(kind, part.get("text"))
         if not isinstance(text, str):
-            raise Rejected("malformed message", f"a part of a {role} turn has {type(text).__name__} for text")
+            raise Rejected("malformed message", f"the text of a part in a turn of {role} is {kind_of(text)}")
         (thoughts if is_thought else texts).append(text)
     return "".join(texts), "".join(thoughts).strip() or None
 
@@ -257,7 +265,7 @@ def read_reasoning(turn):
     for key in REASONING_FIELDS:
         text = turn.get(key)
         if text and not isinstance(text, str):
-            raise Rejected("malformed message", f"{key} of an assistant turn is {type(text).__name__}, not text")
+            raise Rejected("malformed message", f"{key} of a turn is {kind_of(text)}, not text")
         if text and text.strip():
             return text
     return None
@@ -270,7 +278,7 @@ def is_supervised(turn):
             continue
         value = str(turn[key]).strip().lower()
         if value not in NO + YES:
-            raise Rejected("not read", f"{key} {value[:40]} of an assistant turn: 0 or 1, false or true")
+            raise Rejected("not read", f"{key} {value[:40]} of a turn: 0 or 1, false or true")
         if value in negative:
             return False
     return True
@@ -310,7 +318,7 @@ def read_call(call):
     if arguments is None or isinstance(arguments, str) and not arguments.strip():
         arguments = {}
     if not isinstance(arguments, dict):
-        raise Rejected("malformed call", f"the arguments of {name} are {type(arguments).__name__}, not an object")
+        raise Rejected("malformed call", f"the arguments of {name} are {kind_of(arguments)}, not an object")
     unknown = function.keys() - {*ARGUMENTS, *KEYS_OF_CALLS}
     if unknown and not given:
         raise Rejected("malformed call", f"a call of {name} has no arguments, but {', '.join(sorted(unknown))}")
