@@ -604,8 +604,10 @@ def prepare(dataset, output_path, target_model_path, **options):
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))
         answers = regeneration.open_answers(options.regenerate, target_model_path, output, inputs)
+    same = [name for name, template in TEMPLATES.items() if template == chat.template]
     config = {
         "format_version": dataloader.FORMAT_VERSION,
+        "chat_templates": list(dict.fromkeys([options.chat_template, *same])),  # names that mean the same
         "fingerprint": fingerprint,
         "ingredients": ingredients,
         "splits": {},

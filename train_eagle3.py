@@ -715,7 +715,7 @@ def add_data_flags(add):
     add("--dataset_train_split", help="JSON Lines of conversations; prepared into output_dir/data")
     add("--dataset_validation_split", help="the same, for evaluation; none: no evaluation")
     add("--data_path", help="folder written by prepare_data.py, instead of the two above")
-    add("--chat_template", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto: found out; none: llama3")
+    add("--chat_template", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto; none: as prepare_data.py")
     add("--max_length", type=common.at_least(int, 2), default=2048, help="tokens; longer conversations are truncated")
     add("--build_dataset_num_proc", type=POSITIVE, default=96, help="processes, at most one a core")
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")

@@ -150,11 +150,11 @@ def check_data(args, folder, data, data_config, world):
         common.fail(
             f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again"
         )
-    prepared_as = data_config["ingredients"]["chat_template"][0]
-    if args.chat_template not in (None, "auto", prepared_as):
+    names = data_config["chat_templates"]
+    if args.chat_template not in (None, "auto", *names):
         common.fail(
-            f"{folder} was prepared with --chat_template {prepared_as}, not {args.chat_template}: prepare it again, or "
-            "leave --chat_template out"
+            f"{folder} was prepared with --chat_template {' or '.join(names)}, not {args.chat_template}: prepare it "
+            "again, or leave --chat_template out"
         )
     longest = {split: part["longest"] for split, part in data_config["splits"].items()}
     most = max(longest.values())
