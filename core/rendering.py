@@ -68,7 +68,7 @@ class Chat:
 
 
 def with_own_template(tokenizer, name, template):
-    """(tokenizer, why it has no chat template): one that has none gets a copy with core/templates/NAME.jinja.
+    """(tokenizer, why it has no chat template): if it has none, a copy of it with the file of core/templates/.
 
     template: the markers of that name. The end marker has to be a token: other models know nothing of these markers.
     """

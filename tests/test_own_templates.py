@@ -20,6 +20,7 @@ from helpers.chat_templates import CONVERSATIONS, family_tokenizer, marked
 
 TABLE = json.loads((Path(__file__).parent / "cases" / "own_templates.json").read_text())
 NAMES = sorted(TABLE["published"])
+FINAL = "<|channel|>final<|message|>"
 
 
 def bare_tokenizer(family):
@@ -63,10 +64,7 @@ def test_the_documented_names_have_one():
     [
         ("llama3", ["hello there<|eot_id|>", "that is all<|eot_id|>"]),
         ("qwen", ["hello there<|im_end|>", "<think>\n\n</think>\n\nthat is all<|im_end|>"]),
-        (
-            "gpt-oss",
-            ["<|channel|>final<|message|>hello there<|end|>", "<|channel|>final<|message|>that is all<|return|>"],
-        ),
+        ("gpt-oss", [f"{FINAL}hello there<|end|>", f"{FINAL}that is all<|return|>"]),
         ("deepseek-r1-distill", ["hello there<｜end▁of▁sentence｜>", "that is all<｜end▁of▁sentence｜>"]),
     ],
 )
