@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import huggingface_hub
+from huggingface_hub import constants
 
 # ==================== Errors and command lines =======================================================================
 
@@ -65,12 +67,20 @@ def at_least(kind, least):
 
     def convert(text):
         value = kind(text)
-        if value < least:
+        if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"is {value}; it must be at least {least}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type of a value that it cannot convert
     return convert
+
+
+def above_zero(text):
+    """Type of a flag: a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}; it must be above 0")
+    return value
 
 
 def boolean(text):
@@ -157,8 +167,14 @@ def hash_of(value):
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
 
-def download(repo, patterns, repo_type="model", revision=None):
-    """The folder of a hub repository's files that match; weights in sub-folders are second copies and left out."""
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
+
+
+def download(repo, patterns, repo_type="model", revision=None, flag=None):
+    """The folder of a hub repository's files that match; weights in sub-folders are second copies and left out.
+
+    flag: what names the repository; none: target_model_path or dataset_path.
+    """
     try:
         folder = huggingface_hub.snapshot_download(
             repo,
@@ -169,5 +185,8 @@ def download(repo, patterns, repo_type="model", revision=None):
         )
         return Path(folder)
     except Exception as error:  # of several libraries; each means that the files are not available
-        flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
-        fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")
+        flag = flag or {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
+        reason = f"the hub fails with {type(error).__name__}: {error}"
+        if constants.HF_HUB_OFFLINE:
+            reason = f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not have it"
+        fail(f"{flag} {repo}: give a local copy, or another name: {reason}")
