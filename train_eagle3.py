@@ -696,7 +696,8 @@ def parse_args(argv=None):
     add_optimizer_flags(parser.add_argument_group("objective and optimizer").add_argument)
     add_batch_flags(parser.add_argument_group("length and batches").add_argument)
     setup.add_run_flags(parser.add_argument_group("run").add_argument)
-    args = parser.parse_args(foreign_flags.drop(argv, foreign_flags.OF_TRAINERS, foreign_flags.ALIASES))
+    foreign = (foreign_flags.OF_TRAINERS, foreign_flags.ALIASES, foreign_flags.VALUES)
+    args = foreign_flags.parse(parser, argv, *foreign)
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in run_record.TRACKERS]
     if unknown:

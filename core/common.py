@@ -44,8 +44,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.written = {}  # {flag: another trainer's name of it on this command line}
 
     def error(self, message):
+        for name, written in self.written.items():
+            message = re.sub(rf"--{name}\b", f"--{written}", message)
         fail(re.sub(r"\Aargument --(\w+): (?=is )", r"\1 ", message))
 
     def parse_args(self, argv=None):

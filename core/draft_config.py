@@ -37,7 +37,7 @@ def read(flag, source):
         common.fail(f"{flag} {source}: speculators_model_type is {kind!r}, not 'eagle3', which is what is trained here")
     if draft_files.is_speculators(raw):
         return draft_files.from_speculators(raw)
-    given = draft_files.with_two_rope_keys(raw)
+    given = dict(raw)
     if "dtype" in given:  # transformers 5's name
         given.setdefault("torch_dtype", given.pop("dtype"))
     architectures = given.get("architectures") or []
@@ -174,7 +174,7 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     """
     derived = derive_config(text_config, config)
     source = source or "the derived draft configuration"
-    given = given or {}
+    given = draft_files.with_two_rope_keys(given or {})
     name_unread(source, given)
     draft_config = _merge(derived, {key: value for key, value in given.items() if key in READ}, source)
     if draft_vocab_size:

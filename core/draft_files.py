@@ -422,10 +422,15 @@ def with_two_rope_keys(config):
     if isinstance(rope, dict):
         config = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope} | config
         if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+            config.setdefault("rope_scaling", rope)
     scaling = config.get("rope_scaling")
-    if isinstance(scaling, dict) and "type" in scaling:  # the older spelling, which the draft would not see
-        config["rope_scaling"] = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
+    if isinstance(scaling, dict):
+        scaling = dict(scaling)
+        theta = scaling.pop("rope_theta", None)
+        if theta is not None:
+            config.setdefault("rope_theta", theta)
+        kind = scaling.pop("type", None)  # the older spelling, which the draft would not see
+        config["rope_scaling"] = scaling if kind is None else {"rope_type": kind} | scaling
     return config
 
 

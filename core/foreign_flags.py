@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from typing import NamedTuple
@@ -23,25 +24,40 @@ class Foreign(NamedTuple):
     instead: str
 
 
-def drop(argv, table, aliases=None):
-    """The words of a command line without the flags of `table` that change nothing here.
+def parse(parser, argv, table, aliases=None, values=None):
+    """The flags of a command line that may be another trainer's.
 
-    argv: None means the program's own. aliases: {another trainer's name: ours}. Ends the program with one line about
-    all flags of the table whose values would change something.
+    argv: None means the program's own. table: flags that do not exist here; those that change nothing are dropped, and
+    the others end the program with one line. aliases: {another trainer's name: ours}. values: {flag: {another trainer's
+    value: ours}}. Errors name a flag as it is written on the command line.
     """
-    words = common.normalise_argv(sys.argv[1:] if argv is None else argv, aliases)
+    words = common.normalise_argv(sys.argv[1:] if argv is None else argv)
+    aliases = aliases or {}
     kept = []
     refused = {}  # {instead: flags}
     for group in group_by_flag(words):
         name, value = split_flag(group)
-        foreign = find_foreign(group[0], name, table)
+        ours = aliases.get(name, name)
+        foreign = find_foreign(group[0], ours, table)
         if foreign is None:
-            kept += group
+            parser.written[ours] = name
+            kept += translate(group, aliases, values or {})
         elif not is_harmless(foreign, name, value):
             refused.setdefault(foreign.instead, []).append(f"--{name}")
     if refused:
         common.fail("; ".join(f"{', '.join(flags)}: {instead}" for instead, flags in refused.items()))
-    return kept
+    return parser.parse_args(kept)
+
+
+def translate(group, aliases, values):
+    """A flag and its values with our names; rank 0 prints a line about a value that has another name here."""
+    flag, *rest = common.normalise_argv(group, aliases)
+    name, equals, value = flag.partition("=")
+    ours = values.get(name.removeprefix("--"), {})
+    replaced = [f"{word} is {ours[word]} here" for word in (value, *rest) if word in ours]
+    if replaced and os.environ.get("RANK", "0") == "0":
+        print(f"{name.removeprefix('--')}: {', '.join(replaced)}")
+    return [name + equals + ours.get(value, value), *(ours.get(word, word) for word in rest)]
 
 
 def group_by_flag(words):
@@ -113,6 +129,10 @@ ALIASES = {  # {another trainer's name: ours}
     "logger": "report_to", "wandb_name": "run_name", "swanlab_name": "run_name", "mlflow_run_name": "run_name",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
 }  # fmt: skip
+
+VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
+    "attention_backend": {"simple_flex_attention": "flex_attention", "eager": "sdpa"},
+}
 
 OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("num_layers", "1", ONE_LAYER),

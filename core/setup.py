@@ -230,9 +230,7 @@ def vocabulary_mapping(args, config, folder, checkpoint):
         counts = args.token_freq_path or Path(folder) / "token_freq.pt"
         sizes = (config["draft_vocab_size"], config["vocab_size"])
         if args.token_freq_path and sizes[0] == sizes[1]:
-            common.fail(
-                "token_freq_path chooses a smaller vocabulary of the draft: give draft_vocab_size too, or drop it"
-            )
+            common.fail("token_freq_path is read to choose draft_vocab_size tokens: give that too, or drop it")
         return vocabulary.choose_mapping(*sizes, counts, args.d2t_path, args.t2d_path)
     _, tensors = draft_files.read_draft(checkpoint)
     d2t = tensors.get("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))

@@ -358,20 +358,17 @@ def check_source_flags(args, default):
         common.fail(f"on_generate cache keeps generated rows: it needs on_missing generate, not {args.on_missing}")
     if args.hidden_states_dtype != default["hidden_states_dtype"] and args.on_generate != "cache":
         common.fail(
-            "hidden_states_dtype is of states that are kept: it needs on_generate cache; the draft's is the target's"
+            "hidden_states_dtype is of states that are kept: it needs on_generate cache; the draft has the target's dtype"
         )
     if not args.vllm_endpoint:
         for name in ("request_timeout", "max_retries"):
             if getattr(args, name) != default[name]:
                 common.fail(f"{name} is of requests to a server: it needs vllm_endpoint")
-    asked = [
-        f"{name} {getattr(args, name)}"
-        for name in ("on_missing", "on_generate")
-        if getattr(args, name) != default[name]
-    ]
-    if asked and not choose_folder(args):
-        there = f"{args.data_path}/hidden_states does not exist" if args.data_path else "there is no data_path either"
-        common.fail(f"{asked[0]} is about hidden states on disk: give --hidden_states_path ({there}), or drop it")
+    names = [name for name in ("on_missing", "on_generate") if getattr(args, name) != default[name]]
+    if names and not choose_folder(args):
+        asked = f"{names[0]} {getattr(args, names[0])}"
+        beside = f"; {args.data_path} has no folder hidden_states either" if args.data_path else ""
+        common.fail(f"{asked} is about hidden states on disk: give hidden_states_path, or drop it{beside}")
 
 
 def choose_folder(args):

@@ -1,5 +1,6 @@
 """The draft checkpoint: round trips, foreign forms, every fault named, what the serving engines trip over."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -281,9 +282,9 @@ CONFIG_FAULTS = [
     ("num_hidden_layers", 2, "num_hidden_layers is 2, not 1"),
     ("num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ("attention_bias", True, "attention_bias is true, not false"),
-    ("tie_word_embeddings", True, "tie_word_embeddings is True"),
-    ("architectures", ["LlamaForCausalLM"], "architectures is ['LlamaForCausalLM']"),
-    ("model_type", "qwen3", "model_type is 'qwen3'"),
+    ("tie_word_embeddings", True, "tie_word_embeddings is true"),
+    ("architectures", ["LlamaForCausalLM"], 'architectures is ["LlamaForCausalLM"]'),
+    ("model_type", "qwen3", 'model_type is "qwen3"'),
     ("draft_vocab_size", 41, "draft_vocab_size 41 is larger than vocab_size 40"),
     ("vocab_size", None, "vocab_size is None"),
     ("target_hidden_size", None, "target_hidden_size is None"),
@@ -482,7 +483,7 @@ def test_transformer_layer_config_is_a_whole_llama_config_with_either_spelling_o
         "transformer_layer_config"
     ]
     drop = {"old": ["rope_parameters"], "new": ["rope_theta", "rope_scaling"], "all": []}[keys]
-    read = LlamaConfig(**{key: value for key, value in layer.items() if key not in drop})
+    read = LlamaConfig(**copy.deepcopy({key: value for key, value in layer.items() if key not in drop}))
     rope = read.rope_parameters
     assert rope["rope_theta"] == 500000.0 and rope["rope_type"] == (scaling or {}).get("rope_type", "default")
     assert all(rope[key] == value for key, value in (scaling or {}).items())
@@ -638,7 +639,9 @@ def test_the_newer_spelling_of_rope_beside_half_of_the_older_one(tmp_path):
 
 
 def test_folders_that_are_no_draft(tmp_path, capsys):
-    assert "is not a folder" in draft_files.check_draft(tmp_path / "absent")[0]
+    assert "absent: neither a file or folder" in fails(capsys, draft_files.check_draft, tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in draft_files.check_draft(tmp_path / "file")[0]
     (tmp_path / "config.json").write_text("{")
     assert [problem.split()[0] for problem in draft_files.check_draft(tmp_path)] == ["config.json", "model.safetensors"]
     (tmp_path / "config.json").write_text("[]")
