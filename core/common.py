@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -49,7 +50,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         for name, written in self.written.items():
             message = re.sub(rf"--{name}\b", f"--{written}", message)
+        if message.startswith("unrecognized arguments"):
+            message += self.close_flags(message)
         fail(re.sub(r"\Aargument --(\w+): (?=is )", r"\1 ", message))
+
+    def close_flags(self, message):
+        """The flags that may have been meant by those in a message, as the end of a line."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        unknown = re.findall(r"--\w+", message)
+        close = [match for flag in unknown for match in difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)]
+        return f" (is {', '.join(close)} meant?)" if close else ""
 
     def parse_args(self, argv=None):
         return super().parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))

@@ -98,8 +98,13 @@ def is_harmless(foreign, name, value):
 
 
 PREPARE = "prepare the conversations with prepare_data.py"
-ONE_LAYER = "the draft is one Llama layer"
+ONE_LAYER = "the draft is one Llama layer: the engines serve further layers in different ways"
+ARCHITECTURE = "the draft is a Llama layer, which fits every target: SGLang does not serve norms of queries and keys"
+EAGLE3 = "EAGLE-3 drafts are what is trained here"
+SILU = "the engines serve silu alone: drop it"
+RESIDUAL = 'write "norm_before_residual": true into the JSON of --draft_model_config: vLLM serves it, SGLang does not'
 IN_DRAFT_CONFIG = "write it into the JSON of --draft_model_config"
+PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see bf16 in --deepspeed_config"
 ADAMW = "the optimizer is AdamW, with --learning_rate and --weight_decay"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
 CLASS_KNOWS = "the model's class knows it, drop it"
@@ -127,6 +132,8 @@ ALIASES = {  # {another trainer's name: ours}
     "from_pretrained": "resume_from_checkpoint", "ckpt_dir": "resume_from_checkpoint",
     "train_hidden_states_path": "hidden_states_path", "output_model_path": "output_dir", "save_path": "output_dir",
     "logger": "report_to", "wandb_name": "run_name", "swanlab_name": "run_name", "mlflow_run_name": "run_name",
+    "per_device_train_batch_size": "draft_micro_batch_size", "num_train_epochs": "num_epochs",
+    "warmup_steps": "scheduler_warmup_steps", "lr_scheduler_type": "scheduler_type", "logging_steps": "log_steps",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
 }  # fmt: skip
 
@@ -136,15 +143,16 @@ VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
 
 OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("num_layers", "1", ONE_LAYER),
-    Foreign("draft_arch", "llama", ONE_LAYER),
-    Foreign("speculator_type", "eagle3", ONE_LAYER),
-    Foreign("draft_hidden_act", "silu", 'write "hidden_act" into the JSON of --draft_model_config'),
+    Foreign("draft_arch", "llama", ARCHITECTURE),
+    Foreign("speculator_type", "eagle3", EAGLE3),
+    Foreign("draft_hidden_act", "silu", SILU),
     Foreign("sliding_window(_indices)?|mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
-    Foreign("norm_before_(residual|fc)|norm_output", "false", IN_DRAFT_CONFIG),
+    Foreign("norm_before_residual", "false", RESIDUAL),
+    Foreign("norm_before_fc|norm_output", "false", IN_DRAFT_CONFIG),
     Foreign("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
     Foreign("optimizer", "adamw", ADAMW),
     Foreign("muon_.*", "", ADAMW),
-    Foreign("noise_std", r"0(\.0*)?", "no noise is added, drop it"),
+    Foreign("noise_std", r"0(\.0*)?", "hidden states are used as they are, without noise: drop it"),
     Foreign("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
     Foreign("deterministic(_cuda)?", "false",
             "--seed fixes initialisation and order; kernels are as they are, drop it"),
@@ -164,6 +172,11 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see docs/performance.md"),
     Foreign("profile|profile_record_shapes|verbose", "false", MEASURED),
     Foreign("profile_(start_step|num_steps)", "", MEASURED),
+    Foreign("bf16", "true", PRECISION),
+    Foreign("fp16|tf32", "false", PRECISION),
+    Foreign("deepspeed", "true", "write --deepspeed_config"),
+    Foreign("gradient_accumulation_steps", "",
+            "write --draft_global_batch_size: batch x accumulation x ranks, and accumulation follows"),
     Foreign("max_num_steps", "", "write --total_steps, and --scheduler_total_steps where the schedule is longer"),
     Foreign("wandb", "false", "write --report_to wandb"),
     Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see docs/metrics.md"),

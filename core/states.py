@@ -357,9 +357,7 @@ def check_source_flags(args, default):
     if args.on_generate == "cache" and args.on_missing != "generate":
         common.fail(f"on_generate cache keeps generated rows: it needs on_missing generate, not {args.on_missing}")
     if args.hidden_states_dtype != default["hidden_states_dtype"] and args.on_generate != "cache":
-        common.fail(
-            "hidden_states_dtype is of states that are kept: it needs on_generate cache; the draft has the target's dtype"
-        )
+        common.fail("hidden_states_dtype is of states that are kept: it needs on_generate cache")
     if not args.vllm_endpoint:
         for name in ("request_timeout", "max_retries"):
             if getattr(args, name) != default[name]:

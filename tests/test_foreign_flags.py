@@ -20,6 +20,12 @@ FLAGS = [
     for line in (HERE / "foreign_flags.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
+DEFAULTS = [
+    [cell.strip() for cell in line.split("|")]
+    for line in (HERE / "cases" / "foreign_defaults.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+PAGE = (HERE.parent / "docs" / "other_trainers.md").read_text()
 COMMANDS = re.findall(r"# (runs|refused: .*)\n((?:[^#\n].*\n)+)", (HERE / "foreign_commands.txt").read_text())
 SCRIPTS = {"train": train_eagle3, "train_eagle3": train_eagle3, "build_vocab_mapping": build_vocab_mapping}
 SCRIPTS |= {"prepare_data": prepare_data, "prepare_hidden_states": prepare_hidden_states}
@@ -100,9 +106,43 @@ def test_flags_that_mean_something_else_are_named_in_the_docs():
     differ = re.findall(r"^# differs: .*\n(?:#.*\n)*((?:[^#\n].*\n)+)", table, re.MULTILINE)
     names = set(re.findall(r"SpecForge +\| --([\w-]+)", "".join(differ)))
     assert names == {"batch-size", "draft-accumulation-steps", "total-steps", "eval-interval", "save-interval"}
-    page = (HERE.parent / "docs" / "other_trainers.md").read_text()
     instead = {"draft_global_batch_size", "scheduler_total_steps", "total_steps", "eval_steps", "save_steps"}
-    assert {f"`--{name}`" for name in names | instead} <= set(re.findall(r"`--[\w-]+`", page))
+    mentioned = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", PAGE)}
+    assert {name.replace("-", "_") for name in names} | instead <= mentioned
+
+
+def same(one, other):
+    """Whether two defaults, one at least as text, are the same."""
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        none = {"None": "none", "[]": "none"}
+        return none.get(str(one), str(one)).lower() == str(other).lower()
+
+
+def test_defaults_that_differ_are_in_one_table_of_the_docs():
+    """Each documented default of others is ours, or in the table with theirs and ours; and nothing else is there."""
+    ours = vars(train_eagle3.parse_args(["--target_model_path", "M"]))
+    table = {}
+    for line in re.findall(r"^\| `--.*\|$", PAGE, re.MULTILINE):
+        flag, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        table[flag.strip("`-")] = dict(zip(("speculators", "SpecForge", "here"), cells, strict=False))
+    different = set()
+    for trainer, flag, default in DEFAULTS:
+        written = flag.removeprefix("--").replace("-", "_")
+        name = foreign_flags.ALIASES.get(written, written)
+        default = foreign_flags.VALUES.get(name, {}).get(default, default)
+        rows = [row for row in foreign_flags.OF_TRAINERS if re.fullmatch(row.names, name)]
+        equal = same(ours[name], default) if name in ours else bool(re.fullmatch(rows[0].harmless, default))
+        assert equal or table[name][trainer] == default, f"{name} of {trainer} is {default} in {table.get(name)}"
+        different |= set() if equal else {name}
+    assert len(different) > 20 and table.keys() - different == {"draft_global_batch_size", "total_steps"}
+    for name, row in table.items():
+        if name in ours:
+            assert same(ours[name], row["here"]), f"{name} is {ours[name]} here, not {row['here']}"
+        else:
+            argv = ["--target_model_path", "M", f"--{name}", row["here"]]
+            assert train_eagle3.parse_args(argv), "what changes nothing"
 
 
 @pytest.mark.parametrize(("happens", "command"), COMMANDS)
