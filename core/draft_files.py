@@ -482,8 +482,8 @@ def is_speculators(raw):
     return "speculators_model_type" in raw or "transformer_layer_config" in raw
 
 
-def from_speculators(raw, tensors=()):
-    """The flat config of a speculators config.json, for a draft with these tensors."""
+def from_speculators(raw, tensors=None):
+    """The flat config of a speculators config.json, for a draft with these tensors {name: tensor}, or new ones."""
     config = dict(raw.get("transformer_layer_config") or {})
     for key in ("draft_vocab_size", "target_hidden_size", AUXILIARY):
         if raw.get(key) is not None:
@@ -493,7 +493,7 @@ def from_speculators(raw, tensors=()):
             config.setdefault(key, raw[key])
     flags = {"norm_before_residual": True, **raw}  # vLLM's reading of an absent key
     config |= {key: flags[key] for key in FLAGS if flags.get(key)}
-    return _complete(config, tensors)
+    return _complete(config, tensors or {})
 
 
 def load(folder, strict):
