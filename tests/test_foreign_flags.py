@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import build_vocab_mapping
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
 from core import foreign_flags
-from helpers import tiny
 from helpers.commands import flags_of
 
 HERE = Path(__file__).parent
@@ -26,9 +24,6 @@ DEFAULTS = [
     if line and not line.startswith("#")
 ]
 PAGE = (HERE.parent / "docs" / "other_trainers.md").read_text()
-COMMANDS = re.findall(r"# (runs|refused: .*)\n((?:[^#\n].*\n)+)", (HERE / "foreign_commands.txt").read_text())
-SCRIPTS = {"train": train_eagle3, "train_eagle3": train_eagle3, "build_vocab_mapping": build_vocab_mapping}
-SCRIPTS |= {"prepare_data": prepare_data, "prepare_hidden_states": prepare_hidden_states}
 
 
 def parsed(capsys, script, argv):
@@ -143,40 +138,3 @@ def test_defaults_that_differ_are_in_one_table_of_the_docs():
         else:
             argv = ["--target_model_path", "M", f"--{name}", row["here"]]
             assert train_eagle3.parse_args(argv), "what changes nothing"
-
-
-@pytest.mark.parametrize(("happens", "command"), COMMANDS)
-def test_documented_command_lines(capsys, happens, command):
-    words = shlex.split(command.replace("\\\n", " "))
-    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    values, error = parsed(capsys, SCRIPTS[Path(words[place]).stem], words[place + 1 :])
-    assert (values is not None) if happens == "runs" else happens.removeprefix("refused: ") in error, error
-
-
-def test_a_documented_command_line_trains(tmp_path):
-    """speculators' example, with its paths exchanged and fewer steps."""
-    tiny.write_target(tmp_path / "target")
-    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(8))
-    prepare_data.prepare(
-        tmp_path / "chats.jsonl",
-        tmp_path / "data",
-        tmp_path / "target",
-        chat_template="llama3",
-        max_length=512,
-        num_proc=1,
-    )
-    mapping = ["--token_freq_path", tmp_path / "data" / "token_freq.pt", "--draft_vocab_size", 200,
-               "--target_vocab_size", 400, "--output_path", tmp_path / "map"]  # fmt: skip
-    build_vocab_mapping.main(build_vocab_mapping.parse_args(list(map(str, mapping))))
-    (command,) = (command for _, command in COMMANDS if "--data-format-version" in command)
-    words = shlex.split(command.replace("\\\n", " "))
-    argv, exchanged = words[words.index("scripts/train.py") + 1 :], {
-        "meta-llama/Llama-3.1-8B-Instruct": tmp_path / "target", "./data/llama-3.1-8b_sharegpt/gen/": tmp_path / "data",
-        "./checkpoints/llama-3.1-8b.eagle3": tmp_path / "out", "./logs/llama-3.1-8b.eagle3": tmp_path / "logs",
-        "./data/llama-3.1-8b_sharegpt/d2t.npy": tmp_path / "map" / "d2t.npy",
-        "./data/llama-3.1-8b_sharegpt/t2d.npy": tmp_path / "map" / "t2d.npy",
-    }  # fmt: skip
-    assert exchanged.keys() <= set(argv)
-    argv = [str(exchanged.get(word, word)) for word in argv]
-    train_eagle3.main(train_eagle3.parse_args([*argv, "--max-steps", "1"]))
-    assert (tmp_path / "out" / "final" / "model.safetensors").exists() and list((tmp_path / "logs").rglob("events*"))
