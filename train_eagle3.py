@@ -784,7 +784,8 @@ def prepare_run(args):
     deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
     engine = checkpoints.engine_kind(deepspeed_config)
     found, state = checkpoints.find_state(args, engine, setup.DECISIVE)
-    checkpoint, source = setup.draft_source(args, found)
+    checkpoint = str(found) if found else args.resume_from_checkpoint
+    checkpoint, source = setup.draft_source(args, checkpoint, state)
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     model_dir = target_files.resolve_target(args.target_model_path)

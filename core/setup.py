@@ -153,21 +153,20 @@ def accumulation_steps(args, world):
 # ==================== The draft and its data =========================================================================
 
 
-def draft_source(args, found):
+def draft_source(args, checkpoint, state):
     """(checkpoint, configuration): where the draft's weights come from, and a file of its configuration; None: nowhere.
 
-    found: the checkpoint that the training continues, or None.
+    checkpoint: a draft, or None; state: its trainer_state.json if the training continues it.
     """
-    if found:
-        return str(found), None
-    given = args.resume_from_checkpoint
-    if not given:
+    if state:
+        return checkpoint, None
+    if not checkpoint:
         return None, args.draft_model_config
     if args.draft_model_config:
-        common.fail(f"resume_from_checkpoint {given} has a draft's configuration: drop draft_model_config")
-    if draft_files.has_weights(given):
-        return given, None
-    return None, given  # a config.json alone: a fresh draft
+        common.fail(f"resume_from_checkpoint {checkpoint} has a draft's configuration: drop draft_model_config")
+    if draft_files.has_weights(checkpoint):
+        return checkpoint, None
+    return None, checkpoint  # a config.json alone: a fresh draft
 
 
 def configure_draft(args, model_dir, checkpoint, source):
@@ -179,7 +178,7 @@ def configure_draft(args, model_dir, checkpoint, source):
         return draft_config.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
 
     if not checkpoint:
-        flag = "resume_from_checkpoint" if source == args.resume_from_checkpoint else "draft_model_config"
+        flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
         given = draft_config.read(flag, source) if source else {}
         configured, layers = configure(given, source, args.draft_vocab_size)
         draft_config.name_replaced(source, given, configured)
