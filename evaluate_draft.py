@@ -36,7 +36,17 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import prepare_data
 import train_eagle3
-from core import common, conversations, dataloader, draft_files, rendering, target_files, target_model, vocabulary
+from core import (
+    common,
+    conversations,
+    dataloader,
+    draft_config,
+    draft_files,
+    rendering,
+    target_files,
+    target_model,
+    vocabulary,
+)
 
 # ==================== Target and draft with their caches =============================================================
 
@@ -498,7 +508,7 @@ def main(args):
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
     config, tensors = draft_files.read_draft(args.draft_model_path)
     text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
-    draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
     folder = common.open_output(args.output)
 
     target = target_model.load(

@@ -11,7 +11,7 @@ import transformers
 import evaluate_draft
 import prepare_data
 import train_eagle3
-from core import dataloader, draft_files, slots, target_files, target_model
+from core import dataloader, draft_config, draft_files, slots, target_files, target_model
 from helpers import dense, tiny
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -38,7 +38,7 @@ def random_draft(folder, target, columns=None, rope="default", seed=0):
     torch.manual_seed(seed)
     vocabulary = target.config.vocab_size
     ids = torch.randperm(vocabulary)[: columns or vocabulary].sort().values
-    config = draft_files.derive_config(*target_files.read_target_config(folder)) | {
+    config = draft_config.derive_config(*target_files.read_target_config(folder)) | {
         "draft_vocab_size": len(ids),
         "rope_scaling": ROPES[rope],
     }
