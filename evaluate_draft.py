@@ -41,6 +41,7 @@ from core import (
     conversation_files,
     conversations,
     dataloader,
+    draft_config,
     draft_files,
     rendering,
     target_files,
@@ -283,6 +284,8 @@ def read_prompt(line, tokenizer, where, options):
         if isinstance(row.get("prompt"), str) and not conversations.has_turns(row):
             return tokenizer(row["prompt"])["input_ids"]
         messages, tools = conversations.read_conversation(row)
+        if not tokenizer.chat_template:
+            raise conversations.Rejected("no chat template in the tokenizer", "name one with --chat_template")
         text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except conversations.Rejected as error:
@@ -502,11 +505,13 @@ def main(args):
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
+    if not Path(args.prompts, "data_config.json").is_file():  # prepared rows are rendered already
+        tokenizer, _ = rendering.with_own_template(tokenizer, args.chat_template, template)
     flags = {name: getattr(args, name) for name in conversation_files.PROMPT_FLAGS}
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options, **flags)
     config, tensors = draft_files.read_draft(args.draft_model_path)
     text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
-    draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
     folder = common.open_output(args.output)
 
     target = target_model.load(

@@ -138,12 +138,12 @@ def read_text(row, chat):
     text = row.get("text")
     is_chat = conversations.has_turns(row)
     if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
-        detail = "needed to render messages, or for the markers of auto"
-        raise conversations.Rejected("no chat template in the tokenizer", detail)
+        raise conversations.Rejected("no chat template in the tokenizer", chat.missing)
     if is_chat:
         return rendering.render_row(row, chat)
     if isinstance(text, str):
-        return text, rendering.find_spans(text, chat.template, chat.opening), False
+        spans = rendering.find_spans(text, chat.template, chat.opening)
+        return text, spans[-1:] if chat.only_last else spans, False
     if row:
         remedy = "name two of them by --prompt_column and --response_column, if they are questions and answers"
         raise conversations.Rejected("unknown form", f"fields {', '.join(row)[:100]}: {remedy}")
@@ -158,7 +158,7 @@ def tokenise(raw, chat):
         ids, mask = read_tokens(row, chat)
     else:
         text, spans, reasoning_lost = read_text(row, chat)
-        ids, mask = encode(text, spans[-1:] if chat.only_last else spans, chat.encoder)
+        ids, mask = encode(text, spans, chat.encoder)
     if not len(ids):
         raise conversations.Rejected("empty", "no text")
     if not mask.any():
@@ -232,7 +232,7 @@ def fits(text, template):
 
 
 def find_call_form(chat):
-    """The CallForm with which the template shows a complete call; the first one if none does.
+    """The CallForm with which the template shows a complete call; None if none does.
 
     Some templates drop calls beside a content, or need one; some want the arguments as text, and quote them twice
     otherwise.
@@ -246,7 +246,7 @@ def find_call_form(chat):
             call = text[start:end]
             if len(spans) == 2 and "probe_call" in call and "value" in call and "\\" not in call:
                 return form
-    return CALL_FORMS[0]
+    return None
 
 
 def derive_template(tokenizer, text, prompt):
@@ -304,8 +304,9 @@ def make_chat(tokenizer, name, max_length, only_last):
     encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
-    if not tokenizer.chat_template:  # only rows rendered or tokenised beforehand can be used
-        return rendering.Chat(tokenizer, encoder, TEMPLATES.get(name), max_length, only_last)
+    tokenizer, missing = rendering.with_own_template(tokenizer, name, TEMPLATES.get(name))
+    if missing:  # only rows rendered or tokenised beforehand can be used
+        return rendering.Chat(tokenizer, encoder, TEMPLATES.get(name), max_length, only_last, missing=missing)
     template = choose_template(tokenizer, name)
     prompt = rendering.render(tokenizer, PROBE[:1], add_generation_prompt=True, **template.options)
     openings = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
@@ -316,7 +317,8 @@ def make_chat(tokenizer, name, max_length, only_last):
     elif READS_REASONING.search(str(tokenizer.chat_template)):
         thoughts = "field"
     chat = rendering.Chat(tokenizer, encoder, template, max_length, only_last, opening, thoughts)
-    return dataclasses.replace(chat, call_form=find_call_form(chat))
+    call_form = find_call_form(chat)
+    return dataclasses.replace(chat, call_form=call_form or CALL_FORMS[0], shows_calls=call_form is not None)
 
 
 # ==================== The prepared folder ============================================================================
@@ -551,6 +553,8 @@ def list_ingredients(sources, tokenizer, chat, options, target_model_path):
         "tokenizer": target_files.hash_tokenizer(tokenizer),
         "chat_template": [options.chat_template, *(chat.template or ())],
     }
+    if chat.tokenizer is not tokenizer:
+        ingredients["own_template"] = common.hash_of(chat.tokenizer.chat_template)
     if options.regenerate:
         ingredients["regenerate"] = options.regenerate.about(target_model_path)
     return ingredients
@@ -628,8 +632,10 @@ def prepare(dataset, output_path, target_model_path, **options):
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))
         answers = regeneration.open_answers(options.regenerate, target_model_path, output, inputs)
+    same = [name for name, template in TEMPLATES.items() if template == chat.template]
     config = {
         "format_version": dataloader.FORMAT_VERSION,
+        "chat_templates": list(dict.fromkeys([options.chat_template, *same])),  # names that mean the same
         "fingerprint": fingerprint,
         "ingredients": ingredients,
         "splits": {},

@@ -176,7 +176,7 @@ def parse_args(argv=None):
     add("--max_disk", type=common.at_least(float, 0), help="GB that this start may write; none: what the disk has")
     add("--dist_timeout", type=minutes, default=20, help="minutes a collective may take")
     add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
-    args = parser.parse_args(foreign_flags.drop(argv, foreign_flags.OF_HIDDEN_STATES))
+    args = foreign_flags.parse(parser, argv, foreign_flags.OF_HIDDEN_STATES)
     if args.data_path.endswith((".json", ".jsonl")):
         common.fail(f"data_path {args.data_path} is a file: give the folder that prepare_data.py makes of it")
     return args

@@ -38,7 +38,7 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
     target = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()
     if not folder.is_dir():
-        is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", target)
+        is_hub_id = re.fullmatch(common.HUB_ID, target)
         if folder.exists() or not is_hub_id:
             common.fail(f"target model {target}: neither a folder nor a hub id such as org/name")
         folder = common.download(target, patterns)

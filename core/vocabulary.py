@@ -16,6 +16,9 @@ def read_token_freq(path):
     """{token id: count} of a token_freq.pt; ends the program if the file holds anything else."""
     try:
         counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
+    except OSError as error:
+        reason = error.strerror or error
+        common.fail(f"token counts {path}: {reason}; prepare_data.py writes token_freq.pt into the folder of its data")
     except Exception as error:  # a file of another kind fails anywhere in the unpickler
         common.fail(
             f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})"

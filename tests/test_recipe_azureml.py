@@ -181,7 +181,7 @@ def test_defaults_are_the_trainers_or_the_difference_is_stated():
     own = vars(train_eagle3.parse_args(["--target_model_path", "T", "--output_dir", "O"]))
     differ = {name for name in own if given[name] != own[name]}
     stated = {name for name in component["inputs"] if "The trainer's own default is none" in comment_of(name, text)}
-    assert differ == stated == {"dp_size", "draft_accumulation_steps"}
+    assert differ == stated == {"chat_template", "dp_size", "draft_accumulation_steps"}
     assert all(own[name] is None for name in differ)
 
 

@@ -212,7 +212,7 @@ def test_rows_that_cannot_be_answered_are_named(server, tmp_path):
     for call in ({"function": "add"}, {"function": None}, {"function": {"name": None}}, {}):
         row = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
         assert regeneration.answer_row(json.dumps({"messages": row}).encode(), None, "keep")[0] == {
-            "rejected_for": ["malformed message", "a call of tool_calls has no name"]
+            "rejected_for": ["malformed call", "a call has no name"]
         }
     for tools in ([None], [1], "[null]", {"name": "add"}):
         (found, _) = regeneration.answer_row(json.dumps({"messages": [USER, REPLY], "tools": tools}).encode(), 0, "")
