@@ -44,7 +44,18 @@ SYSTEM_FIELDS = ("system", "system_prompt", "system_message")  # of a row, besid
 # Keys of a turn, or of a row, that change what was said or how it is rendered.
 NOT_READ = ("image", "images", "video", "videos", "audio", "audios")
 NOT_READ_IN_ROWS = (*NOT_READ, "chat_template_kwargs")
-NOT_READ_IN_TURNS = (*NOT_READ, "refusal", "prefix", "tools", "functions", "files", "attachments")
+NOT_READ_IN_TURNS = (
+    *NOT_READ,
+    "refusal",
+    "prefix",
+    "tools",
+    "functions",
+    "files",
+    "attachments",
+    "tool_plan",  # Cohere: what the assistant says before its calls
+    "train_detail",  # Axolotl: the parts of a reply that are not to be trained
+    "training_detail",
+)
 
 # Types of the parts of a content.
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")

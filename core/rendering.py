@@ -205,7 +205,7 @@ def render_reply(messages, tools, chat):
 def render_row(row, chat):
     """(text, spans, whether the text lacks the reasoning of the last reply) of a row with messages. Raises Rejected."""
     given, tools = conversations.read_conversation(row)
-    check_markers(given, tools, chat.template)
+    check_markers(given, tools, chat)
     messages = arrange(given, chat)
     try:
         text, spans = render_reply(messages, tools, chat)
@@ -235,13 +235,24 @@ def supervised_spans(messages, spans, only_last):
     return trained
 
 
-def check_markers(messages, tools, template):
-    """No text may contain a marker: a prompt could declare itself supervised, a reply could end too early."""
-    content = json.dumps([messages, tools], ensure_ascii=False)
-    for marker in template.headers + template.ends:
-        escaped = json.dumps(marker.strip(), ensure_ascii=False)[1:-1]
+def check_markers(messages, tools, chat):
+    """No text may contain a marker: a prompt could declare itself supervised, a reply could end too early.
+
+    No reply may contain a special token either: it would be supervised, and the target says nothing after it.
+    """
+    replies = [message for message in messages if message["role"] == "assistant"]
+    template = chat.template
+    refuse_texts(template.headers + template.ends, [messages, tools])
+    refuse_texts(chat.tokenizer.all_special_tokens, replies)
+
+
+def refuse_texts(texts, given):
+    """Raise Rejected if one of the texts stands somewhere in the given objects."""
+    content = json.dumps(given, ensure_ascii=False)
+    for text in texts:
+        escaped = json.dumps(text.strip(), ensure_ascii=False)[1:-1]
         if escaped in content:
-            raise conversations.Rejected("marker inside content", repr(marker))
+            raise conversations.Rejected("marker inside content", repr(text))
 
 
 def check_outputs(messages, tools, chat, text, spans):
