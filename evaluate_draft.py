@@ -500,6 +500,8 @@ def parse_args(argv=None):
 
 
 def main(args):
+    if Path(args.prompts).is_dir() and args.chat_template != "auto":
+        common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
