@@ -494,7 +494,7 @@ def parse_args(argv=None):
     add("--num_draft_tokens", type=common.at_least(int, 1), default=7, help="drafts per pass")
     add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
     add("--temperature", type=common.at_least(float, 0), default=0.0, help="0 = greedy")
-    add("--seed", type=int, default=0, help="of sampling at a temperature above 0")
+    add("--seed", type=common.SEED, default=0, help="of sampling at a temperature above 0")
     add("--output", help="folder for the figures, texts and plot; none: printed only")
     return parser.parse_args(argv)
 

@@ -36,6 +36,8 @@ def read(flag, source):
     if kind != "eagle3":
         common.fail(f"{flag} {source}: speculators_model_type is {kind!r}, not 'eagle3', which is what is trained here")
     if draft_files.is_speculators(raw):
+        if not isinstance(raw.get("transformer_layer_config"), dict):
+            common.fail(f"{flag} {source}: transformer_layer_config is missing, which has the sizes of the layer")
         return draft_files.from_speculators(raw)
     given = dict(raw)
     if "dtype" in given:  # transformers 5's name
@@ -209,7 +211,7 @@ def _merge(derived, given, source):
         config["rope_theta"] = 10000.0 if theta is None else theta
         config["rope_scaling"] = given.get("rope_scaling")
     config |= {key: value for key, value in given.items() if value is not None}
-    if problems := draft_files.size_problems(config):  # the lines below compute with them
+    if problems := draft_files.size_problems(config) + draft_files.layer_problems(config):  # what follows computes
         common.fail(f"{source}: {'; '.join(problems)}")
     if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
