@@ -189,7 +189,8 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     columns = draft_config["draft_vocab_size"]
     rows = draft_config["vocab_size"]
     if not 0 < columns <= rows:
-        common.fail(f"draft_vocab_size {columns} is not within 1..{rows}, the target's")
+        named = "" if draft_vocab_size else f"{source}: "
+        common.fail(f"{named}draft_vocab_size {columns} is not within 1..{rows}, the target's")
     layers = _choose_layers(draft_config, text_config.num_hidden_layers, source, layer_ids)
     default = target_files.default_layer_ids(text_config.num_hidden_layers)
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
