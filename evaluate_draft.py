@@ -496,12 +496,14 @@ def parse_args(argv=None):
     add("--num_draft_tokens", type=common.at_least(int, 1), default=7, help="drafts per pass")
     add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
     add("--temperature", type=common.at_least(float, 0), default=0.0, help="0 = greedy")
-    add("--seed", type=int, default=0, help="of sampling at a temperature above 0")
+    add("--seed", type=common.SEED, default=0, help="of sampling at a temperature above 0")
     add("--output", help="folder for the figures, texts and plot; none: printed only")
     return parser.parse_args(argv)
 
 
 def main(args):
+    if Path(args.prompts).is_dir() and args.chat_template != "auto":
+        common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)

@@ -76,10 +76,14 @@ def small_files(folder):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("--target_model_path", required=True, help="folder or hub id of the target")
+    parser.add_argument("--target_model_path", help="folder or hub id of the target (required)")
     parser.add_argument("--output_path", required=True, help="folder to copy it to, as one Hugging Face folder")
     parser.add_argument("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.target_model_path:
+        inputs = "huggingface_id, pytorch_model_path or mlflow_model_path"
+        common.fail(f"no model is given: --target_model_path, which is one of the component's inputs {inputs}")
+    return args
 
 
 def main(args):

@@ -679,7 +679,7 @@ def parse_args(argv=None):
     add("--num_samples", type=count, help="rows of the training input, taken at random; none: all")
     add("--train_only_last_turn", action=common.Switch, help="supervise only the last assistant turn of each row")
     add("--validation_ratio", type=float, default=0.0, help="share of the rows kept back for validation")
-    add("--seed", type=int, default=0, help="of num_samples and validation_ratio")
+    add("--seed", type=common.SEED, default=0, help="of num_samples and validation_ratio")
     add("--num_proc", type=count, help="processes, at most one a core; none: one a core")
     regeneration.add_flags(parser)
     return parser.parse_args(argv)

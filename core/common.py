@@ -58,6 +58,9 @@ class Parser(argparse.ArgumentParser):
         """The flags that may have been meant by those in a message, as the end of a line."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         unknown = re.findall(r"--\w+", message)
+        for flag in unknown:
+            if flag.removeprefix("--no_") in (known.removeprefix("--") for known in flags):
+                return f" (write --{flag.removeprefix('--no_')} false)"
         close = [match for flag in unknown for match in difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)]
         return f" (is {', '.join(close)} meant?)" if close else ""
 
@@ -75,17 +78,24 @@ def normalise_argv(argv, aliases=None):
     return [re.sub(r"\A--([^=]+)", normalise, word) for word in argv]
 
 
-def at_least(kind, least):
-    """Type of a flag with a lower bound: at_least(int, 1)."""
+def at_least(kind, least, most=None):
+    """Type of a flag with a lower bound: at_least(int, 1); without an upper one it is finite."""
 
     def convert(text):
         value = kind(text)
-        if not least <= value < math.inf:
+        if not least <= value:  # nan is not
             raise argparse.ArgumentTypeError(f"is {value}; it must be at least {least}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError("is inf; it must be finite")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"is {value}; it must be at most {most}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type of a value that it cannot convert
     return convert
+
+
+SEED = at_least(int, 0, 2**32 - 1)  # as NumPy takes it
 
 
 def above_zero(text):

@@ -36,6 +36,8 @@ def read(flag, source):
     if kind != "eagle3":
         common.fail(f"{flag} {source}: speculators_model_type is {kind!r}, not 'eagle3', which is what is trained here")
     if draft_files.is_speculators(raw):
+        if not isinstance(raw.get("transformer_layer_config"), dict):
+            common.fail(f"{flag} {source}: transformer_layer_config is missing, which has the sizes of the layer")
         return draft_files.from_speculators(raw)
     given = dict(raw)
     if "dtype" in given:  # transformers 5's name
@@ -187,7 +189,8 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     columns = draft_config["draft_vocab_size"]
     rows = draft_config["vocab_size"]
     if not 0 < columns <= rows:
-        common.fail(f"draft_vocab_size {columns} is not within 1..{rows}, the target's")
+        named = "" if draft_vocab_size else f"{source}: "
+        common.fail(f"{named}draft_vocab_size {columns} is not within 1..{rows}, the target's")
     layers = _choose_layers(draft_config, text_config.num_hidden_layers, source, layer_ids)
     default = target_files.default_layer_ids(text_config.num_hidden_layers)
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
@@ -209,7 +212,7 @@ def _merge(derived, given, source):
         config["rope_theta"] = 10000.0 if theta is None else theta
         config["rope_scaling"] = given.get("rope_scaling")
     config |= {key: value for key, value in given.items() if value is not None}
-    if problems := draft_files.size_problems(config):  # the lines below compute with them
+    if problems := draft_files.size_problems(config) + draft_files.layer_problems(config):  # what follows computes
         common.fail(f"{source}: {'; '.join(problems)}")
     if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]

@@ -228,7 +228,8 @@ def _is_layer_ids(ids, first):
     return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
 
 
-def _auxiliary_problems(config):
+def layer_problems(config):
+    """The problems of a config's auxiliary layers, place by place."""
     nested = config.get("eagle_config", {})
     if not isinstance(nested, dict):
         return [f"eagle_config is {nested!r}, not an object"]
@@ -238,9 +239,19 @@ def _auxiliary_problems(config):
     ids = config.get(AUXILIARY)
     nested_ids = nested.get(AUXILIARY)
     if not _is_layer_ids(ids, 1):
-        return [*problems, f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1"]
+        problems.append(f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1")
     if not _is_layer_ids(nested_ids, 0):
-        return [*problems, f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0"]
+        problems.append(f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0")
+    return problems
+
+
+def _auxiliary_problems(config):
+    """Those between the two places as well: each engine reads one of them."""
+    problems = layer_problems(config)
+    if problems:
+        return problems
+    ids = config.get(AUXILIARY)
+    nested_ids = config.get("eagle_config", {}).get(AUXILIARY)
     count = config.get("num_aux_hidden_states", 3)
     if ids is None and nested_ids is None:
         if count != 3:
@@ -384,7 +395,7 @@ def has_weights(source):
 def read_json(path):
     """(object, "") of a JSON file, or ({}, the problem with it)."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark at the beginning
     except OSError as error:
         return {}, f"{path.name} is missing" if error.errno == ENOENT else f"{path.name}: {error.strerror}"
     except ValueError as error:
@@ -484,7 +495,8 @@ def is_speculators(raw):
 
 def from_speculators(raw, tensors=None):
     """The flat config of a speculators config.json, for a draft with these tensors {name: tensor}, or new ones."""
-    config = dict(raw.get("transformer_layer_config") or {})
+    layer = raw.get("transformer_layer_config")
+    config = dict(layer) if isinstance(layer, dict) else {}
     for key in ("draft_vocab_size", "target_hidden_size", AUXILIARY):
         if raw.get(key) is not None:
             config[key] = raw[key]
@@ -567,7 +579,8 @@ def read_draft(folder, model_dir=None):
     """
     config, tensors, problems = load(folder, strict=False)
     if problems:
-        common.fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        common.fail(f"the draft {folder} is not usable: {'; '.join(problems[:3])}{more}")
     if model_dir and EMBEDDING in tensors and not needs_embedding(config):
         check_embedding(folder, tensors, find_embedding(model_dir))
     return config, tensors

@@ -125,7 +125,9 @@ OF_HIDDEN_STATES = (  # flags of SpecForge's script that prepare_hidden_states.p
 )  # fmt: skip
 
 ALIASES = {  # {another trainer's name: ours}
-    "verifier_name_or_path": "target_model_path", "train_data_path": "dataset_train_split",
+    "verifier_name_or_path": "target_model_path", "model_name_or_path": "target_model_path",
+    "basepath": "target_model_path", "trainpath": "dataset_train_split", "testpath": "dataset_validation_split",
+    "configpath": "draft_model_config", "savedir": "output_dir", "train_data_path": "dataset_train_split",
     "eval_data_path": "dataset_validation_split", "draft_config": "draft_model_config", "epochs": "num_epochs",
     "training_batch_size": "batch_size", "lr": "learning_rate", "ttt_steps": "ttt_length", "max_steps": "total_steps",
     "draft_attn_impl": "attention_backend", "log_interval": "log_steps", "log_freq": "log_steps",

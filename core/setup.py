@@ -74,7 +74,7 @@ def add_run_flags(add):
     add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
     add("--run_name", help="name of the run in the trackers; none: theirs")
     add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")
-    add("--seed", type=int, default=0, help="of initialisation and data order")
+    add("--seed", type=common.SEED, default=0, help="of initialisation and data order")
     add("--dist_timeout", type=common.above_zero, default=20, help="minutes a collective may take")
     add("--deepspeed_config", default=config, help="ZeRO, precision, offload")
     add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")

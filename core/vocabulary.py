@@ -128,6 +128,8 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
             arrays.append(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             common.fail(f"the vocabulary mapping {path} cannot be read: {str(error).splitlines()[0]}")
+        if not isinstance(arrays[-1], np.ndarray):
+            common.fail(f"the vocabulary mapping {path} is not one array: give the .npy of build_vocab_mapping.py")
     d2t, t2d = arrays
     problems = mapping_problems(d2t, t2d)
     if target_vocab_size is not None and not problems and len(t2d) != target_vocab_size:

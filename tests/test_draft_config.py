@@ -116,6 +116,7 @@ def places(work, tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     config = json.dumps(FORMS["specforge"])
     (folder / "flat.json").write_text(config)
+    (folder / "bom.json").write_text(config, encoding="utf-8-sig")
     for name, text in (("fresh", config), ("spec", json.dumps(FORMS["speculators"] | {
             "transformer_layer_config": LAYER.to_dict() | {"intermediate_size": 80}})), ("draft", config)):  # fmt: skip
         (folder / name).mkdir()

@@ -18,6 +18,7 @@ FLAGS = [
     for line in (HERE / "foreign_flags.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
+TARGET = ("--verifier-name-or-path", "--target-model-path", "--model-name-or-path", "--basepath")
 DEFAULTS = [
     [cell.strip() for cell in line.split("|")]
     for line in (HERE / "cases" / "foreign_defaults.txt").read_text().splitlines()
@@ -38,7 +39,7 @@ def parsed(capsys, script, argv):
 
 @pytest.mark.parametrize(("flag", "happens"), [row[1:] for row in FLAGS])
 def test_every_documented_flag_does_what_the_table_says(capsys, flag, happens):
-    needed = [] if flag.startswith(("--verifier-name-or-path", "--target-model-path")) else ["--target_model_path", "M"]
+    needed = [] if flag.startswith(TARGET) else ["--target_model_path", "M"]
     plain, _ = parsed(capsys, train_eagle3, needed or ["--target_model_path", "M"])
     written = [flag.split()] if flag.count(" ") != 1 else [flag.split(), [flag.replace(" ", "=")]]  # both ways
     for words in written:

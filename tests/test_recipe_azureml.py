@@ -296,6 +296,16 @@ def test_the_job_gives_what_the_pipeline_has():
     assert all(pipeline["inputs"][name]["type"] == kind for name, kind in named)
 
 
+def test_import_without_a_source_names_the_inputs_of_the_component(capsys):
+    component = read(IMPORT)
+    options = options_of(render(component, {}, {"output_dir": "out"}))
+    with pytest.raises(SystemExit):
+        import_target.parse_args([word for option in options for word in option])
+    line = capsys.readouterr().err
+    assert line.startswith("error: no model is given") and line.count("\n") == 1
+    assert all(name in line for name in component["inputs"])
+
+
 def test_import_takes_the_first_of_its_sources_that_is_given():
     component, order = read(IMPORT), ["pytorch_model_path", "mlflow_model_path", "huggingface_id"]
     assert set(component["inputs"]) == set(order)

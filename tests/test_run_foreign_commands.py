@@ -104,7 +104,7 @@ def test_documented_command_lines_run(folders, server, capfd, monkeypatch, then,
     monkeypatch.chdir(folders(bool(then)))
     script, words = words_of(command, server)
     if script is train_eagle3:
-        words += ["--total_steps", "2"]
+        words += ["--total_steps", "3"]  # one pass over the data
 
     def run():
         script.main(script.parse_args(words))
@@ -122,7 +122,7 @@ def test_documented_command_lines_run(folders, server, capfd, monkeypatch, then,
     assert draft_files.check_draft(draft) == []
     if "--dry-run" not in words:
         steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-        assert max(steps) == 2
+        assert max(steps) == 3
     assert list(server.folder.iterdir()) == [], "what the server wrote is removed"
 
 
