@@ -597,7 +597,7 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     prepare_data.prepare(rows, tmp_path / "data", tmp_path / "tokenizer", num_proc=1)
     for options, words in (
         ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl: no such file or folder"),
-        ({"prompts": tmp_path / "file"}, "has no prompts"),
+        ({"prompts": tmp_path / "file"}, "is empty: no row in it"),
         ({"prompts": tmp_path / "cut.jsonl"}, "line 2 of"),
         ({"prompts": tmp_path / "list.jsonl"}, "line 1 of"),
         ({"prompts": tmp_path / "turn.jsonl"}, "no question with a reply"),
