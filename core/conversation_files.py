@@ -167,9 +167,17 @@ def pair_columns(row, prompt, response):
     if isinstance(question, list) and question and isinstance(question[0], str):
         question = question[0]  # benchmarks of several questions, the first of which needs no reply
     turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
+    if is_conversation(answer):
+        turns = []
     replies = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
     kept = {name: row[name] for name in ("system", "tools") if row.get(name)}
     return {"messages": turns + replies} | kept
+
+
+def is_conversation(answer):
+    """Does a column of answers hold the questions as well, as `chosen` of preferences does?"""
+    turns = answer if isinstance(answer, list) and conversations.is_list_of_objects(answer) else []
+    return any(str(turn.get("role") or turn.get("from")).lower() in conversations.NAMES["user"] for turn in turns)
 
 
 # ==================== Which files ====================================================================================
@@ -212,6 +220,8 @@ def find_files(name, flags, part):
             common.fail(f"dataset {name} is prepared already: train_eagle3.py reads it as --data_path")
         saved = sorted(path.glob("**/state.json"))
         return find_saved(name, path, flags, part) if saved else find_splits(name, path, flags, part)
+    if "://" in name:
+        common.fail(f"dataset {name} is a URL: download the file, or give the id of a data set on the hub")
     if path.exists():
         common.fail(f"dataset {name} is a pipe or a device: write it to a file, which is read more than once")
     if re.search(r"[*?[]", name):
@@ -245,11 +255,33 @@ def find_splits(name, where, flags, part):
         common.fail(f"dataset {name} cannot be read, as a folder or by its id on the hub: {problem}{flag}")
     paths = [str(path) for path in files[choose_split(name, [str(split) for split in files], flags, part)]]
     if not paths[0].startswith("hf://"):
+        check_folder(name, Path(where), {str(path) for split in files.values() for path in split})
         return [Path(path) for path in paths]
     # hf://datasets/OWNER/NAME@REVISION/PATH
     inside = [path.partition("@")[2].partition("/") for path in paths]
     folder = common.download(name, [path for _, _, path in inside], "dataset", inside[0][0], "dataset")
     return [folder / path for _, _, path in inside]
+
+
+def check_folder(name, folder, known):
+    """End the program if files of a folder, which says nothing of its splits, would be left out without a word.
+
+    datasets reads files of one form alone, and where some are named after a split, no others. known: paths in a split.
+    """
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(r"^configs:", readme.read_text(errors="replace"), re.MULTILINE):
+        return
+    left = []
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        is_data = SUFFIXES.search(path.name) and path.suffix != ".txt" and path.name != "dataset_infos.json"
+        if is_data and not is_hidden and str(path.absolute()) not in known:
+            left.append(path.name)
+    if left:
+        some = ", ".join(left[:3])
+        common.fail(
+            f"dataset {name}: {some} would be left out, as no split has them: name the files wanted by a pattern"
+        )
 
 
 USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "test"), "prompt": ("test", "validation")}
@@ -319,7 +351,7 @@ def read_stream(file, path):
         return enumerate(read_csv(file, {"c": ",", "t": "\t"}[suffix[1]]), 1)
     if text.startswith(b"[") and not LIST_OF_TURNS.match(text):
         return enumerate(read_array(file), 1)
-    return read_lines(file)
+    return read_lines(file, path)
 
 
 TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last begins Arrow's stream
@@ -384,14 +416,14 @@ def read_csv(file, delimiter):
         yield from csv.DictReader(text, delimiter=delimiter, strict=True)
 
 
-def read_lines(file):
+def read_lines(file, path):
     """Yield (line number, line) of JSON Lines; blank lines are no rows. A file may also be one object of many lines."""
     lines = number_lines(file)
     first = list(itertools.islice(lines, 2))
     if first and is_unfinished(first[0][1]):
         first += lines
     whole = b"\n".join(line for _, line in first)
-    rows = rows_of_object(whole)
+    rows = rows_of_object(whole, path)
     if rows is None:
         yield from first
         yield from lines
@@ -423,7 +455,7 @@ def ends_early(error):
     return error.msg.startswith("Unterminated") or len(error.doc) - error.pos < 10
 
 
-def rows_of_object(text):
+def rows_of_object(text, path):
     """The rows of a file that is one object: those of the list in it, or itself; None if it is none."""
     try:
         whole = json.loads(text)
@@ -431,6 +463,8 @@ def rows_of_object(text):
         return None
     if not isinstance(whole, dict):
         return None
+    if {"added_tokens", "model"} <= whole.keys():
+        common.fail(f"{path} is a tokenizer, not conversations")
     lists = [value for value in whole.values() if value and conversations.is_list_of_objects(value)]
     if len(lists) == 1 and not ROW_FIELDS & whole.keys() and not {"role", "from"} & lists[0][0].keys():
         return [json.dumps(row).encode() for row in lists[0]]

@@ -178,6 +178,7 @@ STEPS = {
     "csv": lambda: csv_with(","),
     "tsv": lambda: csv_with("\t"),
     "nothing": lambda: b"",
+    "tokenizer": lambda: json.dumps({"added_tokens": [{"id": 0}], "model": {"vocab": {}}}, indent=2).encode(),
     "sentencepiece": lambda: b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n",
     "pdf": lambda: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
     "pickled": lambda: pickle.dumps(ROWS),
@@ -313,8 +314,17 @@ def test_a_folder_or_a_pattern_of_files_is_read_in_the_order_of_names(tmp_path, 
     assert ids(tmp_path / "shards") == ids(f"{tmp_path}/**/*.jsonl") == [0, 1, 2]
     assert ids(f"{tmp_path}/shards/[ab].jsonl") == [0, 1]
     assert "no file matches this pattern" in stops(capsys, read, tmp_path / "*.parquet")
+    write_rows(tmp_path / "shards" / "more.parquet", ROWS)
+    assert "more.parquet would be left out, as no split has them: name the files" in stops(
+        capsys, read, tmp_path / "shards"
+    )
+    assert ids(f"{tmp_path}/shards/[ab]*") + ids(f"{tmp_path}/shards/*.parquet") == [0, 1, 0, 1, 2]
+    (tmp_path / "shards" / "more.parquet").unlink()
     write_rows(tmp_path / "shards" / "validation.jsonl", [ROWS[1]])
     (tmp_path / "shards" / "a.jsonl").rename(tmp_path / "shards" / "train.jsonl")
+    assert "b.jsonl, c.jsonl would be left out" in stops(capsys, read, tmp_path / "shards")
+    (tmp_path / "shards" / "b.jsonl").unlink()
+    (tmp_path / "shards" / "deep" / "er" / "c.jsonl").unlink()
     assert (ids(tmp_path / "shards"), ids(tmp_path / "shards", "validation")) == ([0], [1])
 
 
@@ -388,6 +398,7 @@ def test_names_of_nothing_end_with_one_line(tmp_path, capsys, monkeypatch):
         "absent.jsonl": "no such file or folder, and not one of the presets sharegpt",
         "data/absent.jsonl": "no such file or folder",
         "C:\\chats\\rows.jsonl": "no such file or folder",
+        "https://some.where/rows.jsonl": "is a URL: download the file",
         "some/thing": "cannot be read, as a folder or by its id on the hub",
         tmp_path / "empty": "doesn't contain any data files",
         tmp_path / "pipe": "is a pipe or a device: write it to a file, which is read more than once",
@@ -402,6 +413,7 @@ COLUMNS = [
     {"q": "one?", "a": "1", "system": "Be brief."},
     {"q": [{"role": "user", "content": "two?"}], "a": [{"role": "assistant", "content": "2"}]},
     {"q": ["three?", "and then?"], "a": "3"},
+    {"q": "four?", "a": [{"role": "user", "content": "four?"}, {"role": "assistant", "content": "4"}]},  # preferences
 ]
 
 
@@ -409,8 +421,8 @@ def test_prompt_and_response_columns(tmp_path, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", COLUMNS)
     rows = [json.loads(row) for _, row in read(path, prompt_column="q", response_column="a")]
     turns = [[turn["content"] for turn in row["messages"]] for row in rows]
-    assert turns == [["one?", "1"], ["two?", "2"], ["three?", "3"]] and rows[0]["system"] == "Be brief."
-    assert [[turn["role"] for turn in row["messages"]] for row in rows] == [["user", "assistant"]] * 3
+    assert turns == [["one?", "1"], ["two?", "2"], ["three?", "3"], ["four?", "4"]] and rows[0]["system"] == "Be brief."
+    assert [[turn["role"] for turn in row["messages"]] for row in rows] == [["user", "assistant"]] * 4
     assert [row for _, row in read(path, prompt_column="no", response_column="a")] == path.read_bytes().splitlines()
     tiny.tokenizer().save_pretrained(tmp_path / "target")
 
@@ -420,8 +432,8 @@ def test_prompt_and_response_columns(tmp_path, capsys):
     assert "give --prompt_column as well" in stops(capsys, prepare, response_column="a")
     assert "give --response_column as well" in stops(capsys, prepare, prompt_column="q")
     error = stops(capsys, prepare)
-    assert "3 unknown form (first: line 1: fields q, a, system: name two of them by --prompt_column" in error
-    assert prepare(prompt_column="q", response_column="a")["splits"]["train"]["rows"] == 3
+    assert "4 unknown form (first: line 1: fields q, a, system: name two of them by --prompt_column" in error
+    assert prepare(prompt_column="q", response_column="a")["splits"]["train"]["rows"] == 4
 
 
 # --- rows that others tokenised ---
