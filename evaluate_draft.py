@@ -252,8 +252,9 @@ def read_prompts(path, tokenizer, limit=None, options=None, **flags):
     if Path(path, "data_config.json").is_file():
         prompts = read_prepared_prompts(path, tokenizer, limit)
     else:
-        lines = itertools.islice(conversation_files.open_source(str(path), "prompt", flags).rows(), limit)
-        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
+        lines = conversation_files.open_source(str(path), "prompt", flags).rows()
+        found = (read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines)
+        prompts = list(itertools.islice((prompt for prompt in found if prompt is not None), limit))
     if not prompts or not all(prompts):
         common.fail(f"{path} has no prompts, or an empty one")
     return prompts
@@ -276,7 +277,7 @@ def read_prepared_prompts(folder, tokenizer, limit):
 
 
 def read_prompt(line, tokenizer, where, options):
-    """Token ids of the prompt in one row."""
+    """Token ids of the prompt in one row; None if it has no question with a reply, as parts of split chats."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
@@ -289,6 +290,9 @@ def read_prompt(line, tokenizer, where, options):
         text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except conversations.Rejected as error:
+        if error.args[0] == conversations.UNANSWERED:
+            print(f"{where} is left out: {conversations.UNANSWERED}")
+            return None
         common.fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")
     except Exception as error:  # not JSON, no chat template, or whatever the template's own code raises
         common.fail(f"{where} is not a prompt: {type(error).__name__}: {error}")

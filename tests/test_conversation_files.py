@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+import evaluate_draft
 import prepare_data
 from core import conversation_files, dataloader
 from helpers import tiny
@@ -434,6 +435,20 @@ def test_prompt_and_response_columns(tmp_path, capsys):
     error = stops(capsys, prepare)
     assert "4 unknown form (first: line 1: fields q, a, system: name two of them by --prompt_column" in error
     assert prepare(prompt_column="q", response_column="a")["splits"]["train"]["rows"] == 4
+
+
+def test_prompts_are_the_first_rows_that_ask_something(tmp_path, capsys):
+    rows = [{"messages": []}, {"prompt": "no turns", "messages": ROWS[0]["messages"]}, {"prompt": "Once"}, ROWS[1]]
+    tokenizer = tiny.tokenizer()
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines(rows)))
+    first, second = evaluate_draft.read_prompts(tmp_path / "rows.jsonl.gz", tokenizer, limit=2)
+    question = ROWS[0]["messages"][:1]
+    text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(first) == text and second == tokenizer("Once")["input_ids"]
+    assert "line 1 of" in capsys.readouterr().out
+    path = tiny.write_jsonl(tmp_path / "columns.jsonl", COLUMNS[2:3])
+    (prompt,) = evaluate_draft.read_prompts(path, tokenizer, prompt_column="q")
+    assert "three?" in tokenizer.decode(prompt) and "and then?" not in tokenizer.decode(prompt)
 
 
 # --- rows that others tokenised ---

@@ -600,7 +600,7 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"prompts": tmp_path / "file"}, "is empty: no row in it"),
         ({"prompts": tmp_path / "cut.jsonl"}, "line 2 of"),
         ({"prompts": tmp_path / "list.jsonl"}, "line 1 of"),
-        ({"prompts": tmp_path / "turn.jsonl"}, "no question with a reply"),
+        ({"prompts": tmp_path / "turn.jsonl"}, "has no prompts, or an empty one"),
         ({"prompts": tmp_path / "bare.jsonl"}, "an empty one"),
         ({"draft_model_path": tmp_path}, "is not usable"),
         ({"draft_model_path": other_vocabulary}, f"vocab_size is {VOCABULARY + 8}, this target's {VOCABULARY}"),
