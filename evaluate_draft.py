@@ -502,12 +502,13 @@ def parse_args(argv=None):
 
 
 def main(args):
-    if Path(args.prompts).is_dir() and args.chat_template != "auto":
+    is_prepared = Path(args.prompts, "data_config.json").is_file()
+    if is_prepared and args.chat_template != "auto":
         common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
-    if not Path(args.prompts, "data_config.json").is_file():  # prepared rows are rendered already
+    if not is_prepared:
         tokenizer, _ = rendering.with_own_template(tokenizer, args.chat_template, template)
     flags = {name: getattr(args, name) for name in conversation_files.PROMPT_FLAGS}
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options, **flags)
