@@ -282,6 +282,13 @@ def read_prompt(line, tokenizer, where, options):
         common.fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
 
 
+def check_tokens(path, prompts, vocab_size):
+    """End the program if a prompt has a token that the target's embedding table does not have."""
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        common.fail(f"{path} has token {largest}, the target's embedding table has {vocab_size} rows: another tokenizer")
+
+
 def load_draft(config, tensors, target):
     """(DraftModel, d2t) of what read_draft returned, on the target's device and in its dtype."""
     device = target.embedding.device
@@ -493,7 +500,9 @@ def main(args):
     template = prepare_data.TEMPLATES.get(args.chat_template)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
     config, tensors = draft_files.read_draft(args.draft_model_path)
-    text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
+    text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
+    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
+    check_tokens(args.prompts, prompts, text_config.vocab_size)
     draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
     folder = common.open_output(args.output)
 

@@ -793,7 +793,7 @@ def prepare_run(args):
     config, layers = setup.draft_config(args, model_dir, checkpoint)
     folder = args.data_path or prepare_conversations(args)
     data, data_config = dataloader.open_data(folder)
-    setup.check_data(args, folder, data, data_config, world)
+    setup.check_data(args, config, folder, data, data_config, world)
     d2t = setup.vocabulary_mapping(args, config, folder, checkpoint)
     run = setup.Run(
         dp_size=world // args.tp_size,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from core import common, draft_files, target_files, target_model, vocabulary
+from core import common, dataloader, draft_files, target_files, target_model, vocabulary
 
 POSITIVE = common.at_least(int, 1)
 NATURAL = common.at_least(int, 0)
@@ -139,17 +139,22 @@ def draft_config(args, model_dir, checkpoint):
             common.fail(f"draft_model_config {source} is not a file with a JSON object: {error}")
     text_config, config = target_files.read_target_config(model_dir, args.trust_remote_code)
     target_model.check_heads(text_config, args.tp_size)
+    target_model.check_weights(model_dir, config, args.trust_remote_code)
     vocab_size = None if checkpoint else args.draft_vocab_size  # a checkpoint's mapping decides
     return draft_files.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
 
 
-def check_data(args, folder, data, data_config, world):
-    """End the program if the prepared data in `folder` do not fit the target's tokenizer, the flags or the ranks."""
+def check_data(args, config, folder, data, data_config, world):
+    """End the program if the prepared data in `folder` do not fit the target, the flags or the ranks.
+
+    config: the draft's, whose vocab_size is the target's.
+    """
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
         common.fail(
             f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again"
         )
+    dataloader.check_tokens(folder, data, data_config, config["vocab_size"])
     longest = {split: part["longest"] for split, part in data_config["splits"].items()}
     most = max(longest.values())
     if most > args.max_length:
@@ -213,10 +218,15 @@ def check_resume(flags, run, folder, model_dir, state):
     """
     places = {"data": folder, "target": model_dir}
     for name, fingerprint in run.fingerprints.items():
-        if state["flags"]["fingerprints"][name] != fingerprint:
+        before = state["flags"]["fingerprints"][name]
+        if before != fingerprint:
+            older = ""
+            if name == "target":
+                place = Path(run.resume_from_checkpoint) / "trainer_state.json"
+                older = target_files.explain_fingerprint(before, fingerprint, place)
             common.fail(
                 f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
-                "start from its weights without --resume"
+                f"start from its weights without --resume{older}"
             )
     changed = []
     for name, before in state["flags"].items():
