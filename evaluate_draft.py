@@ -286,7 +286,10 @@ def check_tokens(path, prompts, vocab_size):
     """End the program if a prompt has a token that the target's embedding table does not have."""
     largest = max(map(max, prompts))
     if largest >= vocab_size:
-        common.fail(f"{path} has token {largest}, the target's embedding table has {vocab_size} rows: another tokenizer")
+        common.fail(
+            f"{path} has token {largest}, the target's embedding table {vocab_size} rows: its tokenizer has tokens "
+            "that the model does not have; leave such prompts out"
+        )
 
 
 def load_draft(config, tensors, target):

@@ -52,9 +52,9 @@ def check_tokens(folder, data, data_config, vocab_size):
             largest = largest_token(part)
         if largest >= vocab_size:
             common.fail(
-                f"{folder} has token {largest} ({split} split), the target's embedding table has {vocab_size} rows: its "
-                "tokenizer has tokens that the model does not; give the target a resized table, or prepare the data "
-                "without such tokens"
+                f"{folder} has token {largest} ({split} split), the target's embedding table {vocab_size} rows: its "
+                "tokenizer has tokens that the model does not have; give the target a resized table, or prepare the "
+                "data without such tokens"
             )
 
 

@@ -48,6 +48,19 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
     A config.json counts only if it is a model's. patterns: the files of a hub id that are downloaded. Ends the program
     if no folder has such a file, or several on the same level.
     """
+    folder = open_folder(path_or_hub_id, patterns)
+    found = nearest_folders(folder, names)
+    if not found:
+        check_other_forms(folder)
+    if len(found) != 1:
+        where = ", ".join(str(path.relative_to(folder)) for path in found)
+        wanted = " or ".join(names)
+        common.fail(f"target model {path_or_hub_id}: {len(found)} folders with {wanted} in it instead of one: {where}")
+    return found[0]
+
+
+def open_folder(path_or_hub_id, patterns):
+    """The folder itself, or that of a hub id's files that match; ends the program if it is neither."""
     target = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()
     if not folder.is_dir():
@@ -61,14 +74,7 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
     current = folder / "refs" / "main"
     if current.is_file():  # an entry of the hub's cache
         folder = folder / "snapshots" / current.read_text().strip()
-    found = nearest_folders(folder, names)
-    if not found:
-        check_other_forms(folder)
-    if len(found) != 1:
-        where = ", ".join(str(path.relative_to(folder)) for path in found)
-        wanted = " or ".join(names)
-        common.fail(f"target model {target}: {len(found)} folders with {wanted} in it instead of one: {where}")
-    return found[0]
+    return folder
 
 
 def check_other_forms(folder):

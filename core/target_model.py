@@ -396,7 +396,7 @@ def check_weights(model_dir, config, trust_remote_code=False):
     model_dir = Path(model_dir)
     if (model_dir / "adapter_config.json").exists():
         common.fail(
-            f"the target {model_dir} has an adapter beside its weights, which is applied only where the package peft is "
+            f"the target {model_dir} has an adapter beside its weights, which transformers applies only where peft is "
             "installed: merge it by import_target.py, or remove adapter_config.json"
         )
     declared = getattr(config, "quantization_config", None)
