@@ -502,11 +502,11 @@ def main(args):
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
-    config, tensors = draft_files.read_draft(args.draft_model_path)
     text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
-    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     check_tokens(args.prompts, prompts, text_config.vocab_size)
+    config, tensors = draft_files.read_draft(args.draft_model_path)
     draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     folder = common.open_output(args.output)
 
     target = target_model.load(

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from core import common, target_files, target_model
 
@@ -163,14 +164,19 @@ def merge_adapter(folder, base_model_path, trust_remote_code):
     try:
         merged = peft.get_peft_model(model, given)
         result = merged.load_adapter(str(folder), merged.active_adapter)
-        problem = [*result.missing_keys, *result.unexpected_keys]
+        # peft may save a trained table twice, and reads it under the shorter name.
+        twice = [name for name in tensors if name.replace(".modules_to_save", "") in tensors.keys() - {name}]
+        unused = set(result.unexpected_keys) - set(twice)
+        if unused or result.missing_keys:
+            names = target_model.list_names([*unused, *result.missing_keys])
+            raise ValueError(f"these tensors have no counterpart: {names}")
+        merged = merged.merge_and_unload(safe_merge=True)  # which looks for NaN
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        problem = [str(error).strip().splitlines()[0]]
-    if problem:
-        common.fail(f"the adapter {folder} does not fit its base {base}: {target_model.list_names(problem)}")
+        problem = str(error).strip().splitlines()[0]
+        common.fail(f"the adapter {folder} cannot be merged into its base {base}: {problem}")
     has_tokenizer = any((folder / name).exists() for name in target_files.TOKENIZER_FILES)
     tokenizer = target_files.load_tokenizer(folder if has_tokenizer else base, trust_remote_code)
-    return merged.merge_and_unload(safe_merge=True), tokenizer
+    return merged, tokenizer
 
 
 def read_base(base, trust_remote_code):
@@ -205,8 +211,11 @@ def save(model, tokenizer, folder, trust_remote_code):
     if folder.exists():
         folder.rmdir()
     with common.building(folder) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        except (OSError, SafetensorError) as error:
+            common.fail(f"{folder} cannot be written: {error}")
         files = files_of(unfinished, trust_remote_code)
         for path in files.values():
             common.open_to_all(path)

@@ -393,8 +393,8 @@ def read_model(model_dir, config, sharding, zero3, trust_remote_code, options):
 
 def check_weights(model_dir, config, trust_remote_code=False):
     """End the program if a target's weights are not what its config.json says; reads their names and shapes alone."""
-    model_dir = Path(model_dir)
-    if (model_dir / "adapter_config.json").exists():
+    target_files.weight_files(model_dir)
+    if Path(model_dir, "adapter_config.json").exists():
         common.fail(
             f"the target {model_dir} has an adapter beside its weights, which transformers applies only where peft is "
             "installed: merge it by import_target.py, or remove adapter_config.json"
