@@ -27,6 +27,14 @@ MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layer
 
 TEMPLATES_FOLDER = "additional_chat_templates"  # beside a tokenizer: its templates with names, such as tool_use
 
+# {file in a folder that holds no Hugging Face model: what it tells}
+OTHER_FORMS = {
+    "adapter_config.json": "an adapter's: merge it by import_target.py first",
+    "*.gguf": "a GGUF file: make a folder of it by import_target.py first",
+    "params.json": "of Meta's or Mistral's own format: take the model's Hugging Face form",
+    "zero_to_fp32.py": "of a DeepSpeed checkpoint: run it there first, and give the folder that it writes",
+}
+
 # The files of weights, in the order in which transformers looks for them.
 WEIGHT_FILES = (
     "model.safetensors",
@@ -78,11 +86,11 @@ def open_folder(path_or_hub_id, patterns):
 
 
 def check_other_forms(folder):
-    """End the program if a folder without a model holds one in a form that import_target.py reads."""
-    for pattern, what in (("adapter_config.json", "an adapter"), ("*.gguf", "a model as GGUF")):
+    """End the program if a folder without a model holds one in another form, with what to do."""
+    for pattern, what in OTHER_FORMS.items():
         found = next(folder.glob(pattern), None)
         if found:
-            common.fail(f"target model {folder}: {found.name} is {what}: make a folder of it by import_target.py first")
+            common.fail(f"target model {folder} is not a Hugging Face model: {found.name} is {what}")
 
 
 def nearest_folders(folder, names):
@@ -163,7 +171,7 @@ def read_target_config(model_dir, trust_remote_code=False):
     """(text_config, config) of a target; ends the program if a draft cannot be trained for it."""
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         problem = str(error).strip().splitlines()[0]
         common.fail(f"target_model_path {model_dir}: its config.json cannot be read: {problem}")
     text_config = config.get_text_config()
@@ -214,7 +222,13 @@ def weight_files(model_dir):
     first = next((path for path in paths if path.exists() or path.is_symlink()), None)  # the link may lead nowhere
     if first is None:
         check_other_forms(model_dir)
-        common.fail(f"{model_dir} has neither model.safetensors nor pytorch_model.bin, nor the index of either")
+        there = ", ".join(
+            sorted(path.name for path in model_dir.glob("*.*") if path.suffix in (".safetensors", ".bin"))
+        )
+        common.fail(
+            f"{model_dir} has neither model.safetensors nor pytorch_model.bin, nor the index of either, but "
+            f"{there or 'no weights'}"
+        )
     files = [first]
     if first.suffix == ".json":
         try:
@@ -228,9 +242,12 @@ def weight_files(model_dir):
             "the target again"
         )
     for path in files:
-        with path.open("rb") as file:
-            if file.read(30).startswith(b"version https://git-lfs"):
-                common.fail(f"{path} is only a pointer of git LFS, not the weights: run `git lfs pull` there")
+        try:
+            start = path.open("rb").read(30)
+        except OSError as error:
+            common.fail(f"{path} cannot be read: {error.strerror}")
+        if start.startswith(b"version https://git-lfs"):
+            common.fail(f"{path} is only a pointer of git LFS, not the weights: run `git lfs pull` there")
     return files
 
 

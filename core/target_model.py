@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -345,6 +345,11 @@ def load(
     output = model.get_output_embeddings()
     head = Head(full_tensor(output.weight), full_tensor(output.bias))
     embedding = head.weight if tied else full_tensor(inputs.weight)
+    if config.tie_word_embeddings and text_config.tie_word_embeddings and not torch.equal(head.weight, embedding):
+        common.fail(
+            f"the target {model_dir} has a head other than its embedding table, though its config.json ties them "
+            "(tie_word_embeddings): engines would serve another model; correct config.json"
+        )
     if zero3:  # the full tensors take the place of the partitioned ones
         output = torch.nn.Linear(1, 1, device="meta")
         output.weight = frozen(head.weight)
@@ -377,10 +382,11 @@ def read_model(model_dir, config, sharding, zero3, trust_remote_code, options):
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # of several libraries and the family's own code
         if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
             raise
-        common.fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        problem = (str(error).strip().splitlines() or [""])[0]
+        common.fail(f"the target {model_dir} cannot be loaded: {type(error).__name__}: {problem}")
     finally:
         unset_hf_deepspeed_config()
         del partitioned
@@ -404,8 +410,9 @@ def check_weights(model_dir, config, trust_remote_code=False):
         check_not_quantised(model_dir)
     elif check_quantisation(model_dir, declared) not in NAMES_SUFFICE:
         return
+    options = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True}  # check_complete names them
     with quiet():
-        read_model(model_dir, config, "none", None, trust_remote_code, {"device_map": {"": "meta"}})
+        read_model(model_dir, config, "none", None, trust_remote_code, options)
 
 
 def check_not_quantised(model_dir):
@@ -444,7 +451,14 @@ def check_complete(model_dir, model, info):
     unexpected = sorted(info["unexpected_keys"])
     if missing:
         there = f"; they have {list_names(unexpected)} instead" if unexpected else ""
+        if missing == {"lm_head.weight"} and not unexpected:
+            there = "; if its head is the embedding table, set tie_word_embeddings in config.json to true"
         common.fail(f"the weights of the target {model_dir} lack {list_names(missing)}{there}")
+    for name, shape, wanted in sorted(info["mismatched_keys"]):
+        common.fail(
+            f"the target {model_dir} has {name} of shape {list(shape)}, by its config.json {list(wanted)}: correct "
+            "config.json, such as its vocab_size"
+        )
     lost = left_out(model, unexpected)
     if any(QUANTISED.search(name) for name in lost):
         common.fail(

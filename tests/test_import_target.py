@@ -156,7 +156,7 @@ def test_gguf_files_that_cannot_be_read(llama, tmp_path, capsys, monkeypatch):
     assert "a.gguf cannot be read as GGUF" in not_imported(capsys, tmp_path / "a.gguf", output)
     assert "llama-gguf-split --merge" in not_imported(capsys, tmp_path / "c-00001-of-00002.gguf", output)
     assert "none.gguf does not exist" in not_imported(capsys, tmp_path / "none.gguf", output)
-    assert "make a folder of it by import_target.py" in refused(capsys, target_files.locate, tmp_path / "a.gguf", ["x"])
+    assert "is a GGUF file: make a folder of it" in refused(capsys, target_files.locate, tmp_path / "a.gguf", ["x"])
     without(monkeypatch, "gguf")
     assert "pip install gguf" in not_imported(capsys, tmp_path / "a.gguf", output)
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import evaluate_draft
 import prepare_data
@@ -104,6 +105,9 @@ def make(original, folder, steps):
             write_shards(folder, tensors)
         elif verb == "bin":
             torch.save(tensors, folder / "pytorch_model.bin")
+            single.unlink()
+        elif verb == "pickle":
+            torch.save(AutoModelForCausalLM.from_pretrained(original), folder / "pytorch_model.bin")
             single.unlink()
         elif verb == "beside":
             put_beside(tensors, *given)
