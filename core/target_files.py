@@ -32,7 +32,7 @@ OTHER_FORMS = {
     "adapter_config.json": "an adapter's: merge it by import_target.py first",
     "*.gguf": "a GGUF file: make a folder of it by import_target.py first",
     "params.json": "of Meta's or Mistral's own format: take the model's Hugging Face form",
-    "zero_to_fp32.py": "of a DeepSpeed checkpoint: run it there first, and give the folder that it writes",
+    "zero_to_fp32.*": "of a DeepSpeed checkpoint: run it there first, and give the folder that it writes",
 }
 
 # The files of weights, in the order in which transformers looks for them.

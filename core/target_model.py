@@ -345,7 +345,8 @@ def load(
     output = model.get_output_embeddings()
     head = Head(full_tensor(output.weight), full_tensor(output.bias))
     embedding = head.weight if tied else full_tensor(inputs.weight)
-    if config.tie_word_embeddings and text_config.tie_word_embeddings and not torch.equal(head.weight, embedding):
+    ties = all(getattr(part, "tie_word_embeddings", False) for part in (config, text_config))
+    if ties and not torch.equal(head.weight, embedding):
         common.fail(
             f"the target {model_dir} has a head other than its embedding table, though its config.json ties them "
             "(tie_word_embeddings): engines would serve another model; correct config.json"

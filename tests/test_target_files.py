@@ -151,6 +151,33 @@ def test_a_target_as_people_have_it(row, originals, tmp_path, capsys, monkeypatc
         assert not (tmp_path / "out" / "data").exists(), "conversations were prepared"
 
 
+def test_fp8_with_a_scale_per_block_is_read_as_its_values(originals, tmp_path):
+    """As DeepSeek and Qwen publish it: the target is the one in bfloat16 of the blocks times their scales."""
+    published, plain = (shutil.copytree(originals[False], tmp_path / name) for name in ("fp8", "plain"))
+    in_fp8 = {}
+    values = {}
+    block = 32
+    for name, tensor in load_file(published / "model.safetensors").items():
+        values[name] = tensor.bfloat16()
+        in_fp8[name] = values[name]
+        if name.endswith("proj.weight"):
+            parts = tensor.view(tensor.shape[0] // block, block, tensor.shape[1] // block, block)
+            scales = parts.abs().amax(dim=(1, 3)) / 448
+            stored = (parts / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            in_fp8[name] = stored.view(tensor.shape)
+            in_fp8[f"{name}_scale_inv"] = scales
+            values[name] = (stored.float() * scales[:, None, :, None]).view(tensor.shape).bfloat16()
+    save(in_fp8, published / "model.safetensors")
+    save(values, plain / "model.safetensors")
+    form = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    change_config(published, {"dtype": "bfloat16", "quantization_config": form})
+    change_config(plain, {"dtype": "bfloat16"})
+    target_model.check_weights(published, target_files.read_target_config(published)[1])
+    got, wanted = (target_model.load(folder) for folder in (published, plain))
+    states = [target.hidden_states(torch.arange(20), [20]) for target in (got, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 # ==================== The fingerprint ================================================================================
 
 
