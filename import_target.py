@@ -10,7 +10,8 @@ Out: --output_path: configuration, weights and tokenizer in one folder.
     python import_target.py --target_model_path my-lora --output_path models/mine
 """
 
-import importlib
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -124,8 +125,9 @@ def read_gguf(path):
             quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:  # of several libraries, for whatever a broken file makes of their own code
         problem = str(error).strip().splitlines() or [""]
         common.fail(f"{path} cannot be read as GGUF: {type(error).__name__}: {problem[0]}")
@@ -144,9 +146,11 @@ def find_adapter(given):
 
 def merge_adapter(folder, base_model_path, trust_remote_code):
     """(model, tokenizer) of an adapter, merged into its base model; the tokenizer is the adapter's if it has one."""
-    peft = need("peft", f"{folder} is an adapter")
+    need("peft", f"{folder} is an adapter")
+    import peft
+
     try:
-        given = peft.PeftConfig.from_pretrained(folder)
+        given = peft.PeftConfig.from_peft_type(**json.loads((folder / ADAPTER).read_text()))
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # of several libraries
         common.fail(f"the adapter {folder} cannot be read: {type(error).__name__}: {error}")
@@ -191,11 +195,9 @@ def read_base(base, trust_remote_code):
 
 
 def need(package, why):
-    """The module of a package that few targets need; ends the program where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        common.fail(f"{why}, which needs the package {package} ({error}): pip install {package}")
+    """End the program where a package that few targets need is not installed."""
+    if importlib.util.find_spec(package) is None:
+        common.fail(f"{why}, which needs the package {package}: pip install {package}")
 
 
 def check_empty(folder):

@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.modeling_utils import load_state_dict
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
@@ -39,9 +40,6 @@ LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "outp
 # Tensors of a target's layers that its values do not depend on: tables that are computed anew, and the scales of an
 # engine's 8-bit cache and activations.
 HARMLESS = re.compile(r"inv_freq$|(cos|sin)_cached$|\b(kv?|v|q|input|activation|output)_scale$")
-
-# Methods of quantisation whose weights transformers takes apart by their names, without looking at values.
-NAMES_SUFFICE = ("fp8", "mxfp4", "compressed-tensors")
 
 # Tensors that stand for quantised weights, or belong to them.
 QUANTISED = re.compile(r"(scales?|scale_inv|scale_\d|absmax|quant_map|quant_state\.\w+|qweight|qzeros|g_idx|packed)$")
@@ -386,8 +384,7 @@ def read_model(model_dir, config, sharding, zero3, trust_remote_code, options):
     except Exception as error:  # of several libraries and the family's own code
         if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
             raise
-        problem = (str(error).strip().splitlines() or [""])[0]
-        common.fail(f"the target {model_dir} cannot be loaded: {type(error).__name__}: {problem}")
+        fail_loading(model_dir, error)
     finally:
         unset_hf_deepspeed_config()
         del partitioned
@@ -409,11 +406,39 @@ def check_weights(model_dir, config, trust_remote_code=False):
     declared = getattr(config, "quantization_config", None)
     if not declared:
         check_not_quantised(model_dir)
-    elif check_quantisation(model_dir, declared) not in NAMES_SUFFICE:
+    elif check_quantisation(model_dir, declared) != "fp8":  # others need values; check_complete follows when they load
         return
-    options = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True}  # check_complete names them
-    with quiet():
-        read_model(model_dir, config, "none", None, trust_remote_code, options)
+    try:
+        with quiet():
+            model, info = load_names(model_dir, config, trust_remote_code)
+    except Exception as error:  # of several libraries and the family's own code
+        fail_loading(model_dir, error)
+    check_complete(model_dir, model, info)
+
+
+def load_names(model_dir, config, trust_remote_code):
+    """A target without values, and what transformers says of the names and shapes in its files."""
+    tensors = {}
+    for path in target_files.weight_files(model_dir):
+        tensors |= load_state_dict(path, map_location="meta")
+    with torch.device("meta"):
+        model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return type(model).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map={"": "meta"},
+        dtype=torch.bfloat16,
+        ignore_mismatched_sizes=True,  # check_complete names them
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+
+
+def fail_loading(model_dir, error):
+    """End the program with the first line of what loading a target has raised."""
+    problem = (str(error).strip().splitlines() or [""])[0]
+    common.fail(f"the target {model_dir} cannot be loaded: {type(error).__name__}: {problem}")
 
 
 def check_not_quantised(model_dir):

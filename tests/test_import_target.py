@@ -1,6 +1,5 @@
 """Targets in other forms become one folder: GGUF files, adapters, templates with names; each line that refuses one."""
 
-import builtins
 import json
 import shutil
 
@@ -40,15 +39,9 @@ def not_imported(capsys, given, output, *flags):
 
 
 def without(monkeypatch, package):
-    """Importing the package fails, as where it is not installed."""
-    original = builtins.__import__
-
-    def find(name, *args, **options):
-        if name.split(".")[0] == package:
-            raise ModuleNotFoundError(f"No module named {package!r}")
-        return original(name, *args, **options)
-
-    monkeypatch.setattr(import_target.importlib, "import_module", find)
+    """The package is not found, as where it is not installed."""
+    find = import_target.importlib.util.find_spec
+    monkeypatch.setattr(import_target.importlib.util, "find_spec", lambda name: None if name == package else find(name))
 
 
 # ==================== GGUF ===========================================================================================
