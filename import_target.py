@@ -230,11 +230,15 @@ def save(model, tokenizer, folder, trust_remote_code):
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
-    add("--target_model_path", required=True, help="folder or hub id of the target or an adapter, or a GGUF file")
+    add("--target_model_path", help="folder or hub id of the target or an adapter, or a GGUF file (required)")
     add("--output_path", required=True, help="folder to write, as one Hugging Face folder")
     add("--base_model_path", help="model that an adapter changes, none: as it says; or with a GGUF file's tokenizer")
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.target_model_path:
+        inputs = "huggingface_id, pytorch_model_path or mlflow_model_path"
+        common.fail(f"no model is given: --target_model_path, which is one of the component's inputs {inputs}")
+    return args
 
 
 def main(args):

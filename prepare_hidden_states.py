@@ -170,13 +170,12 @@ def parse_args(argv=None):
     target_model.add_sharing_flags(parser)
     add = parser.add_argument_group("what is written").add_argument
     dtypes = list(hidden_states.DTYPES)
-    minutes = common.at_least(float, 0)
     add("--output_path", required=True, help="folder to write, or to continue")
     add("--hidden_states_dtype", choices=dtypes, default="bfloat16", help="fp8: e4m3 with a scale per token and layer")
     add("--max_disk", type=common.at_least(float, 0), help="GB that this start may write; none: what the disk has")
-    add("--dist_timeout", type=minutes, default=20, help="minutes a collective may take")
+    add("--dist_timeout", type=common.above_zero, default=20, help="minutes a collective may take")
     add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
-    args = parser.parse_args(foreign_flags.drop(argv, foreign_flags.OF_HIDDEN_STATES))
+    args = foreign_flags.parse(parser, argv, foreign_flags.OF_HIDDEN_STATES)
     if args.data_path.endswith((".json", ".jsonl")):
         common.fail(f"data_path {args.data_path} is a file: give the folder that prepare_data.py makes of it")
     return args

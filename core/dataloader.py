@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from core import common, slots
 
-FORMAT_VERSION = 1  # part of the fingerprint: raise it whenever the same input would give other rows
+FORMAT_VERSION = 2  # part of the fingerprint: raise it whenever the same input would give other rows
 COLUMNS = ("input_ids", "loss_mask")
 
 # ==================== The prepared folder ============================================================================
@@ -32,6 +32,12 @@ def open_data(folder):
     """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
     from datasets import DatasetDict
 
+    is_saved = Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
+    if is_saved and not Path(folder, "data_config.json").is_file():
+        common.fail(
+            f"{folder} is a data set, but not one that prepare_data.py wrote (data_config.json is missing): python "
+            f"prepare_data.py --dataset {folder} --target_model_path TARGET --output_path {folder}.prepared"
+        )
     for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
         if not Path(folder, name).exists():
             common.fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")

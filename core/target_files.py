@@ -72,7 +72,7 @@ def open_folder(path_or_hub_id, patterns):
     target = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()
     if not folder.is_dir():
-        is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", target)
+        is_hub_id = re.fullmatch(common.HUB_ID, target)
         if folder.suffix == ".gguf":
             common.fail(f"target model {target} is a GGUF file: make a folder of it by import_target.py first")
         if folder.exists() or not is_hub_id:
