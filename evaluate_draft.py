@@ -294,6 +294,16 @@ def read_prompt(line, tokenizer, where, options):
         common.fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
 
 
+def check_tokens(path, prompts, vocab_size):
+    """End the program if a prompt has a token that the target's embedding table does not have."""
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        common.fail(
+            f"{path} has token {largest}, the target's embedding table {vocab_size} rows: its tokenizer has tokens "
+            "that the model does not have; leave such prompts out"
+        )
+
+
 def load_draft(config, tensors, target):
     """(DraftModel, d2t) of what read_draft returned, on the target's device and in its dtype."""
     device = target.embedding.device
@@ -512,9 +522,11 @@ def main(args):
         tokenizer, _ = rendering.with_own_template(tokenizer, args.chat_template, template)
     flags = {name: getattr(args, name) for name in conversation_files.PROMPT_FLAGS}
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options, **flags)
+    text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
+    check_tokens(args.prompts, prompts, text_config.vocab_size)
     config, tensors = draft_files.read_draft(args.draft_model_path)
-    text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     folder = common.open_output(args.output)
 
     target = target_model.load(

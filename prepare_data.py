@@ -445,6 +445,7 @@ def describe_split(split, data, supervised, rejected):
         "tokens": int(lengths.sum()),
         "supervised_tokens": supervised,
         "longest": int(lengths.max()),
+        "largest_token": dataloader.largest_token(data),
         "truncated": int(np.count_nonzero(data["cut"][:])),
         "reasoning_left_out": int(np.count_nonzero(data["reasoning_lost"][:])),
         "rejected": causes,

@@ -794,7 +794,7 @@ def prepare_run(args):
     config, layers = setup.configure_draft(args, model_dir, checkpoint, source)
     folder = args.data_path or prepare_conversations(args)
     data, data_config = dataloader.open_data(folder)
-    setup.check_data(args, folder, data, data_config, world)
+    setup.check_data(args, config, folder, data, data_config, world)
     setup.check_validation(args, data, default)
     d2t = setup.vocabulary_mapping(args, config, folder, checkpoint)
     run = setup.Run(

@@ -50,6 +50,26 @@ def open_data(folder):
     return DatasetDict.load_from_disk(str(folder)), config
 
 
+def check_tokens(folder, data, data_config, vocab_size):
+    """End the program if a row has a token that the target's embedding table of vocab_size rows does not have."""
+    for split, part in data.items():
+        largest = data_config["splits"][split].get("largest_token")
+        if largest is None:  # prepared by an earlier version
+            largest = largest_token(part)
+        if largest >= vocab_size:
+            common.fail(
+                f"{folder} has token {largest} ({split} split), the target's embedding table {vocab_size} rows: its "
+                "tokenizer has tokens that the model does not have; give the target a resized table, or prepare the "
+                "data without such tokens"
+            )
+
+
+def largest_token(split):
+    """The largest token id of a split's rows."""
+    batches = split.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return max(int(batch["input_ids"].combine_chunks().flatten().to_numpy().max()) for batch in batches)
+
+
 @functools.lru_cache(maxsize=2)
 def epoch_order(num_rows, seed, epoch):
     """Permutation of the rows in one epoch, int64 [num_rows], read-only; the same on every rank and machine."""

@@ -15,6 +15,7 @@ import torch
 from core import (
     common,
     conversation_files,
+    dataloader,
     draft_config,
     draft_files,
     slots,
@@ -185,6 +186,7 @@ def configure_draft(args, model_dir, checkpoint, source):
     """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one."""
     text_config, config = target_files.read_target_config(model_dir, args.trust_remote_code)
     target_model.check_heads(text_config, args.tp_size)
+    target_model.check_weights(model_dir, config, args.trust_remote_code)
 
     def configure(given, source, vocab_size):
         return draft_config.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
@@ -215,13 +217,17 @@ def configure_draft(args, model_dir, checkpoint, source):
     return configured, layers
 
 
-def check_data(args, folder, data, data_config, world):
-    """End the program if the prepared data in `folder` do not fit the target's tokenizer, the flags or the ranks."""
+def check_data(args, config, folder, data, data_config, world):
+    """End the program if the prepared data in `folder` do not fit the target, the flags or the ranks.
+
+    config: the draft's, whose vocab_size is the target's.
+    """
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
         common.fail(
             f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again"
         )
+    dataloader.check_tokens(folder, data, data_config, config["vocab_size"])
     names = data_config["chat_templates"]
     if args.chat_template not in (None, "auto", *names):
         common.fail(
@@ -294,10 +300,15 @@ def check_resume(flags, run, folder, model_dir, state):
     """
     places = {"data": folder, "target": model_dir}
     for name, fingerprint in run.fingerprints.items():
-        if state["flags"]["fingerprints"][name] != fingerprint:
+        before = state["flags"]["fingerprints"][name]
+        if before != fingerprint:
+            older = ""
+            if name == "target":
+                place = Path(run.resume_from_checkpoint) / "trainer_state.json"
+                older = target_files.explain_fingerprint(before, fingerprint, place)
             common.fail(
                 f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
-                "start from its weights without --resume"
+                f"start from its weights without --resume{older}"
             )
     changed = []
     for name, before in state["flags"].items():
