@@ -36,7 +36,17 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import prepare_data
 import train_eagle3
-from core import common, conversations, dataloader, draft_files, rendering, target_files, target_model, vocabulary
+from core import (
+    checkpoints,
+    common,
+    conversations,
+    dataloader,
+    draft_files,
+    rendering,
+    target_files,
+    target_model,
+    vocabulary,
+)
 
 # ==================== Target and draft with their caches =============================================================
 
@@ -467,7 +477,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("target, draft and prompts").add_argument
     add("--target_model_path", required=True, help="folder or hub id of the target")
-    add("--draft_model_path", required=True, help="draft checkpoint, flat or speculators form")
+    add("--draft_model_path", required=True, help="draft in flat or speculators form, or a run's output folder")
     add("--prompts", required=True, help='JSON Lines of conversations or {"prompt": text}, or a prepared folder')
     add("--num_prompts", type=common.at_least(int, 1), help="use the first prompts only; none: all")
     add(
@@ -488,15 +498,14 @@ def parse_args(argv=None):
 
 
 def main(args):
+    folder = common.open_output(args.output)
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
-    config, tensors = draft_files.read_draft(args.draft_model_path)
+    config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
     draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
-    folder = common.open_output(args.output)
-
     target = target_model.load(
         model_dir,
         "cuda" if torch.cuda.is_available() else "cpu",

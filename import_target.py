@@ -6,7 +6,6 @@ Out: --output_path: configuration, weights and tokenizer in one folder.
     python import_target.py --target_model_path meta-llama/Llama-3.1-8B-Instruct --output_path models/llama3
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -20,19 +19,12 @@ def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     or if the folder cannot be written.
     """
     folder = Path(folder)
-    check_writable(folder)  # before anything is downloaded
+    common.check_writable("output_path", folder)  # before anything is downloaded
     files = files_of(path_or_hub_id, trust_remote_code)
     check_apart(folder, files)
     for path in files:
         copy_file(path, folder)
     return sum(path.stat().st_size for path in files)
-
-
-def check_writable(folder):
-    """End the program if `folder` neither is nor can become a folder to write in."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        common.fail(f"output_path {folder} cannot be a folder: {existing} is not one that can be written")
 
 
 def check_apart(folder, files):

@@ -596,6 +596,9 @@ def prepare(dataset, output_path, target_model_path, **options):
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return dataloader.open_data(output)[1]
+    common.check_writable("the folder of output_path", output.parent)
+    if os.path.ismount(output):
+        common.fail(f"output_path {output} is a mount point, which cannot be replaced: give a folder in it")
     answers = None
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))

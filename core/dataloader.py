@@ -29,9 +29,14 @@ COLUMNS = ("input_ids", "loss_mask")
 
 
 def open_data(folder):
-    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
+    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32.
+
+    None, of a dry run without data: no splits.
+    """
     from datasets import DatasetDict
 
+    if folder is None:
+        return DatasetDict(), {"fingerprint": None, "splits": {}}
     for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
         if not Path(folder, name).exists():
             common.fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")

@@ -107,8 +107,15 @@ def check_variables():
                 )
         if os.environ.get("WORLD_SIZE", "1") != "1":
             common.fail(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set: {remedy}")
-    elif missing:
+        return
+    if missing:
         common.fail(f"RANK is set, but not {', '.join(missing)}: {remedy}")
+    rank, world, _, port = (os.environ[name] for name in VARIABLES)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("MASTER_PORT", port)):
+        if not value.isdecimal():
+            common.fail(f"{name} is {value!r}, which is not a number: {remedy}")
+    if int(rank) >= int(world):
+        common.fail(f"RANK is {rank}, but WORLD_SIZE is {world}: ranks are counted from 0 to {int(world) - 1}")
 
 
 def acquire_build_lock(baton):
