@@ -127,9 +127,10 @@ def main(args):
     folder = args.check or args.checkpoint
     if not folder:
         common.fail("--check needs a folder")
-    if not Path(folder).is_dir():
+    draft = checkpoints.find_draft(folder)
+    if not Path(draft).is_dir():
         common.fail(f"--check {folder}: no such folder")
-    sys.exit(check(checkpoints.find_draft(folder)))
+    sys.exit(check(draft))
 
 
 if __name__ == "__main__":

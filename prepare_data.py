@@ -580,7 +580,10 @@ def prepare(dataset, output_path, target_model_path, **options):
     names = {"train": str(dataset)}
     if options.validation_dataset:
         names["validation"] = str(options.validation_dataset)
-    output = Path(output_path).expanduser().absolute()
+    output = Path(output_path).expanduser().resolve()  # the folder behind a link is replaced, not the link
+    stored = output / "data_config.json"
+    if not os.path.exists(stored):
+        common.check_writable("output_path", output)
     check_options(options, names, output)
     sources = {}
     for split, name in names.items():
@@ -592,7 +595,6 @@ def prepare(dataset, output_path, target_model_path, **options):
         options = dataclasses.replace(options, regenerate=settings)
     ingredients = list_ingredients(sources, tokenizer, chat, options, target_model_path)
     fingerprint = common.hash_of(ingredients)
-    stored = output / "data_config.json"
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return dataloader.open_data(output)[1]

@@ -36,13 +36,15 @@ def only_writer(name, folder, claim=WRITER):
     path = Path(folder) / claim
     created = [place for place in (path.parent, *path.parent.parents) if not os.path.lexists(place)]
     stopped = threading.Event()
+    beating = None
     file = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = take(name, path)
-        write_down(name, path, file)
+        me = write_down(name, path, file)
         if not is_local(path):
-            threading.Thread(target=beat, args=[file, stopped], daemon=True).start()
+            beating = threading.Thread(target=beat, args=[file, me, stopped], daemon=True)
+            beating.start()
     except OSError as error:
         release(file, path, created)
         common.fail_to_write(name, folder, error)
@@ -50,6 +52,8 @@ def only_writer(name, folder, claim=WRITER):
         yield
     finally:
         stopped.set()
+        if beating:
+            beating.join()
         release(file, path, created)
 
 
@@ -74,7 +78,7 @@ def take(name, path):
 
 
 def write_down(name, path, file):
-    """Write this process into the file that it has taken."""
+    """Write this process into the file that it has taken; returns what is written."""
     started = psutil.Process().create_time()
     me = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "beat": 0}
     write(file, me)
@@ -84,6 +88,7 @@ def write_down(name, path, file):
             winner = read(again)
         if winner != me:
             refuse(name, path, winner)
+    return me
 
 
 def release(file, path, created):
@@ -150,12 +155,11 @@ def write(file, writer):
     os.fsync(file.fileno())
 
 
-def beat(file, stopped):
+def beat(file, writer, stopped):
     """Change the file every BEAT seconds."""
-    writer = read(file)
     while not stopped.wait(BEAT):
         writer["beat"] += 1
-        with contextlib.suppress(OSError, ValueError):  # storage that is away for a while, a file that is closed
+        with contextlib.suppress(OSError):  # storage that is away for a while
             write(file, writer)
 
 
