@@ -65,7 +65,7 @@ def take(name, path):
         locked = try_lock(file)
         if locked is False:
             refuse(name, path, wait_for_content(file))
-        if not is_same(file, path):  # its writer has removed it meanwhile
+        if not has_name(file, path):  # its writer has removed it meanwhile
             file.close()
             continue
         writer = read(file)
@@ -96,7 +96,7 @@ def release(file, path, created):
     with contextlib.suppress(OSError):
         if file:
             with file:
-                if is_same(file, path):
+                if has_name(file, path) and read(file).get("pid") in (os.getpid(), None):
                     path.unlink()  # before the lock goes: who gets it then sees that the file has lost its name
         for place in created:
             place.rmdir()
@@ -122,10 +122,11 @@ def try_lock(file):
     return True
 
 
-def is_same(file, path):
-    """Whether an open file still has this name."""
+def has_name(file, path):
+    """Whether an open file still has its name. Mounted storage may give files new numbers at any time."""
     with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        found = path.stat()
+        return not is_local(path) or os.path.samestat(os.fstat(file.fileno()), found)
     return False
 
 
@@ -202,4 +203,4 @@ def file_system(path):
     """The type of the file system that holds a path, as in "ext4"."""
     path = Path(path).resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next(mounts[folder] for folder in [path, *path.parents] if folder in mounts)
+    return next((mounts[folder] for folder in [path, *path.parents] if folder in mounts), "unknown")

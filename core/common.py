@@ -157,8 +157,10 @@ def check_writable(name, folder):
 
 def fail_to_write(name, path, error) -> NoReturn:
     """End the program because of an OSError in writing to `path`, which the user gave as `name`."""
-    in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-    fail(f"{name} {path} cannot be written: {'a file is in the way' if in_the_way else error.strerror}")
+    reason = error.strerror
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        reason = "a link that leads nowhere is in the way" if Path(path).is_symlink() else "a file is in the way"
+    fail(f"{name} {path} cannot be written: {reason}")
 
 
 def open_output(path):

@@ -110,10 +110,11 @@ def check_variables():
         return
     if missing:
         common.fail(f"RANK is set, but not {', '.join(missing)}: {remedy}")
-    rank, world, _, port = (os.environ[name] for name in VARIABLES)
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("MASTER_PORT", port)):
-        if not value.isdecimal():
-            common.fail(f"{name} is {value!r}, which is not a number: {remedy}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            common.fail(f"{name} is {os.environ[name]!r}, which is not a number: {remedy}")
+    rank = os.environ["RANK"]
+    world = os.environ["WORLD_SIZE"]
     if int(rank) >= int(world):
         common.fail(f"RANK is {rank}, but WORLD_SIZE is {world}: ranks are counted from 0 to {int(world) - 1}")
 

@@ -60,8 +60,11 @@ def add_run_flags(add):
     add("--best_metric", choices=metrics, default=metrics[0], help="of the validation split")
     add("--max_bad_steps", type=POSITIVE, default=10, help="non-finite steps in a row that end the run")
     add("--resume", action=common.Switch, help="continue the newest complete checkpoint of output_dir, if there is one")
-    add("--resume_from_checkpoint", help="with resume: if output_dir has none; without: draft to start from")
-    add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume")
+    add(
+        "--resume_from_checkpoint",
+        help="with resume: if output_dir has none; without: draft to start from; or a run's output folder",
+    )
+    add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume; an old run is moved")
     add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
     add("--run_name", help="name of the run in the trackers; none: theirs")
     add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")

@@ -405,6 +405,11 @@ def test_writer_on_another_host(without_locks, end, tmp_path, capsys):
         thread.join()
 
 
+def test_storage_that_gives_files_new_numbers(without_locks, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda a, b: False)
+    assert claim(tmp_path)["pid"] == os.getpid() and not list(tmp_path.iterdir())
+
+
 def test_a_claim_beats_where_other_machines_write(without_locks, tmp_path):
     with claims.only_writer("output_dir", tmp_path):
         time.sleep(1)
