@@ -730,11 +730,7 @@ def add_draft_flags(add):
     add("--target_layer_ids", type=int, nargs="+", help="auxiliary layers, i = after i layers; none: 2 L//2 L-3")
     backends = ("flex_attention", "sdpa")
     add("--attention_backend", choices=backends, default=backends[0], help="flex on GPUs only; same numbers")
-    add(
-        "--dry_run",
-        action=common.Switch,
-        help="initialise the draft, save it as step_00000000, and exit; needs no data",
-    )
+    add("--dry_run", action=common.Switch, help="save the initial draft as step_00000000, and exit; needs no data")
 
 
 def add_optimizer_flags(add):

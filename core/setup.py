@@ -62,7 +62,7 @@ def add_run_flags(add):
     add("--resume", action=common.Switch, help="continue the newest complete checkpoint of output_dir, if there is one")
     add(
         "--resume_from_checkpoint",
-        help="with resume: if output_dir has none; without: draft to start from; or a run's output folder",
+        help="with resume: if output_dir has none; without: draft to start from; or a run's folder",
     )
     add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume; an old run is moved")
     add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
