@@ -1,6 +1,6 @@
 """Measure a draft as serving uses it: real speculative decoding against the target, one chain of drafts per pass.
 
-In:  a target, a draft checkpoint (flat or speculators form), and prompts: JSON Lines of conversations (up to the last
+In:  a target, a draft checkpoint (flat or speculators form), and prompts: a data set of conversations (up to the last
      assistant turn) or of {"prompt": text}, or a folder written by prepare_data.py (its validation rows, up to the last
      reply).
 Out: acceptance length, share accepted by position, tokens/s with and without the draft; with --output a folder with
@@ -39,8 +39,10 @@ import train_eagle3
 from core import (
     checkpoints,
     common,
+    conversation_files,
     conversations,
     dataloader,
+    draft_config,
     draft_files,
     rendering,
     target_files,
@@ -241,19 +243,18 @@ def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
 # ==================== Prompts, target and draft ======================================================================
 
 
-def read_prompts(path, tokenizer, limit=None, options=None):
-    """Token ids of at most `limit` prompts of a JSON Lines file or a prepared folder; a bad row ends the program.
+def read_prompts(path, tokenizer, limit=None, options=None, **flags):
+    """Token ids of at most `limit` prompts of a data set or a prepared folder; a bad row ends the program.
 
-    options: variables of the tokenizer's template. The prompt of a row with several turns ends before the last reply:
+    flags: of core/conversation_files.py. options: variables of the tokenizer's template. The prompt of a row with
+    several turns ends before the last reply:
     templates of reasoning targets render earlier replies as history, without the thought that the target would begin.
     """
-    if Path(path).is_dir():
+    if Path(path, "data_config.json").is_file():
         prompts = read_prepared_prompts(path, tokenizer, limit)
-    elif Path(path).is_file():
-        lines = itertools.islice(conversations.read_lines(path), limit)
-        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
     else:
-        common.fail(f"prompts {path} does not exist")
+        lines = itertools.islice(conversation_files.open_source(str(path), "prompt", flags).rows(), limit)
+        prompts = [read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines]
     if not prompts or not all(prompts):
         common.fail(f"{path} has no prompts, or an empty one")
     return prompts
@@ -276,20 +277,32 @@ def read_prepared_prompts(folder, tokenizer, limit):
 
 
 def read_prompt(line, tokenizer, where, options):
-    """Token ids of the prompt in one line of a JSON Lines file."""
+    """Token ids of the prompt in one row."""
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise conversations.Rejected("not an object", type(row).__name__)
-        if isinstance(row.get("prompt"), str):
+        if isinstance(row.get("prompt"), str) and not conversations.has_turns(row):
             return tokenizer(row["prompt"])["input_ids"]
         messages, tools = conversations.read_conversation(row)
+        if not tokenizer.chat_template:
+            raise conversations.Rejected("no chat template in the tokenizer", "name one with --chat_template")
         text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     except conversations.Rejected as error:
         common.fail(f"{where} is not a prompt: {': '.join(map(str, error.args))}")
     except Exception as error:  # not JSON, no chat template, or whatever the template's own code raises
         common.fail(f"{where} is not a prompt: {type(error).__name__}: {error}")
+
+
+def check_tokens(path, prompts, vocab_size):
+    """End the program if a prompt has a token that the target's embedding table does not have."""
+    largest = max(map(max, prompts))
+    if largest >= vocab_size:
+        common.fail(
+            f"{path} has token {largest}, the target's embedding table {vocab_size} rows: its tokenizer has tokens "
+            "that the model does not have; leave such prompts out"
+        )
 
 
 def load_draft(config, tensors, target):
@@ -478,13 +491,15 @@ def parse_args(argv=None):
     add = parser.add_argument_group("target, draft and prompts").add_argument
     add("--target_model_path", required=True, help="folder or hub id of the target")
     add("--draft_model_path", required=True, help="draft in flat or speculators form, or a run's output folder")
-    add("--prompts", required=True, help='JSON Lines of conversations or {"prompt": text}, or a prepared folder')
+    add("--prompts", required=True, help='conversations or {"prompt": text} in any form of prepare_data.py --dataset')
+    add("--prompt_split", help="split of a hub data set; none: test, else validation, or its only one")
+    conversation_files.add_flags(add)
     add("--num_prompts", type=common.at_least(int, 1), help="use the first prompts only; none: all")
     add(
         "--chat_template",
         choices=(*prepare_data.TEMPLATES, "auto"),
         default="auto",
-        help="of JSON Lines; qwen3-thinking and -instruct switch thinking",
+        help="of conversations; qwen3-thinking and -instruct switch thinking",
     )
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
 
@@ -492,20 +507,28 @@ def parse_args(argv=None):
     add("--num_draft_tokens", type=common.at_least(int, 1), default=7, help="drafts per pass")
     add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
     add("--temperature", type=common.at_least(float, 0), default=0.0, help="0 = greedy")
-    add("--seed", type=int, default=0, help="of sampling at a temperature above 0")
+    add("--seed", type=common.SEED, default=0, help="of sampling at a temperature above 0")
     add("--output", help="folder for the figures, texts and plot; none: printed only")
     return parser.parse_args(argv)
 
 
 def main(args):
     folder = common.open_output(args.output)
+    is_prepared = Path(args.prompts, "data_config.json").is_file()
+    if is_prepared and args.chat_template != "auto":
+        common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
-    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options)
+    if not is_prepared:
+        tokenizer, _ = rendering.with_own_template(tokenizer, args.chat_template, template)
+    flags = {name: getattr(args, name) for name in conversation_files.PROMPT_FLAGS}
+    prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options, **flags)
+    text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
+    check_tokens(args.prompts, prompts, text_config.vocab_size)
     config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
-    text_config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
-    draft_files.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     target = target_model.load(
         model_dir,
         "cuda" if torch.cuda.is_available() else "cpu",

@@ -117,7 +117,12 @@ def parse_args(argv=None):
         default=5,
         help="tokens that an engine drafts by default; speculators form",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.check is not None and (args.format or args.output or (args.check and args.checkpoint)):
+        common.fail("--check reads one folder and writes nothing: drop it, or the rest")
+    if args.format == "flat" and args.speculative_tokens != parser.get_default("speculative_tokens"):
+        common.fail("--speculative_tokens is kept in the speculators form alone: drop it")
+    return args
 
 
 def main(args):

@@ -1,12 +1,13 @@
 """Turn conversations into tokens and a loss mask: the data set that every later stage reads.
 
-In:  a preset (sharegpt, gsm8k, pydoc, ...) or a JSON Lines file with rows {"conversations" or "messages":
-     [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a tokenizer.
+In:  a preset (sharegpt, gsm8k, pydoc, ...) or a data set in any form of docs/data.md, with rows {"conversations" or
+     "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}, {"text"} or {"input_ids", "loss_mask"}; a
+     tokenizer.
 Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask uint8, 1 = the assistant's, its
      end-of-turn token included; length int32), data_config.json (fingerprint, its ingredients, counts), token_freq.pt
      ({token id: count} of train's supervised tokens), rejected.jsonl. The same ingredients are not built twice.
 
-    python prepare_data.py --dataset pydoc --target_model_path TARGET --output_path data/pydoc
+    python prepare_data.py --dataset pydoc --target_model_path TARGET   # to data/pydoc
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
@@ -20,7 +21,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,17 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from core import common, conversations, dataloader, regeneration, rendering, target_files
+from core import (
+    common,
+    conversation_files,
+    conversations,
+    dataloader,
+    regeneration,
+    rejected_rows,
+    rendering,
+    slots,
+    target_files,
+)
 
 MIN_ROWS_PER_PROCESS = 500  # for fewer, starting a process takes longer than its share of the rows
 
@@ -106,6 +116,8 @@ def read_tokens(row, chat):
     """(ids, mask) of a row that holds both."""
     ids = row["input_ids"]
     mask = row.get("loss_mask")
+    if isinstance(mask, list):
+        mask = [int(value) if value in (True, False) else value for value in mask]
     are_lists = isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
     if not are_lists or not all(type(value) is int for value in ids + mask) or not set(mask) <= {0, 1}:
         detail = "input_ids (integers) and loss_mask (0 or 1) must be lists of one length"
@@ -124,16 +136,17 @@ def read_tokens(row, chat):
 def read_text(row, chat):
     """(text, spans, whether the reasoning of the last reply is lost) of a row of messages or of rendered text."""
     text = row.get("text")
-    is_chat = "conversations" in row or "messages" in row
+    is_chat = conversations.has_turns(row)
     if not chat.tokenizer.chat_template and (is_chat or chat.template is None):
-        detail = "needed to render messages, or for the markers of auto"
-        raise conversations.Rejected("no chat template in the tokenizer", detail)
+        raise conversations.Rejected("no chat template in the tokenizer", chat.missing)
     if is_chat:
         return rendering.render_row(row, chat)
     if isinstance(text, str):
-        return text, rendering.find_spans(text, chat.template, chat.opening), False
+        spans = rendering.find_spans(text, chat.template, chat.opening)
+        return text, spans[-1:] if chat.only_last else spans, False
     if row:
-        raise conversations.Rejected("unknown form", f"fields {', '.join(row)}")
+        remedy = "name two of them by --prompt_column and --response_column, if they are questions and answers"
+        raise conversations.Rejected("unknown form", f"fields {', '.join(row)[:100]}: {remedy}")
     return "", [], False
 
 
@@ -145,15 +158,16 @@ def tokenise(raw, chat):
         ids, mask = read_tokens(row, chat)
     else:
         text, spans, reasoning_lost = read_text(row, chat)
-        ids, mask = encode(text, spans[-1:] if chat.only_last else spans, chat.encoder)
+        ids, mask = encode(text, spans, chat.encoder)
     if not len(ids):
         raise conversations.Rejected("empty", "no text")
-    cut = max(0, len(ids) - chat.max_length)
-    ids = ids[: chat.max_length]
-    mask = mask[: chat.max_length]
     if not mask.any():
-        raise conversations.Rejected("no supervised token", f"within {chat.max_length} tokens" if cut else "")
-    return Tokens(ids, mask, cut, reasoning_lost)
+        raise conversations.Rejected("no supervised token", "")
+    if mask.argmax() >= chat.max_length:
+        detail = f"its first reply begins after {mask.argmax()} tokens, --max_length is {chat.max_length}"
+        raise conversations.Rejected(rejected_rows.BEYOND, detail)
+    cut = max(0, len(ids) - chat.max_length)
+    return Tokens(ids[: chat.max_length], mask[: chat.max_length], cut, reasoning_lost)
 
 
 def tokenise_row(row, chat):
@@ -218,7 +232,7 @@ def fits(text, template):
 
 
 def find_call_form(chat):
-    """The CallForm with which the template shows a complete call; the first one if none does.
+    """The CallForm with which the template shows a complete call; None if none does.
 
     Some templates drop calls beside a content, or need one; some want the arguments as text, and quote them twice
     otherwise.
@@ -232,7 +246,7 @@ def find_call_form(chat):
             call = text[start:end]
             if len(spans) == 2 and "probe_call" in call and "value" in call and "\\" not in call:
                 return form
-    return CALL_FORMS[0]
+    return None
 
 
 def derive_template(tokenizer, text, prompt):
@@ -290,8 +304,9 @@ def make_chat(tokenizer, name, max_length, only_last):
     encoder.post_processor = None
     encoder.no_truncation()
     encoder.no_padding()
-    if not tokenizer.chat_template:  # only rows rendered or tokenised beforehand can be used
-        return rendering.Chat(tokenizer, encoder, TEMPLATES.get(name), max_length, only_last)
+    tokenizer, missing = rendering.with_own_template(tokenizer, name, TEMPLATES.get(name))
+    if missing:  # only rows rendered or tokenised beforehand can be used
+        return rendering.Chat(tokenizer, encoder, TEMPLATES.get(name), max_length, only_last, missing=missing)
     template = choose_template(tokenizer, name)
     prompt = rendering.render(tokenizer, PROBE[:1], add_generation_prompt=True, **template.options)
     openings = [prompt.rpartition(header)[2] for header in template.headers if header in prompt]
@@ -302,23 +317,11 @@ def make_chat(tokenizer, name, max_length, only_last):
     elif READS_REASONING.search(str(tokenizer.chat_template)):
         thoughts = "field"
     chat = rendering.Chat(tokenizer, encoder, template, max_length, only_last, opening, thoughts)
-    return dataclasses.replace(chat, call_form=find_call_form(chat))
+    call_form = find_call_form(chat)
+    return dataclasses.replace(chat, call_form=call_form or CALL_FORMS[0], shows_calls=call_form is not None)
 
 
 # ==================== The prepared folder ============================================================================
-
-
-class Source(NamedTuple):
-    """A preset or a JSON Lines file, and its files."""
-
-    name: str
-    files: list
-
-    def hashes(self):
-        """Of each file; of the rows of a preset without files."""
-        if not self.files:
-            return common.hash_of(conversations.pydoc_lines())
-        return [common.hash_file(path) for path in self.files]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +330,12 @@ class Options:
 
     validation_dataset: str | None = None
     dataset_path: str | None = None
-    chat_template: str = "llama3"
+    dataset_config: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    prompt_column: str | None = None
+    response_column: str | None = None
+    chat_template: str = "auto"
     max_length: int = 2048
     num_samples: int | None = None
     train_only_last_turn: bool = False
@@ -345,18 +353,19 @@ class Options:
 
 def as_table(folder, name, read, *given):
     """Dataset of the (line, bytes) that read(*given) yields; it lies in `folder`."""
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
     def rows():
         for line, raw in read(*given):
             yield {"line": line, "raw": raw}
 
-    return Dataset.from_generator(rows, cache_dir=str(folder / name), fingerprint=name)
+    columns = Features({"line": Value("int64"), "raw": Value("large_binary")})
+    return Dataset.from_generator(rows, features=columns, cache_dir=str(folder / name), fingerprint=name)
 
 
 def read_source(source, options, num_samples, cache, answers_path, answers):
     """Dataset of the source's rows as bytes, with the target's own replies if there are `answers`."""
-    data = as_table(cache, "raw", conversations.read_rows, source.name, source.files, cache / "hub")
+    data = as_table(cache, "raw", source.rows)
     if num_samples and num_samples < len(data):
         data = data.select(np.sort(options.permutation(len(data))[:num_samples]))
     if not answers:
@@ -399,22 +408,12 @@ def tokenise_table(data, chat, source, num_proc, cache):
     )
 
 
-def check_rejected(source, kept, rejected, limit):
-    """End the program, naming the causes, if no row is kept or the share of rejected rows is above the limit."""
-    if limit is None:
-        preset = conversations.PRESETS.get(source.name)
-        limit = preset.rejected if preset else 0.01
-    total = kept + len(rejected)
-    if kept and len(rejected) <= limit * total:
-        return
-    first = {row["cause"]: row["line"] for row in reversed(rejected)}
-    counts = Counter(row["cause"] for row in rejected).most_common()
-    causes = ", ".join(f"{count} {cause} (first: line {first[cause]})" for cause, count in counts)
-    share = f"none of {total} rows can be used"
-    if kept:
-        ratio = len(rejected) / total
-        share = f"{len(rejected)} of {total} rows rejected ({ratio:.1%}, max_rejected_ratio {limit:g})"
-    common.fail(f"{source.name}: {share}: {causes}")
+def choose_limit(source, options):
+    """The share of rows that may be rejected."""
+    preset = conversations.PRESETS.get(source.name)
+    if options.max_rejected_ratio is None:
+        return preset.rejected if preset else 0.01
+    return options.max_rejected_ratio
 
 
 def split_validation(data, options):
@@ -440,14 +439,17 @@ def count_tokens(data, size):
 def describe_split(split, data, supervised, rejected):
     """The counts of a split for data_config.json; printed as well."""
     lengths = np.array(data["length"][:])
+    causes, apart = rejected_rows.count(rejected)
     part = {
         "rows": len(data),
         "tokens": int(lengths.sum()),
         "supervised_tokens": supervised,
         "longest": int(lengths.max()),
+        "largest_token": dataloader.largest_token(data),
         "truncated": int(np.count_nonzero(data["cut"][:])),
         "reasoning_left_out": int(np.count_nonzero(data["reasoning_lost"][:])),
-        "rejected": Counter(row["cause"] for row in rejected),
+        "rejected": causes,
+        "left_out": apart,
     }
     if part["reasoning_left_out"]:
         print(
@@ -457,13 +459,16 @@ def describe_split(split, data, supervised, rejected):
     print(
         f"{split}: {part['rows']:,} rows, {part['supervised_tokens']:,} of {part['tokens']:,} tokens supervised, "
         f"longest row {part['longest']:,}, {part['truncated']:,} truncated; "
-        f"rejected: {dict(part['rejected']) or 'none'}"
+        f"{rejected_rows.describe(rejected)}"
     )
     return part
 
 
-def build(sources, chat, options, config, folder, caches, answers):
-    """Write the prepared folder. config gets the counts and is written last: it vouches for everything else."""
+def build(sources, chat, options, config, folder, caches, answers, listed):
+    """Write the prepared folder. config gets the counts and is written last: it vouches for everything else.
+
+    listed: where rejected rows are listed if there are too many.
+    """
     from datasets import DatasetDict, disable_progress_bars
 
     if not sys.stderr.isatty():  # in a log file a progress bar is noise
@@ -478,22 +483,35 @@ def build(sources, chat, options, config, folder, caches, answers):
         table = tokenise_table(rows, chat, source, options.num_proc, cache)
         lengths = np.array(table["length"][:])
         unusable = table.select(np.flatnonzero(lengths == 0)).select_columns(["line", "cause", "detail"])
-        rejected[split] = [{"file": source.name, **row} for row in unusable.to_list()]
+        rejected[split] = [source.place(row.pop("line")) | row for row in unusable.to_list()]
         splits[split] = table.select(np.flatnonzero(lengths)).remove_columns(["line", "cause", "detail"])
-        check_rejected(source, len(splits[split]), rejected[split], options.max_rejected_ratio)
+        limit = choose_limit(source, options)
+        rejected_rows.check(source, len(splits[split]), rejected[split], limit, listed)
+    slots.check_slots(sources["train"].name, splits["train"])
     if options.validation_ratio:
         splits = split_validation(splits["train"], options)
     DatasetDict(splits).remove_columns(["cut", "reasoning_lost"]).save_to_disk(str(folder))
+    describe(splits, rejected, chat, config, folder)
+    rejected_rows.write(folder / "rejected.jsonl", itertools.chain(*rejected.values()))
+    common.write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def describe(splits, rejected, chat, config, folder):
+    """Write token_freq.pt, and the counts of the splits into config.
+
+    Rows that were rejected before the training rows were split belong to neither part.
+    """
     size = 1 + max(chat.encoder.get_vocab().values())
     for split, data in splits.items():
         counts = count_tokens(data, size)
         if split == "train":
             frequency = {int(token): int(counts[token]) for token in np.flatnonzero(counts)}
             torch.save(frequency, folder / "token_freq.pt")
-        config["splits"][split] = describe_split(split, data, int(counts.sum()), rejected.get(split, ()))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in rejected.values() for row in rows]
-    common.write_atomic(folder / "rejected.jsonl", "".join(lines))
-    common.write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        known = rejected[split] if rejected.keys() == splits.keys() else ()
+        config["splits"][split] = describe_split(split, data, int(counts.sum()), known)
+    if rejected.keys() != splits.keys():
+        config["rejected"], config["left_out"] = rejected_rows.count(rejected["train"])
+        print(f"before the rows were split: {rejected_rows.describe(rejected['train'])}")
 
 
 # ==================== From input to output ===========================================================================
@@ -510,6 +528,8 @@ def check_options(options, names, output):
         common.fail(f"max_rejected_ratio {options.max_rejected_ratio} must be in [0, 1]")
     if options.validation_ratio and options.validation_dataset:
         common.fail("validation_ratio and validation_dataset: give one of them")
+    if options.prompt_column and not options.response_column and not options.regenerate:
+        common.fail(f"prompt_column {options.prompt_column}: give --response_column as well")
     presets = [conversations.PRESETS[name] for name in names.values() if name in conversations.PRESETS]
     if options.dataset_path and not any(preset.hub for preset in presets):
         common.fail(f"dataset_path is a copy of a preset's hub repository, but dataset is {names['train']}")
@@ -529,10 +549,13 @@ def list_ingredients(sources, tokenizer, chat, options, target_model_path):
         "seed": options.seed % 2**32,
         "format_version": dataloader.FORMAT_VERSION,
         "presets": [source.name for source in sources.values() if source.name in conversations.PRESETS],
+        "columns": [options.prompt_column, options.response_column],
         "inputs": [source.hashes() for source in sources.values()],
         "tokenizer": target_files.hash_tokenizer(tokenizer),
         "chat_template": [options.chat_template, *(chat.template or ())],
     }
+    if chat.tokenizer is not tokenizer:
+        ingredients["own_template"] = common.hash_of(chat.tokenizer.chat_template)
     if options.regenerate:
         ingredients["regenerate"] = options.regenerate.about(target_model_path)
     return ingredients
@@ -570,10 +593,20 @@ def show_first_row(data, tokenizer):
     print(f"the first row, supervised between ⟦ and ⟧:\n{text[:1500]}")
 
 
+def default_output(dataset):
+    """data/NAME for a data set."""
+    name = Path(dataset).name
+    while conversation_files.SUFFIXES.search(name):
+        name = conversation_files.SUFFIXES.sub("", name)
+    if not re.fullmatch(r"[\w.-]+", name):
+        common.fail(f"dataset {dataset}: give --output_path")
+    return str(Path("data", name))
+
+
 def prepare(dataset, output_path, target_model_path, **options):
     """Write the prepared folder, or keep it if its fingerprint is the one wanted. Returns its data_config as a dict.
 
-    dataset: name of a preset or path of a JSON Lines file. options: the fields of Options. One process calls this,
+    dataset: a preset, file, folder, pattern or hub id. options: the fields of Options. One process calls this,
     the others wait and use open_data.
     """
     options = Options(**options)
@@ -587,7 +620,7 @@ def prepare(dataset, output_path, target_model_path, **options):
     check_options(options, names, output)
     sources = {}
     for split, name in names.items():
-        sources[split] = Source(name, conversations.find_files(name, options.dataset_path, split))
+        sources[split] = conversation_files.open_source(name, split, vars(options))
     tokenizer = target_files.load_tokenizer(target_model_path, options.trust_remote_code)
     chat = make_chat(tokenizer, options.chat_template, options.max_length, bool(options.train_only_last_turn))
     if options.regenerate and chat.template:  # the server has to render as the data are rendered
@@ -605,8 +638,10 @@ def prepare(dataset, output_path, target_model_path, **options):
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))
         answers = regeneration.open_answers(options.regenerate, target_model_path, output, inputs)
+    same = [name for name, template in TEMPLATES.items() if template == chat.template]
     config = {
         "format_version": dataloader.FORMAT_VERSION,
+        "chat_templates": list(dict.fromkeys([options.chat_template, *same])),  # names that mean the same
         "fingerprint": fingerprint,
         "ingredients": ingredients,
         "splits": {},
@@ -614,10 +649,13 @@ def prepare(dataset, output_path, target_model_path, **options):
         "target_model_path": str(target_model_path),
     }
 
+    listed = output.with_name(f"{output.name}.rejected.jsonl")
+
     def write(folder, caches):
-        build(sources, chat, options, config, folder, caches, answers)
+        build(sources, chat, options, config, folder, caches, answers, listed)
 
     replace_folder(output, write)
+    common.remove(listed)
     data, config = dataloader.open_data(output)
     show_first_row(data, tokenizer)
     print(f"written to {output}")
@@ -632,22 +670,22 @@ def parse_args(argv=None):
     count = common.at_least(int, 1)
     add = parser.add_argument_group("input").add_argument
     presets = ", ".join(conversations.PRESETS)
-    add("--dataset", required=True, help=f"preset ({presets}) or path of a JSON Lines file")
-    add("--dataset_path", help="local copy of the preset's hub repository, instead of a download")
-    add("--validation_dataset", help="JSON Lines file, or a preset that has such a split")
+    forms = "file, folder, pattern or hub id of JSON Lines, JSON, Parquet, Arrow, CSV"
+    add("--dataset", required=True, help=f"preset ({presets}), or {forms}")
+    add("--validation_dataset", help="the same, for validation; a preset that has such a split")
+    conversation_files.add_preparation_flags(add)
     add("--target_model_path", required=True, help="folder or hub id; only the tokenizer is loaded")
     add("--trust_remote_code", action=common.Switch, help="let the tokenizer run code of its own")
     add = parser.add_argument_group("output").add_argument
     templates = ", ".join(TEMPLATES)
-    add("--output_path", required=True, help="folder to write")
+    add("--output_path", help="folder to write; none: data/DATASET")
     add("--chat_template", default=Options.chat_template, help=f"{templates} or auto, which finds it out")
     length = common.at_least(int, 2)
     add("--max_length", type=length, default=Options.max_length, help="tokens; longer rows are truncated at the right")
     add("--num_samples", type=count, help="rows of the training input, taken at random; none: all")
     add("--train_only_last_turn", action=common.Switch, help="supervise only the last assistant turn of each row")
     add("--validation_ratio", type=float, default=0.0, help="share of the rows kept back for validation")
-    add("--max_rejected_ratio", type=float, help="share of unusable rows; none: 0.01; sharegpt, eaglechat 0.1")
-    add("--seed", type=int, default=0, help="of num_samples and validation_ratio")
+    add("--seed", type=common.SEED, default=0, help="of num_samples and validation_ratio")
     add("--num_proc", type=count, help="processes, at most one a core; none: one a core")
     regeneration.add_flags(parser)
     return parser.parse_args(argv)
@@ -656,20 +694,19 @@ def parse_args(argv=None):
 def main(args):
     return prepare(
         args.dataset,
-        args.output_path,
+        args.output_path or default_output(args.dataset),
         args.target_model_path,
         validation_dataset=args.validation_dataset,
-        dataset_path=args.dataset_path,
         chat_template=args.chat_template,
         max_length=args.max_length,
         num_samples=args.num_samples,
         train_only_last_turn=args.train_only_last_turn,
         validation_ratio=args.validation_ratio,
         num_proc=args.num_proc,
-        max_rejected_ratio=args.max_rejected_ratio,
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
         regenerate=regeneration.read_flags(args),
+        **conversation_files.read_flags(args),
     )
 
 

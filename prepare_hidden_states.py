@@ -170,13 +170,12 @@ def parse_args(argv=None):
     target_model.add_sharing_flags(parser)
     add = parser.add_argument_group("what is written").add_argument
     dtypes = list(hidden_states.DTYPES)
-    minutes = common.at_least(float, 0)
     add("--output_path", required=True, help="folder to write, or to continue")
     add("--hidden_states_dtype", choices=dtypes, default="bfloat16", help="fp8: e4m3 with a scale per token and layer")
     add("--max_disk", type=common.at_least(float, 0), help="GB that this start may write; none: what the disk has")
-    add("--dist_timeout", type=minutes, default=20, help="minutes a collective may take")
+    add("--dist_timeout", type=common.above_zero, default=20, help="minutes a collective may take")
     add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
-    args = parser.parse_args(foreign_flags.drop(argv, foreign_flags.OF_HIDDEN_STATES))
+    args = foreign_flags.parse(parser, argv, foreign_flags.OF_HIDDEN_STATES)
     if args.data_path.endswith((".json", ".jsonl")):
         common.fail(f"data_path {args.data_path} is a file: give the folder that prepare_data.py makes of it")
     return args
@@ -187,11 +186,13 @@ def prepare(args, sharding):
     common.check_writable("output_path", args.output_path)
     data, data_config = dataloader.open_data(args.data_path)
     model_dir = target_files.resolve_target(args.target_model_path)
-    config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
+    config, full_config = target_files.read_target_config(model_dir, args.trust_remote_code)
     target_model.check_heads(config, args.tp_size)
+    target_model.check_weights(model_dir, full_config, args.trust_remote_code)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
         common.fail(f"{args.data_path} was prepared with another tokenizer or chat template than the target's")
+    dataloader.check_tokens(args.data_path, data, data_config, config.vocab_size)
     layers = args.target_layer_ids or target_files.default_layer_ids(config.num_hidden_layers)
     settings = hidden_states.store_settings(model_dir, layers, data_config)
     store = hidden_states.Store(args.output_path, settings, create=args.hidden_states_dtype)

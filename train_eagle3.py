@@ -1,6 +1,6 @@
 """Train an EAGLE-3 draft for a target model, whose hidden states are computed in memory or read from disk or a server.
 
-In:  a target (--target_model_path) and conversations: JSON Lines (--dataset_train_split, --dataset_validation_split),
+In:  a target (--target_model_path) and conversations: a data set (--dataset_train_split, --dataset_validation_split),
      or a folder written by prepare_data.py (--data_path).
 Out: output_dir/ with run.json, metrics.jsonl, curves.png, step_XXXXXXXX/ (complete checkpoints, core/checkpoints.py),
      `latest` and `best` (links to two of them) and final/. A folder with a model.safetensors can be served as it is.
@@ -18,7 +18,6 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 import contextlib
 import copy
 import datetime
-import math
 import sys
 import time
 import warnings
@@ -39,6 +38,7 @@ from core import (
     attention,
     checkpoints,
     common,
+    conversation_files,
     dataloader,
     draft_files,
     foreign_flags,
@@ -648,23 +648,19 @@ def end_badly(record, count, folder):
 
 
 def evaluate_now(args, run, engine, source, data, d2t, record, progress):
-    """Evaluate, write a row and a line; returns [value, step, metric] if it is the best so far, else None."""
+    """Evaluate, write a row and a line; returns [value, step, metric, loss] if it is the best so far, else None."""
     progress.evaluation_due = True  # until it is done: a server may fail
     values = evaluate(engine, source, data["validation"], d2t, args)
     progress.evaluation_due = False
+    if not values["passes"]:  # rows left out by on_missing
+        record.line(f"evaluation at step {progress.step}: no validation row has hidden states, nothing is evaluated")
+        return None
     record.row("validation", progress.step, progress.step / run.steps_per_epoch, values)
     record.line(
         f"evaluation at step {progress.step} | {run_record.metrics_line(values)} | "
         f"acceptance_length {values['acceptance_length']:.3f}"
     )
-    value = values[args.best_metric]
-    if not math.isfinite(value):
-        return None
-    if progress.best and progress.best[2] == args.best_metric:
-        best = progress.best[0]
-        if value >= best if args.best_metric == "loss" else value <= best:
-            return None
-    return [value, progress.step, args.best_metric]
+    return checkpoints.better(values, progress.best, progress.step, args.best_metric)
 
 
 def log(args, run, record, progress, rate):
@@ -701,7 +697,8 @@ def parse_args(argv=None):
     add_optimizer_flags(parser.add_argument_group("objective and optimizer").add_argument)
     add_batch_flags(parser.add_argument_group("length and batches").add_argument)
     setup.add_run_flags(parser.add_argument_group("run").add_argument)
-    args = parser.parse_args(foreign_flags.drop(argv, foreign_flags.OF_TRAINERS, foreign_flags.ALIASES))
+    foreign = (foreign_flags.OF_TRAINERS, foreign_flags.ALIASES, foreign_flags.VALUES)
+    args = foreign_flags.parse(parser, argv, *foreign)
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in run_record.TRACKERS]
     if unknown:
@@ -712,10 +709,11 @@ def parse_args(argv=None):
 
 def add_data_flags(add):
     add("--target_model_path", required=True, help="folder or hub id; a folder may hold one nested or MLflow model")
-    add("--dataset_train_split", help="JSON Lines of conversations; prepared into output_dir/data")
+    add("--dataset_train_split", help="conversations, see prepare_data.py --dataset; prepared into output_dir/data")
     add("--dataset_validation_split", help="the same, for evaluation; none: no evaluation")
+    conversation_files.add_preparation_flags(add)
     add("--data_path", help="folder written by prepare_data.py, instead of the two above")
-    add("--chat_template", default="llama3", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto: found out")
+    add("--chat_template", help=f"{', '.join(prepare_data.TEMPLATES)}, or auto; none: as prepare_data.py")
     add("--max_length", type=common.at_least(int, 2), default=2048, help="tokens; longer conversations are truncated")
     add("--build_dataset_num_proc", type=POSITIVE, default=96, help="processes, at most one a core")
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
@@ -780,22 +778,26 @@ def prepare_run(args):
     world = dist.get_world_size()
     holds_old = setup.check_output(args)
     setup.check_flags(args)
+    default = vars(parse_args(["--target_model_path", args.target_model_path]))
+    setup.check_unread(args, default)
     sharding = target_model.resolve_sharding(args, world)
     micro = setup.micro_batch_size(args)
     accumulation = setup.accumulation_steps(args, world)
     deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
     engine = checkpoints.engine_kind(deepspeed_config)
     checkpoint, state = checkpoints.find_start(args, engine, setup.DECISIVE)
+    checkpoint, source = setup.draft_source(args, checkpoint, state)
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     model_dir = target_files.resolve_target(args.target_model_path)
-    config, layers = setup.draft_config(args, model_dir, checkpoint)
+    config, layers = setup.configure_draft(args, model_dir, checkpoint, source)
     folder = args.data_path
     if args.dataset_train_split:
         folder = prepare_conversations(args)
     data, data_config = dataloader.open_data(folder)
     if folder:
-        setup.check_data(args, folder, data, data_config, world)
+        setup.check_data(args, config, folder, data, data_config, world)
+        setup.check_validation(args, data, default)
     d2t = setup.vocabulary_mapping(args, config, folder, checkpoint)
     schedule = setup.schedule(args, len(data.get("train", ())))
     if holds_old:
@@ -825,11 +827,12 @@ def prepare_conversations(args):
         folder,
         args.target_model_path,
         validation_dataset=args.dataset_validation_split,
-        chat_template=args.chat_template,
+        chat_template=args.chat_template or prepare_data.Options.chat_template,
         max_length=args.max_length,
         num_proc=args.build_dataset_num_proc,
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
+        **conversation_files.read_flags(args),
     )
     return folder
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import objective  # noqa: E402  (the root is not on the path of a script that lies here)
 import operations  # noqa: E402
 
-from core import common, draft_files, ranks, slots, target_files, target_model  # noqa: E402
+from core import common, draft_config, draft_files, ranks, slots, target_files, target_model  # noqa: E402
 
 TABLE = {
     "shares": [100.0, 50.0, 15.0],
@@ -344,7 +344,7 @@ class Training:
         vocabulary = len(self.target.embedding)
         columns = min(args.draft_vocab_sizes[-1], vocabulary)
         text_config = self.target.config
-        config, _ = draft_files.configure(text_config, text_config, draft_vocab_size=columns)
+        config, _ = draft_config.configure(text_config, text_config, draft_vocab_size=columns)
         self.draft = objective.make_draft(args, config, self.target.embedding)
         draft_ids = torch.randperm(vocabulary)[:columns].sort().values
         self.d2t = (draft_ids - torch.arange(columns)).to(args.device)

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -51,7 +52,7 @@ class Progress:
 
     step: int = 0  # optimizer steps finished, including those left out
     seconds: float = 0.0  # since the training began, over all starts
-    best: list = None  # [value, step, name of the metric] of the best checkpoint
+    best: list = None  # [value, step, name of the metric, loss] of the best checkpoint
     evaluation_due: bool = False  # at this step, and not done yet
     bad: int = 0  # steps left out in a row
     kept: dict = field(default_factory=dict)  # tensors by name, the same on every rank
@@ -70,6 +71,28 @@ class Progress:
         self.sums = {}
         self.norms = []
         self.spent = 0.0
+
+
+def better(values, best, step, metric):
+    """[value, step, metric, loss] of an evaluation {name: value} if it is the best so far, else None.
+
+    best: that of the best one before, or None.
+    """
+    found = [values[metric], step, metric, values["loss"]]
+    if not math.isfinite(found[0]) or not math.isfinite(found[3]):
+        return None
+    if best and best[2] == metric and rank(found) <= rank(best):
+        return None
+    return found
+
+
+def rank(best):
+    """What is higher for a better evaluation. Equal acceptance lengths, as at the start, are decided by the loss."""
+    value, _, metric, *rest = best
+    if metric == "loss":
+        return (-value,)
+    loss = rest[0] if rest else math.inf  # older checkpoints do not have it
+    return (value, -loss)
 
 
 def generator_states():

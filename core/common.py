@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import huggingface_hub
+from huggingface_hub import constants
 
 # ==================== Errors and command lines =======================================================================
 
@@ -43,9 +46,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.written = {}  # {flag: another trainer's name of it on this command line}
 
     def error(self, message):
+        for name, written in self.written.items():
+            message = re.sub(rf"--{name}\b", f"--{written}", message)
+        if message.startswith("unrecognized arguments"):
+            message += self.close_flags(message)
         fail(re.sub(r"\Aargument --(\w+): (?=is )", r"\1 ", message))
+
+    def close_flags(self, message):
+        """The flags that may have been meant by those in a message, as the end of a line."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        unknown = re.findall(r"--\w+", message)
+        for flag in unknown:
+            if flag.removeprefix("--no_") in (known.removeprefix("--") for known in flags):
+                return f" (write --{flag.removeprefix('--no_')} false)"
+        close = [match for flag in unknown for match in difflib.get_close_matches(flag, flags, n=1, cutoff=0.75)]
+        return f" (is {', '.join(close)} meant?)" if close else ""
 
     def parse_args(self, argv=None):
         args = super().parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
@@ -65,17 +83,32 @@ def normalise_argv(argv, aliases=None):
     return [re.sub(r"\A--([^=]+)", normalise, word) for word in argv]
 
 
-def at_least(kind, least):
-    """Type of a flag with a lower bound: at_least(int, 1)."""
+def at_least(kind, least, most=None):
+    """Type of a flag with a lower bound: at_least(int, 1); without an upper one it is finite."""
 
     def convert(text):
         value = kind(text)
-        if value < least:
+        if not least <= value:  # nan is not
             raise argparse.ArgumentTypeError(f"is {value}; it must be at least {least}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError("is inf; it must be finite")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"is {value}; it must be at most {most}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type of a value that it cannot convert
     return convert
+
+
+SEED = at_least(int, 0, 2**32 - 1)  # as NumPy takes it
+
+
+def above_zero(text):
+    """Type of a flag: a number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}; it must be above 0")
+    return value
 
 
 def boolean(text):
@@ -183,8 +216,14 @@ def hash_of(value):
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
 
-def download(repo, patterns, repo_type="model", revision=None):
-    """The folder of a hub repository's files that match; weights in sub-folders are second copies and left out."""
+HUB_ID = r"\w[\w.-]*/[\w.-]+"
+
+
+def download(repo, patterns, repo_type="model", revision=None, flag=None):
+    """The folder of a hub repository's files that match; weights in sub-folders are second copies and left out.
+
+    flag: what names the repository; none: target_model_path or dataset_path.
+    """
     try:
         folder = huggingface_hub.snapshot_download(
             repo,
@@ -195,5 +234,8 @@ def download(repo, patterns, repo_type="model", revision=None):
         )
         return Path(folder)
     except Exception as error:  # of several libraries; each means that the files are not available
-        flag = {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
-        fail(f"{repo_type} {repo}: give a local copy as --{flag}; the hub fails with {type(error).__name__}: {error}")
+        flag = flag or {"model": "target_model_path", "dataset": "dataset_path"}[repo_type]
+        reason = f"the hub fails with {type(error).__name__}: {error}"
+        if constants.HF_HUB_OFFLINE:
+            reason = f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not have it"
+        fail(f"{flag} {repo}: give a local copy, or another name: {reason}")

@@ -1,9 +1,10 @@
-"""Conversations: one row of JSON as messages, and where rows come from: presets and JSON Lines files.
+"""Conversations: one row of JSON as messages, and the presets: data sets with a name.
 
-In:  rows {"conversations" or "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}; the files of a
-     preset, in the layout and schema of its hub repository.
+In:  rows {"conversations" or "messages": [{"role", "content"} or {"from", "value"}, ...], "tools"}; rows in the schema
+     of a preset's hub repository.
 Out: messages {"role", "content"}, the role one of system, user, assistant and tool; an assistant's also have
-     "reasoning" and "tool_calls".
+     "reasoning", "tool_calls" if it calls, and "supervised", which is False if the row says that it is not to be
+     trained.
 """
 
 import ast
@@ -17,15 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from core import common
-
 NAMES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "function_call"),
-    "tool": ("tool", "function", "observation", "ipython"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "ai", "function_call", "tool_call"),
+    "tool": ("tool", "function", "observation", "ipython", "tool_response"),
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names}
+CALLING_ROLES = ("function_call", "tool_call")  # of an assistant's turn whose content is the JSON of calls
 
 NEXT_ROLES = {  # "" is the start of a conversation
     "": ("system", "user"),
@@ -35,10 +35,62 @@ NEXT_ROLES = {  # "" is the start of a conversation
     "tool": ("tool", "assistant"),
 }
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+TURN_FIELDS = ("conversations", "messages", "conversation")  # of a row
+
+CONTENT_FIELDS = ("content", "value", "text")
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning", "thought")
+
+EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+OPEN_THOUGHT = re.compile(r"^\s*<think>", re.MULTILINE)
+
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")  # of a row, beside its turns
+
+# Keys of a turn, or of a row, that change what was said or how it is rendered.
+NOT_READ = ("image", "images", "video", "videos", "audio", "audios")
+NOT_READ_IN_ROWS = (*NOT_READ, "chat_template_kwargs")
+NOT_READ_IN_TURNS = (
+    *NOT_READ,
+    "refusal",
+    "prefix",
+    "tools",
+    "functions",
+    "files",
+    "attachments",
+    "tool_plan",  # Cohere: what the assistant says before its calls
+    "train_detail",  # Axolotl: the parts of a reply that are not to be trained
+    "training_detail",
+)
+
+# Types of the parts of a content.
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+THOUGHT_PARTS = ("thinking", "reasoning")
+OTHER_PARTS = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio", "file")
+
+NO = ("0", "0.0", "false", "no")
+YES = ("1", "1.0", "true", "yes")
+# Keys of a turn that say whether it is trained, and the values that say that it is not.
+MARKS = {
+    "weight": NO,
+    "train": NO,
+    "training": NO,
+    "trainable": NO,
+    "loss": NO,
+    "loss_mask": NO,
+    "loss_weight": NO,
+    "supervised": NO,
+    "mask": YES,
+    "masked": YES,
+}
+
+ARGUMENTS = ("arguments", "parameters")
+KEYS_OF_CALLS = ("name", "id", "type", "index")
 
 
 # ==================== A row of JSON as messages ======================================================================
+
+
+UNANSWERED = "no question with a reply"  # the cause of a row in which there is nothing to learn
 
 
 class Rejected(Exception):
@@ -47,12 +99,15 @@ class Rejected(Exception):
 
 def read_conversation(row):
     """(messages, tools) of a row. Turns after the last assistant turn are dropped: nothing of them is supervised."""
-    turns = row.get("conversations") or row.get("messages")
+    turns = decode(next((row[field] for field in TURN_FIELDS if row.get(field)), None))
     if not turns:
-        raise Rejected("empty", "no messages")
+        raise Rejected(UNANSWERED, "no messages")
     if not is_list_of_objects(turns):
         raise Rejected("malformed message", "the messages are not a list of objects")
-    messages = [read_message(turn) for turn in turns]
+    refuse_keys(row, NOT_READ_IN_ROWS, "the row")
+    turns = drop_unasked(turns)
+    messages = join_calls(turns, [read_message(turn) for turn in turns])
+    messages = add_system_prompt(messages, row)
     roles = [message["role"] for message in messages]
     check_order(roles)
     tools = read_tools(row)
@@ -60,15 +115,93 @@ def read_conversation(row):
     return messages[:after_last], tools
 
 
+def has_turns(row):
+    """Is the row a conversation?"""
+    return any(field in row for field in TURN_FIELDS)
+
+
+def drop_unasked(turns):
+    """The turns without replies and outputs in front of the first question, with which a part of a long chat begins."""
+    roles = [ROLES.get(name_of(turn)) for turn in turns]
+    if "user" not in roles:
+        return turns
+    first = roles.index("user")
+    kept = [turn for turn, role in zip(turns[:first], roles[:first], strict=True) if role not in ("assistant", "tool")]
+    return kept + turns[first:]
+
+
+def decode(value):
+    """What a text of JSON stands for, encoded several times as well; anything else as it is."""
+    with contextlib.suppress(ValueError, RecursionError):
+        while isinstance(value, str):
+            value = json.loads(value)
+    return value
+
+
+def is_json(value):
+    """Can the value be written as JSON? Python reads NaN and Infinity, which are none."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def kind_of(value):
+    """What a value is in JSON."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
 def is_list_of_objects(value):
     """Is the value a list of JSON objects?"""
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
+def refuse_keys(given, keys, where):
+    """Raise Rejected if a turn or row has one of the keys with something in it: its meaning is not known here."""
+    for key in keys:
+        if given.get(key):
+            raise Rejected("not read", f"{key} of {where}")
+
+
+def add_system_prompt(messages, row):
+    """The messages after the system prompt that stands beside the turns of the row."""
+    for key in SYSTEM_FIELDS:
+        text = row.get(key)
+        if text is None or text == "":
+            continue
+        if not isinstance(text, str):
+            raise Rejected("malformed message", f"{key} of the row is {kind_of(text)}, not text")
+        prompt = {"role": "system", "content": text}
+        if messages[0] == prompt:
+            continue
+        if messages[0]["role"] == "system":
+            raise Rejected("two system prompts", f"{key} of the row, and another one in front of the turns")
+        messages = [prompt, *messages]
+    return messages
+
+
+def join_calls(turns, messages):
+    """The messages, calls in turns of their own as a part of the assistant's turn in front of them."""
+    joined = []
+    for turn, message in zip(turns, messages, strict=True):
+        is_call = name_of(turn) in CALLING_ROLES and not message["content"]
+        if is_call and joined and joined[-1]["role"] == "assistant":
+            calls = joined[-1].get("tool_calls", [])
+            joined[-1]["tool_calls"] = calls + message["tool_calls"]
+            joined[-1]["supervised"] &= message["supervised"]
+        else:
+            joined.append(message)
+    return joined
+
+
 def check_order(roles):
-    """Raise Rejected unless the roles alternate as chat templates expect and one of them is the assistant's."""
-    if "assistant" not in roles:
-        raise Rejected("no assistant turn", " ".join(roles))
+    """Raise Rejected unless the roles alternate as chat templates expect, with a question and a reply among them."""
+    if "assistant" not in roles or "user" not in roles:
+        raise Rejected(UNANSWERED, " ".join(roles))
     before = ""
     for role in roles:
         if role not in NEXT_ROLES[before]:
@@ -77,72 +210,185 @@ def check_order(roles):
 
 
 def read_tools(row):
-    """The tools of a row, a list of objects or the JSON of one; None if it has none."""
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        with contextlib.suppress(ValueError):
-            tools = json.loads(tools)
-    if tools is not None and not is_list_of_objects(tools):
+    """The tools of a row in the form of OpenAI's protocol; None if it has none.
+
+    They are a list of objects, the JSON of one, or the older `functions`, which lack the wrapper.
+    """
+    tools = read_list(row.get("tools"))
+    functions = read_list(row.get("functions"))
+    if tools and functions:
+        raise Rejected("malformed tools", "both tools and functions")
+    wrapped = []
+    for tool in tools or functions:
+        is_bare = "name" in tool and "function" not in tool
+        wrapped.append({"type": "function", "function": tool} if is_bare else tool)
+    return wrapped or None
+
+
+def read_list(value):
+    """The objects of a list, which may be text, as may each of them; [] for none."""
+    entries = decode(value)
+    if isinstance(entries, list):
+        entries = [decode(entry) for entry in entries]
+    if not entries or isinstance(entries, str) and not entries.strip():
+        return []
+    if not is_list_of_objects(entries):
         raise Rejected("malformed tools", "neither a list of objects nor the JSON of one")
-    return tools
+    return entries
+
+
+# ==================== A turn as a message ============================================================================
+
+
+def name_of(turn):
+    """What the turn calls its role."""
+    return str(turn.get("role") or turn.get("from")).strip().lower()
 
 
 def read_message(turn):
-    """A message with role and content; an assistant's also with reasoning (None if it has none) and tool_calls."""
-    name = turn.get("role") or turn.get("from")
-    role = ROLES.get(str(name).lower())
+    """A message with role and content; an assistant's also with reasoning (None if it has none), tool_calls and
+    supervised.
+    """
+    name = name_of(turn)
+    role = ROLES.get(name)
     if role is None:
         raise Rejected("unknown role", repr(name))
-    content = read_content(turn)
-    if role == "tool" and not isinstance(content, str):
-        content = json.dumps(content, ensure_ascii=False)
-    message = {key: turn[key] for key in ("tool_calls", "tool_call_id", "name", "cut") if turn.get(key)}
+    refuse_keys(turn, NOT_READ_IN_TURNS, f"a turn of {name}")
+    content, thoughts = read_content(turn, role)
+    calls = read_calls(turn)
+    if calls and role != "assistant":
+        raise Rejected("malformed call", f"a call in a turn of {name}")
+    message = {key: turn[key] for key in ("tool_call_id", "name", "cut") if turn.get(key)}
     message["role"] = role
     if role == "assistant":
-        message["reasoning"] = read_reasoning(turn)
-        calls = message.get("tool_calls", [])
-        read_calls(calls)
-        if not isinstance(content, str | None) or not (content or "").strip():
-            if not calls and not message["reasoning"]:
-                raise Rejected("empty", "an assistant turn without content")
-            content = None if calls else ""  # some templates drop the calls of a message that has content
+        if name in CALLING_ROLES:
+            content, calls = split_calls(content)
+        message["reasoning"] = read_reasoning(turn) or thoughts
+        message["supervised"] = is_supervised(turn)
+        if calls:
+            message["tool_calls"] = calls
+        content = check_reply(content, message)
     if not isinstance(content, str) and "tool_calls" not in message:
-        raise Rejected("malformed message", f"the content of a {role} turn is {type(content).__name__}")
+        raise Rejected("malformed message", f"the content of a turn of {name} is {kind_of(content)}")
     message["content"] = content
     return message
 
 
-def read_content(turn):
-    """The content of a turn; a list of text parts is concatenated."""
-    content = turn.get("content")
-    if content is None:
-        content = turn.get("value")
-    if not isinstance(content, list):
-        return content
-    if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text", "")) for part in content)
+def check_reply(content, message):
+    """The content of an assistant's turn, None if it is blank beside calls. Raises Rejected for a reply without end."""
+    if isinstance(content, str):
+        content = EMPTY_THOUGHT.sub("", content)  # of a target that answers at once; a template writes its own
+    is_blank = content is None or isinstance(content, str) and not content.strip()
+    calls = "tool_calls" in message
+    if is_blank and not calls and not message["reasoning"]:
+        raise Rejected("empty", "an assistant turn without content")
+    if is_blank:
+        content = None if calls else ""  # some templates drop the calls of a message that has content
+    text = content if isinstance(content, str) else ""
+    answer = text.rpartition("</think>")[2]
+    if OPEN_THOUGHT.search(answer):
+        raise Rejected("thought without an end", "an assistant turn has no </think> after a line with <think>")
+    if not answer.strip() and isinstance(content, str) and not calls:
+        raise Rejected("thought without an answer", "an assistant turn of reasoning alone")
     return content
+
+
+def read_content(turn, role):
+    """(content, thoughts) of a turn; the texts of a list of parts are concatenated, thoughts are None without any."""
+    given = [turn[key] for key in CONTENT_FIELDS if turn.get(key) is not None]
+    content = next((value for value in given if value != ""), given[0] if given else None)
+    kinds = []
+    if isinstance(content, list):
+        kinds = [str(part.get("type", "text")) if isinstance(part, dict) else type(part).__name__ for part in content]
+    is_chat = isinstance(content, list) and {*kinds} <= {*TEXT_PARTS, *THOUGHT_PARTS, *OTHER_PARTS}
+    if role == "tool" and content is not None and not isinstance(content, str) and not is_chat:
+        return json.dumps(content, ensure_ascii=False), None
+    if not isinstance(content, list):
+        return content, None
+    return read_parts(content, kinds, role)
+
+
+def read_parts(parts, kinds, role):
+    """(text, thoughts) of a content of parts."""
+    texts = []
+    thoughts = []
+    for kind, part in zip(kinds, parts, strict=True):
+        is_thought = role == "assistant" and kind in THOUGHT_PARTS
+        if kind not in TEXT_PARTS and not is_thought:
+            raise Rejected("not read", f"a part of type {kind} in a turn of {role}: only text is read")
+        text = part.get(kind, part.get("text"))
+        if not isinstance(text, str):
+            raise Rejected("malformed message", f"the text of a part in a turn of {role} is {kind_of(text)}")
+        (thoughts if is_thought else texts).append(text)
+    return "".join(texts), "".join(thoughts).strip() or None
 
 
 def read_reasoning(turn):
     """The first reasoning field with text in it, or None."""
     for key in REASONING_FIELDS:
         text = turn.get(key)
-        if isinstance(text, str) and text.strip():
+        if text and not isinstance(text, str):
+            raise Rejected("malformed message", f"{key} of a turn is {kind_of(text)}, not text")
+        if text and text.strip():
             return text
     return None
 
 
-def read_calls(calls):
-    """Check tool calls and turn their arguments, text on the wire, into the object that templates expect."""
+def is_supervised(turn):
+    """Is the assistant's turn to be trained, as far as it says?"""
+    for key, negative in MARKS.items():
+        if turn.get(key) is None:
+            continue
+        value = str(turn[key]).strip().lower()
+        if value not in NO + YES:
+            raise Rejected("not read", f"{key} {value[:40]} of a turn: 0 or 1, false or true")
+        if value in negative:
+            return False
+    return True
+
+
+def read_calls(turn):
+    """The calls of a turn in the form of OpenAI's protocol; function_call is the older form of one."""
+    calls = decode(turn.get("tool_calls")) or []
+    if calls and turn.get("function_call"):
+        raise Rejected("malformed call", "both tool_calls and function_call")
+    if turn.get("function_call"):
+        calls = [decode(turn["function_call"])]
     if not is_list_of_objects(calls):
-        raise Rejected("malformed message", "tool_calls is not a list of objects")
-    for call in calls:
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Rejected("malformed message", "a call of tool_calls has no name")
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # an object already, none, or no JSON
-            function["arguments"] = json.loads(function["arguments"])
+        raise Rejected("malformed call", "tool_calls is not a list of objects")
+    return [read_call(call) for call in calls]
+
+
+def split_calls(content):
+    """(thought or None, calls) of a turn in a role of calls: its content is the JSON of a call or a list of them."""
+    thought, tag, text = content.rpartition("</think>") if isinstance(content, str) else ("", "", content)
+    calls = decode(text)
+    if isinstance(calls, dict):
+        calls = [calls]
+    if not calls or not is_list_of_objects(calls):
+        raise Rejected("malformed call", "a function_call turn without the JSON of a call")
+    return thought + tag or None, [read_call(call) for call in calls]
+
+
+def read_call(call):
+    """A call as templates expect it: its arguments, text on the wire, are an object, an empty one if there are none."""
+    function = call.get("function", call)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name.strip():
+        raise Rejected("malformed call", "a call has no name")
+    given = [key for key in ARGUMENTS if function.get(key) is not None]
+    arguments = decode(function[given[0]]) if given else {}
+    if arguments is None or isinstance(arguments, str) and not arguments.strip():
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise Rejected("malformed call", f"the arguments of {name} are {kind_of(arguments)}, not an object")
+    if not is_json(arguments):
+        raise Rejected("malformed call", f"the arguments of {name} have numbers that are not finite")
+    unknown = function.keys() - {*ARGUMENTS, *KEYS_OF_CALLS}
+    if unknown and not given:
+        raise Rejected("malformed call", f"a call of {name} has no arguments, but {', '.join(sorted(unknown))}")
+    read = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": call["id"], **read} if call.get("id") else read
 
 
 # ==================== The preset pydoc: Python's standard library ====================================================
@@ -216,17 +462,9 @@ def split_turns(messages):
 # ==================== Rows of the presets ============================================================================
 
 
-def chat(row):
-    """A row with a list of turns. A piece cut out of a long chat may begin with replies without a question: dropped."""
-    turns = row.get("conversations") or row.get("messages") or []
-    while turns and ROLES.get(turns[0].get("from") or turns[0].get("role")) == "assistant":
-        turns = turns[1:]
-    return {"messages": turns}
-
-
 def pair(question, answer):
     """A row of one question and one answer."""
-    return chat({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def gsm8k(row):
@@ -258,7 +496,8 @@ class Preset(NamedTuple):
     """A data set with a name.
 
     hub: repositories. files: {split: patterns, of which the first that matches counts}. convert: function from the
-    columns to a row that read_conversation reads. columns: those of question and answer, in place of convert.
+    columns to a row that read_conversation reads; columns: those of question and answer, in place of convert; neither
+    where rows are conversations.
     rejected: max_rejected_ratio unless given. revision: of the repository, None for the newest.
     """
 
@@ -273,8 +512,10 @@ class Preset(NamedTuple):
         """The row of JSON for a row of the repository."""
         if self.convert:
             return self.convert(row)
-        question, answer = self.columns
-        return pair(row[question], row[answer])
+        if self.columns:
+            question, answer = self.columns
+            return pair(row[question], row[answer])
+        return row
 
 
 PARQUET = {"train": ("data/train-*.parquet",)}
@@ -283,25 +524,21 @@ PRESETS = {
     "sharegpt": Preset(
         hub=("Aeala/ShareGPT_Vicuna_unfiltered",),
         files={"train": ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)},
-        convert=chat,
         rejected=0.1,  # raw chats; the ratio is assumed, so that only a wrong template or schema stops
     ),
     "ultrachat": Preset(
         hub=("HuggingFaceH4/ultrachat_200k",),
         files={"train": ("data/train_sft-*.parquet",), "validation": ("data/test_sft-*.parquet",)},
-        convert=chat,
     ),
     "eaglechat": Preset(
         hub=("zhaode/EagleChat",),
         files={"train": ("data/train-*.parquet", "*.parquet", "*.jsonl", "*.json")},
-        convert=chat,
         rejected=0.1,
     ),
-    "perfectblend": Preset(hub=("mlabonne/open-perfectblend",), files=PARQUET, convert=chat),
+    "perfectblend": Preset(hub=("mlabonne/open-perfectblend",), files=PARQUET),
     "magpie-qwen2.5-pro-1m-v0.1": Preset(
         hub=("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1",),
         files=PARQUET,
-        convert=chat,
     ),
     "opencodeinstruct": Preset(hub=("nvidia/OpenCodeInstruct",), files=PARQUET, columns=("input", "output")),
     "codealpaca-20k": Preset(
@@ -345,80 +582,3 @@ PRESETS = {
     ),
     "pydoc": Preset(hub=(), files={"train": ()}),
 }
-
-
-# ==================== Files and their rows ===========================================================================
-
-
-def find_files(name, dataset_path, split):
-    """The files of a preset's split, or of a JSON Lines file; ends the program here if one is missing or empty."""
-    if name not in PRESETS:
-        return [find_jsonl(name)]
-    preset = PRESETS[name]
-    if split not in preset.files:
-        common.fail(f"preset {name} has no {split} split: use --validation_ratio, or a file of your own")
-    patterns = list(preset.files[split])
-    if dataset_path and preset.hub:
-        # One copy holds the files of all the repositories.
-        return match_files(name, Path(dataset_path).expanduser(), patterns, least=len(preset.hub))
-    files = []
-    for repository in preset.hub:
-        folder = common.download(repository, patterns, "dataset", preset.revision)
-        files += match_files(name, folder, patterns, least=1)
-    return files
-
-
-def find_jsonl(name):
-    """The path of a JSON Lines file with rows in it."""
-    path = Path(name).expanduser()
-    if not path.is_file():
-        common.fail(f"dataset {name}: no such file, and not one of the presets {', '.join(PRESETS)}")
-    if next(read_lines(path), None) is None:
-        common.fail(f"dataset {name} is empty: no row in it")
-    return path
-
-
-def match_files(name, folder, patterns, least):
-    """The files of the first pattern that matches any; ends the program if they are fewer than `least`."""
-    found = []
-    for pattern in patterns:
-        found = found or sorted(folder.glob(pattern))
-    if len(found) < least:
-        wanted = f"{len(found) or 'no'} {' or '.join(patterns)} in {folder}"
-        common.fail(f"preset {name}: {wanted}, as in {', '.join(PRESETS[name].hub)} on the hub")
-    return found
-
-
-def read_lines(path):
-    """Yield (line number from 1, line) of a file; blank lines at its end are not rows."""
-    blank = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            blank.append((number, line))
-            if line:
-                yield from blank
-                blank = []
-
-
-def read_rows(name, files, cache):
-    """Yield (row number from 1, bytes of the row as JSON)."""
-    if name not in PRESETS:
-        yield from read_lines(files[0])
-    elif not files:
-        yield from enumerate(pydoc_lines(), 1)
-    else:
-        yield from read_tables(PRESETS[name], files, cache)
-
-
-def read_tables(preset, files, cache):
-    """read_rows for the files of a hub repository."""
-    from datasets import load_dataset
-
-    suffix = files[0].suffix[1:]
-    kind = "json" if suffix in ("jsonl", "zip") else suffix
-    table = load_dataset(kind, data_files=[str(file) for file in files], split="train", cache_dir=str(cache))
-    for number, row in enumerate(table, 1):
-        with contextlib.suppress(KeyError, TypeError, AttributeError):  # other columns: rejected as it is
-            row = preset.to_row(row)
-        yield number, json.dumps(row, default=str).encode()

@@ -1,4 +1,4 @@
-"""A draft checkpoint, config.json and model.safetensors: its configuration for a target, its two forms, its checks.
+"""A draft checkpoint, config.json and model.safetensors: what it consists of, its two forms, its checks.
 
 The flat form is what vLLM and SGLang both load; vLLM also loads the speculators form. A foreign draft (SpecForge,
 ModelOpt, EAGLE's own releases, speculators) is read into the flat form. The engines do not check what they load: vLLM
@@ -7,9 +7,9 @@ found here, and an incomplete draft is neither written nor read.
 """
 
 import json
-import math
 import os
 import re
+from errno import ENOENT
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,17 @@ FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "em
 FIXED = {
     "architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "attention_bias": False,
     "tie_word_embeddings": False,
+}  # fmt: skip
+
+# Keys with which an engine computes another layer, and the values that change nothing; null never does. Of a window the
+# two engines read layer_types and sliding_window.
+NEUTRAL = {
+    "mlp_bias": False, "qkv_bias": False, "bias": False, "partial_rotary_factor": 1, "is_causal": True,
+    "qk_norm": False, "use_qk_norm": False, "clip_qkv": None, "sliding_window": None, "use_sliding_window": False,
+    "layer_types": ["full_attention"], "attention_chunk_size": None, "attn_temperature_tuning": False,
+    "attention_multiplier": None, "query_pre_attn_scalar": None, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "residual_multiplier": 1, "embedding_multiplier": 1, "logits_scaling": 1,
+    "logit_scale": 1, "quantization_config": None, "parallel_drafting": False,
 }  # fmt: skip
 
 REQUIRED = (
@@ -99,171 +110,6 @@ ROPE_TYPES = {
 }  # fmt: skip
 
 ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # yarn's
-
-
-# ==================== The configuration for a target =================================================================
-
-
-def first_of(configs, *names, default=None):
-    """The first attribute that is not None, config by config, name by name."""
-    values = (getattr(config, name, None) for config in configs for name in names)
-    return next((value for value in values if value is not None), default)
-
-
-def dense_layer(text_config, config):
-    """Sizes of a plain layer that suits a target: the sizes of its own layers where these are plain.
-
-    Latent attention (MLA) keeps one small vector per token for all heads: with as many heads, a plain layer would cache
-    as much per token as all 61 layers of DeepSeek-V3. Such a target gets heads of 128 that fill the hidden size, in 8
-    groups; their number is a power of two, so that the ranks of a server divide it.
-    """
-    if getattr(text_config, "is_heterogeneous", False):  # Gemma 4: full and sliding attention differ in their heads
-        text_config = text_config.per_layer_config[0]
-
-    def size(*names, default=None):
-        value = first_of((text_config, config), *names, default=default)
-        return max(value, default=default) if isinstance(value, list | tuple) else value
-
-    hidden_size = text_config.hidden_size
-    if size("kv_lora_rank"):
-        heads = 2 ** math.ceil(math.log2(max(hidden_size / 128, 1)))
-        groups = min(8, heads)
-        head_dim = 128
-    else:
-        heads = text_config.num_attention_heads
-        groups = size("num_key_value_heads", default=heads)
-        head_dim = size("head_dim", default=hidden_size // heads)
-    return {
-        "intermediate_size": _dense_intermediate_size(size) or 4 * hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "head_dim": head_dim,
-    }
-
-
-def _dense_intermediate_size(size):
-    """That of the family's dense layers, else the experts that work on one token taken together; None if unknown."""
-    dense = size("intermediate_size_mlp")  # Llama 4, whose intermediate_size is that of its experts
-    if dense:
-        return dense
-    plain = size("intermediate_size", "ffn_dim", "n_inner")
-    expert = size("moe_intermediate_size", "expert_ffn_hidden_size")
-    active = size("num_experts_per_tok", default=0)
-    if plain and active and not expert:  # intermediate_size is that of the experts
-        return plain * active
-    if plain:
-        return plain
-    if expert:
-        return active * expert + size("shared_expert_intermediate_size", default=0)
-    return None
-
-
-def _derived_rope(text_config):
-    """(rope_theta, rope_scaling or None) of the draft for a target with this text configuration."""
-    rope = dict(getattr(text_config, "rope_parameters", None) or {})
-    rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
-    theta = rope.pop("rope_theta", None) or 10000.0
-    kind = rope.get("rope_type", "default")
-    if kind == "default" or kind not in ROPE_TYPES:
-        return theta, None
-    # A family's other keys concern its own layers: shares of heads, sections of pictures, scales of queries.
-    known = {*ROPE_TYPES[kind], *ROPE_OPTIONS}
-    rope = {key: value for key, value in rope.items() if value is not None and key in known}
-    if kind != "linear":  # as transformers completes them
-        positions = text_config.max_position_embeddings
-        original = rope.setdefault("original_max_position_embeddings", positions)
-        rope.setdefault("factor", positions / original)
-    return theta, rope
-
-
-def derive_config(text_config, config):
-    """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
-    theta, scaling = _derived_rope(text_config)
-    configs = (text_config, config)
-    dtype = first_of(configs, "dtype", default="bfloat16")
-    return {
-        **FIXED,
-        "hidden_size": text_config.hidden_size,
-        **dense_layer(text_config, config),
-        "rms_norm_eps": first_of(configs, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
-        "hidden_act": "silu",
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": text_config.max_position_embeddings,
-        "vocab_size": text_config.vocab_size,
-        "draft_vocab_size": text_config.vocab_size,
-        "torch_dtype": dtype_name(dtype),
-        "bos_token_id": first_of(configs, "bos_token_id"),
-        "eos_token_id": first_of(configs, "eos_token_id"),
-    }
-
-
-def configure(text_config, config, given=None, source=None, layer_ids=None, draft_vocab_size=None):
-    """(flat configuration, auxiliary layers) of a draft for a target with these configurations.
-
-    given: keys from a file or a checkpoint named `source`; the others are derived. layer_ids and draft_vocab_size
-    override both. Ends the program if the draft does not fit the target.
-    """
-    derived = derive_config(text_config, config)
-    source = source or "the derived draft configuration"
-    draft_config = _merge(derived, given or {}, source)
-    if draft_vocab_size:
-        draft_config["draft_vocab_size"] = draft_vocab_size
-    check_target(source, draft_config, text_config)
-    if needs_embedding(draft_config):
-        keys = ("hidden_size", "target_hidden_size", "embed_requires_grad")
-        asked = json.dumps({key: draft_config[key] for key in keys if key in draft_config})
-        common.fail(f"{source}: {asked[1:-1]}: training an embedding table is not available yet")
-    columns = draft_config["draft_vocab_size"]
-    rows = draft_config["vocab_size"]
-    if not 0 < columns <= rows:
-        common.fail(f"draft_vocab_size {columns} is not within 1..{rows}, the target's")
-    layers = _choose_layers(draft_config, text_config.num_hidden_layers, source, layer_ids)
-    default = target_files.default_layer_ids(text_config.num_hidden_layers)
-    draft_config = with_auxiliary_layers(draft_config, layers, default)
-    if problems := check_config(draft_config):
-        common.fail(f"{source}: {'; '.join(problems)}")
-    return draft_config, layers
-
-
-def _merge(derived, given, source):
-    """The derived configuration with the given keys in their place."""
-    given = _with_two_rope_keys(given)
-    config = dict(derived)
-    if "rope_theta" in given or "rope_scaling" in given:  # one unit: never half from the target, half from the file
-        config["rope_theta"] = given.get("rope_theta", 10000.0)
-        config["rope_scaling"] = given.get("rope_scaling")
-    config |= {key: value for key, value in given.items() if value is not None}
-    if problems := _size_problems(config):  # the lines below compute with them
-        common.fail(f"{source}: {'; '.join(problems)}")
-    if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    config["torch_dtype"] = derived["torch_dtype"]
-    # The draft is served as far as the target is. Its rotary frequencies do not depend on this number.
-    positions = "max_position_embeddings"
-    config[positions] = max(config[positions], derived[positions])
-    return config
-
-
-def check_target(source, config, text_config):
-    """End the program if a draft with this configuration does not belong to a target with this text configuration."""
-    hidden_size = config.get("target_hidden_size", config["hidden_size"])
-    for key, size in {"hidden_size": hidden_size, "vocab_size": config["vocab_size"]}.items():
-        expected = getattr(text_config, key)
-        if size != expected:
-            common.fail(f"{source} was made for another target: its {key} is {size}, this target's {expected}")
-
-
-def _choose_layers(config, num_layers, source, layer_ids):
-    """The auxiliary layers: of the flag, else of the configuration, else the default; ends the program if invalid."""
-    layers = layer_ids or auxiliary_layers(config) or target_files.default_layer_ids(num_layers)
-    if not all(1 <= layer <= num_layers for layer in layers) or sorted(set(layers)) != layers:
-        name = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
-        common.fail(f"{name} {layers}: they must ascend within 1..{num_layers}, the target's layers")
-    count = config.get("num_aux_hidden_states", len(layers))
-    if count != len(layers):
-        common.fail(f"{source}: num_aux_hidden_states {count} for the auxiliary layers {layers}")
-    return layers
 
 
 # ==================== What a draft consists of =======================================================================
@@ -346,7 +192,7 @@ def _is_positive(value):
     return type(value) in (int, float) and value > 0
 
 
-def _size_problems(config):
+def size_problems(config):
     problems = []
     for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states"):
         if key in config and (type(config[key]) is not int or config[key] <= 0):
@@ -363,6 +209,10 @@ def _rope_problems(scaling):
     partial = scaling.get("partial_rotary_factor", 1)
     if partial != 1:
         return [f"rope_scaling's partial_rotary_factor is {partial!r}, not 1: a draft rotates complete heads"]
+    known = {*ROPE_TYPES[kind], *ROPE_OPTIONS, "partial_rotary_factor"}
+    unknown = [key for key, value in scaling.items() if key not in known and value is not None]
+    if unknown:
+        return [f"rope_scaling's {', '.join(unknown)}: the engines do not all compute them in {kind}"]
     values = {key: scaling.get(key) for key in ROPE_TYPES[kind]}
     return [
         f"rope_scaling's {key} is {value!r}, {kind} needs a positive number"
@@ -378,7 +228,8 @@ def _is_layer_ids(ids, first):
     return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
 
 
-def _auxiliary_problems(config):
+def layer_problems(config):
+    """The problems of a config's auxiliary layers, place by place."""
     nested = config.get("eagle_config", {})
     if not isinstance(nested, dict):
         return [f"eagle_config is {nested!r}, not an object"]
@@ -388,9 +239,19 @@ def _auxiliary_problems(config):
     ids = config.get(AUXILIARY)
     nested_ids = nested.get(AUXILIARY)
     if not _is_layer_ids(ids, 1):
-        return [*problems, f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1"]
+        problems.append(f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1")
     if not _is_layer_ids(nested_ids, 0):
-        return [*problems, f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0"]
+        problems.append(f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0")
+    return problems
+
+
+def _auxiliary_problems(config):
+    """Those between the two places as well: each engine reads one of them."""
+    problems = layer_problems(config)
+    if problems:
+        return problems
+    ids = config.get(AUXILIARY)
+    nested_ids = config.get("eagle_config", {}).get(AUXILIARY)
     count = config.get("num_aux_hidden_states", 3)
     if ids is None and nested_ids is None:
         if count != 3:
@@ -412,7 +273,7 @@ def _auxiliary_problems(config):
 def check_config(config):
     """The problems of a flat config, one line each; empty if both engines can read it."""
     problems = [f"{key} is missing" for key in REQUIRED if key not in config]
-    problems += _size_problems(config)
+    problems += size_problems(config)
     problems += _value_problems(config)
     problems += _rope_problems(config.get("rope_scaling"))
     problems += _auxiliary_problems(config)
@@ -421,10 +282,12 @@ def check_config(config):
 
 def _value_problems(config):
     problems = []
-    fixed = {**FIXED, "mlp_bias": False, "partial_rotary_factor": 1}  # no bias in the MLP, complete heads rotated
-    for key, value in fixed.items():
+    for key, value in FIXED.items():
         if config.get(key, value) != value:
-            problems.append(f"{key} is {config[key]!r}, not {value!r}")
+            problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
+    for key, value in _neutral_values(config).items():
+        if config.get(key) not in (None, value):
+            problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
     for key in ("rms_norm_eps", "rope_theta"):
         if key in config and not _is_positive(config[key]):
             problems.append(f"{key} is {config[key]!r}, not a positive number")
@@ -437,6 +300,12 @@ def _value_problems(config):
     if config.get("torch_dtype", DTYPES[0]) not in DTYPES:
         problems.append(f"torch_dtype is {config['torch_dtype']!r}, not one of {', '.join(DTYPES)}")
     return problems
+
+
+def _neutral_values(config):
+    """NEUTRAL without the keys of a window that is switched off."""
+    switched_off = config.get("use_sliding_window") is False or config.get("layer_types") == ["full_attention"]
+    return {key: value for key, value in NEUTRAL.items() if key != "sliding_window" or not switched_off}
 
 
 def _relation_problems(config):
@@ -504,15 +373,34 @@ class Loaded(NamedTuple):
     problems: list[str]
 
 
-def _read_config(folder):
-    """(config.json as a dict, problems)."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def locate(source, patterns=("config.json", "*.safetensors", *WEIGHTS), flag="the draft"):
+    """The path `source`, or the folder of a hub id with the files that match; ends the program if it is neither."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(common.HUB_ID, str(source)):
+        common.fail(f"{flag} {source}: neither a file or folder here nor a hub id such as org/name")
+    return common.download(str(source), list(patterns), flag=flag)
+
+
+def has_weights(source):
+    """Whether a draft's folder, or hub id, has weights beside its config.json."""
+    folder = locate(source)
+    return any((folder / name).exists() for name in WEIGHTS)
+
+
+def read_json(path):
+    """(object, "") of a JSON file, or ({}, the problem with it)."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        return {}, [f"config.json cannot be read: {error}"]
-    if not isinstance(config, dict):
-        return {}, ["config.json is not a JSON object"]
-    return config, []
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark at the beginning
+    except OSError as error:
+        return {}, f"{path.name} is missing" if error.errno == ENOENT else f"{path.name}: {error.strerror}"
+    except ValueError as error:
+        return {}, f"{path.name} is not JSON, which has no comments and no commas before a bracket: {error}"
+    return (value, "") if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
 
 
 def _read_tensors(folder):
@@ -538,30 +426,35 @@ def _read_tensors(folder):
     return {}, ["model.safetensors is missing"]
 
 
-def _with_two_rope_keys(config):
+def with_two_rope_keys(config):
     """A copy of config with rope_theta and rope_scaling, whatever version of transformers wrote it."""
     config = dict(config)
     rope = config.pop("rope_parameters", None)  # transformers 5's name for both
     if isinstance(rope, dict):
         config = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope} | config
         if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+            config.setdefault("rope_scaling", rope)
     scaling = config.get("rope_scaling")
-    if isinstance(scaling, dict) and "type" in scaling:  # the older spelling, which the draft would not see
-        config["rope_scaling"] = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
+    if isinstance(scaling, dict):
+        scaling = dict(scaling)
+        theta = scaling.pop("rope_theta", None)
+        if theta is not None:
+            config.setdefault("rope_theta", theta)
+        kind = scaling.pop("type", None)  # the older spelling, which the draft would not see
+        config["rope_scaling"] = scaling if kind is None else {"rope_type": kind} | scaling
     return config
 
 
 def _complete(raw, tensors):
     """The flat config of a foreign config: what it leaves out is filled in where that has one meaning only."""
     config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
-    config = {**LLAMA_DEFAULTS, **_with_two_rope_keys(config), "architectures": [ARCHITECTURE]}
+    config = {**LLAMA_DEFAULTS, **with_two_rope_keys(config), "architectures": [ARCHITECTURE]}
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     if "lm_head.weight" in tensors:
         config.setdefault("draft_vocab_size", len(tensors["lm_head.weight"]))
-    if not any(name.startswith("layers.1.") for name in tensors):  # some releases keep their target's number
+    if tensors and not any(name.startswith("layers.1.") for name in tensors):  # some keep their target's number
         config["num_hidden_layers"] = 1
     dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
     if dtype:
@@ -596,9 +489,14 @@ def _common_dtype(tensors):
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def _from_speculators(raw, tensors):
-    """The flat config of a speculators config.json."""
-    config = dict(raw.get("transformer_layer_config") or {})
+def is_speculators(raw):
+    return "speculators_model_type" in raw or "transformer_layer_config" in raw
+
+
+def from_speculators(raw, tensors=None):
+    """The flat config of a speculators config.json, for a draft with these tensors {name: tensor}, or new ones."""
+    layer = raw.get("transformer_layer_config")
+    config = dict(layer) if isinstance(layer, dict) else {}
     for key in ("draft_vocab_size", "target_hidden_size", AUXILIARY):
         if raw.get(key) is not None:
             config[key] = raw[key]
@@ -607,7 +505,7 @@ def _from_speculators(raw, tensors):
             config.setdefault(key, raw[key])
     flags = {"norm_before_residual": True, **raw}  # vLLM's reading of an absent key
     config |= {key: flags[key] for key in FLAGS if flags.get(key)}
-    return _complete(config, tensors)
+    return _complete(config, tensors or {})
 
 
 def load(folder, strict):
@@ -616,36 +514,37 @@ def load(folder, strict):
     strict: as an engine will read it. Otherwise as another trainer may have left it: missing keys and t2d are filled
     in, and what has no meaning (rotary tables, the identity as a mapping) is left out.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     if not folder.is_dir():
         return Loaded(None, None, [f"{folder} is not a folder"])
-    raw, problems = _read_config(folder)
+    raw, problem = read_json(folder / "config.json")
+    problems = [problem] if problem else []
     tensors, unreadable = _read_tensors(folder)
     problems += unreadable
     if problems:
         return Loaded(None, None, problems)
-    is_speculators = "speculators_model_type" in raw
+    nested = is_speculators(raw)
     renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
     if renamed:
         tensors = {re.sub(r"\Alayers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
     if not strict:  # older releases keep the rotary table, which follows from the config
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if is_speculators:
-        config = _from_speculators(raw, tensors)
+    if nested:
+        config = from_speculators(raw, tensors)
     elif strict:
         config = raw
     else:
         config = _complete(raw, tensors)
-    if strict and is_speculators and EMBEDDING not in tensors:
+    if strict and nested and EMBEDDING not in tensors:
         problems.append(f"{EMBEDDING} is missing")
-    if strict and renamed and not is_speculators:
+    if strict and renamed and not nested:
         problems.append("the tensors are named layers.0.*; the flat form names them midlayer.*")
     if config_problems := check_config(config):
         return Loaded(None, None, [f"config.json: {problem}" for problem in config_problems] + problems)
     if not strict:
         config, tensors = _as_ours(config, tensors)
     problems += check_tensors(config, tensors)
-    if renamed and is_speculators:  # named as the file names them
+    if renamed and nested:  # named as the file names them
         problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
     return Loaded(config, tensors, problems)
 
@@ -680,7 +579,8 @@ def read_draft(folder, model_dir=None):
     """
     config, tensors, problems = load(folder, strict=False)
     if problems:
-        common.fail(f"the draft {folder} is not usable: {'; '.join(problems)}")
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        common.fail(f"the draft {folder} is not usable: {'; '.join(problems[:3])}{more}")
     if model_dir and EMBEDDING in tensors and not needs_embedding(config):
         check_embedding(folder, tensors, find_embedding(model_dir))
     return config, tensors

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from typing import NamedTuple
@@ -23,25 +24,40 @@ class Foreign(NamedTuple):
     instead: str
 
 
-def drop(argv, table, aliases=None):
-    """The words of a command line without the flags of `table` that change nothing here.
+def parse(parser, argv, table, aliases=None, values=None):
+    """The flags of a command line that may be another trainer's.
 
-    argv: None means the program's own. aliases: {another trainer's name: ours}. Ends the program with one line about
-    all flags of the table whose values would change something.
+    argv: None means the program's own. table: flags that do not exist here; those that change nothing are dropped, and
+    the others end the program with one line. aliases: {another trainer's name: ours}. values: {flag: {another trainer's
+    value: ours}}. Errors name a flag as it is written on the command line.
     """
-    words = common.normalise_argv(sys.argv[1:] if argv is None else argv, aliases)
+    words = common.normalise_argv(sys.argv[1:] if argv is None else argv)
+    aliases = aliases or {}
     kept = []
     refused = {}  # {instead: flags}
     for group in group_by_flag(words):
         name, value = split_flag(group)
-        foreign = find_foreign(group[0], name, table)
+        ours = aliases.get(name, name)
+        foreign = find_foreign(group[0], ours, table)
         if foreign is None:
-            kept += group
+            parser.written[ours] = name
+            kept += translate(group, aliases, values or {})
         elif not is_harmless(foreign, name, value):
             refused.setdefault(foreign.instead, []).append(f"--{name}")
     if refused:
         common.fail("; ".join(f"{', '.join(flags)}: {instead}" for instead, flags in refused.items()))
-    return kept
+    return parser.parse_args(kept)
+
+
+def translate(group, aliases, values):
+    """A flag and its values with our names; rank 0 prints a line about a value that has another name here."""
+    flag, *rest = common.normalise_argv(group, aliases)
+    name, equals, value = flag.partition("=")
+    ours = values.get(name.removeprefix("--"), {})
+    replaced = [f"{word} is {ours[word]} here" for word in (value, *rest) if word in ours]
+    if replaced and os.environ.get("RANK", "0") == "0":
+        print(f"{name.removeprefix('--')}: {', '.join(replaced)}")
+    return [name + equals + ours.get(value, value), *(ours.get(word, word) for word in rest)]
 
 
 def group_by_flag(words):
@@ -82,8 +98,13 @@ def is_harmless(foreign, name, value):
 
 
 PREPARE = "prepare the conversations with prepare_data.py"
-ONE_LAYER = "the draft is one Llama layer"
+ONE_LAYER = "the draft is one Llama layer: the engines serve further layers in different ways"
+ARCHITECTURE = "the draft is a Llama layer, which fits every target: SGLang does not serve norms of queries and keys"
+EAGLE3 = "EAGLE-3 drafts are what is trained here"
+SILU = "the engines serve silu alone: drop it"
+RESIDUAL = 'write "norm_before_residual": true into the JSON of --draft_model_config: vLLM serves it, SGLang does not'
 IN_DRAFT_CONFIG = "write it into the JSON of --draft_model_config"
+PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see bf16 in --deepspeed_config"
 ADAMW = "the optimizer is AdamW, with --learning_rate and --weight_decay"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
 CLASS_KNOWS = "the model's class knows it, drop it"
@@ -104,27 +125,36 @@ OF_HIDDEN_STATES = (  # flags of SpecForge's script that prepare_hidden_states.p
 )  # fmt: skip
 
 ALIASES = {  # {another trainer's name: ours}
-    "verifier_name_or_path": "target_model_path", "train_data_path": "dataset_train_split",
+    "verifier_name_or_path": "target_model_path", "model_name_or_path": "target_model_path",
+    "basepath": "target_model_path", "trainpath": "dataset_train_split", "testpath": "dataset_validation_split",
+    "configpath": "draft_model_config", "savedir": "output_dir", "train_data_path": "dataset_train_split",
     "eval_data_path": "dataset_validation_split", "draft_config": "draft_model_config", "epochs": "num_epochs",
     "training_batch_size": "batch_size", "lr": "learning_rate", "ttt_steps": "ttt_length", "max_steps": "total_steps",
     "draft_attn_impl": "attention_backend", "log_interval": "log_steps", "log_freq": "log_steps",
     "from_pretrained": "resume_from_checkpoint", "ckpt_dir": "resume_from_checkpoint",
     "train_hidden_states_path": "hidden_states_path", "output_model_path": "output_dir", "save_path": "output_dir",
     "logger": "report_to", "wandb_name": "run_name", "swanlab_name": "run_name", "mlflow_run_name": "run_name",
+    "per_device_train_batch_size": "draft_micro_batch_size", "num_train_epochs": "num_epochs",
+    "warmup_steps": "scheduler_warmup_steps", "lr_scheduler_type": "scheduler_type", "logging_steps": "log_steps",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
 }  # fmt: skip
 
+VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
+    "attention_backend": {"simple_flex_attention": "flex_attention", "eager": "sdpa"},
+}
+
 OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("num_layers", "1", ONE_LAYER),
-    Foreign("draft_arch", "llama", ONE_LAYER),
-    Foreign("speculator_type", "eagle3", ONE_LAYER),
-    Foreign("draft_hidden_act", "silu", 'write "hidden_act" into the JSON of --draft_model_config'),
+    Foreign("draft_arch", "llama", ARCHITECTURE),
+    Foreign("speculator_type", "eagle3", EAGLE3),
+    Foreign("draft_hidden_act", "silu", SILU),
     Foreign("sliding_window(_indices)?|mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
-    Foreign("norm_before_(residual|fc)|norm_output", "false", IN_DRAFT_CONFIG),
+    Foreign("norm_before_residual", "false", RESIDUAL),
+    Foreign("norm_before_fc|norm_output", "false", IN_DRAFT_CONFIG),
     Foreign("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
     Foreign("optimizer", "adamw", ADAMW),
     Foreign("muon_.*", "", ADAMW),
-    Foreign("noise_std", r"0(\.0*)?", "no noise is added, drop it"),
+    Foreign("noise_std", r"0(\.0*)?", "hidden states are used as they are, without noise: drop it"),
     Foreign("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
     Foreign("deterministic(_cuda)?", "false",
             "--seed fixes initialisation and order; kernels are as they are, drop it"),
@@ -144,6 +174,11 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("sp_(ulysses_|ring_)?size", "1", "sequences are not split: see docs/performance.md"),
     Foreign("profile|profile_record_shapes|verbose", "false", MEASURED),
     Foreign("profile_(start_step|num_steps)", "", MEASURED),
+    Foreign("bf16", "true", PRECISION),
+    Foreign("fp16|tf32", "false", PRECISION),
+    Foreign("deepspeed", "true", "write --deepspeed_config"),
+    Foreign("gradient_accumulation_steps", "",
+            "write --draft_global_batch_size: batch x accumulation x ranks, and accumulation follows"),
     Foreign("max_num_steps", "", "write --total_steps, and --scheduler_total_steps where the schedule is longer"),
     Foreign("wandb", "false", "write --report_to wandb"),
     Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see docs/metrics.md"),

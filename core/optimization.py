@@ -48,8 +48,10 @@ def read_config(path):
     """A JSON file of DeepSpeed's configuration; ends the program if it asks for what this trainer does not do."""
     try:
         config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        common.fail(f"deepspeed_config {path} cannot be read: {error}")
+    except OSError as error:
+        common.fail(f"deepspeed_config {path} cannot be read: {error.strerror}")
+    except ValueError as error:
+        common.fail(f"deepspeed_config {path} is not JSON: {error}")
     if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
         common.fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
     for key in {"optimizer", "scheduler"} & config.keys():

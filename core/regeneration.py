@@ -165,11 +165,8 @@ def to_wire(messages):
 
 def call_to_wire(call, call_id):
     """A call with its arguments as text."""
-    function = call.get("function", call)
-    arguments = function.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    function = {"name": function.get("name"), "arguments": arguments}
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    function = {"name": call["function"]["name"], "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
 
 
@@ -199,6 +196,8 @@ def read_reply(answer, reasoning):
     thoughts = [reply[key] for key in conversations.REASONING_FIELDS if reply.get(key)]
     if content.lstrip().startswith("<think>") and "</think>" not in content:  # cut inside its reasoning
         content = ""
+    if not answer_of(content).strip() and not reply.get("tool_calls"):  # cut right after it
+        content = ""
     message = {"role": "assistant", "content": content}
     if reasoning == "keep" and thoughts:
         message["reasoning_content"] = thoughts[0]
@@ -215,16 +214,14 @@ def read_reply(answer, reasoning):
 
 
 def read_row(raw):
-    """(messages, tools) of a row, given as the bytes of its line; tools as the protocol has them. Raises Rejected."""
+    """(messages, tools) of a row, given as the bytes of its line. Raises Rejected."""
     try:
         row = json.loads(raw.decode() or "{}")
     except (ValueError, RecursionError) as error:
         raise conversations.Rejected("not JSON", error) from None
-    if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
+    if not isinstance(row, dict) or not conversations.has_turns(row):
         raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
-    messages, tools = conversations.read_conversation(row)
-    tools = tools or ()
-    return messages, [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return conversations.read_conversation(row)
 
 
 def answer_row(raw, ask, reasoning):

@@ -5,12 +5,16 @@ In:  rows with messages; a Chat: the tokenizer, the markers of its template, and
 Out: text, and spans [(start, end)] in characters: each assistant turn, its end marker included.
 """
 
+import copy
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from core import conversations
+
+OWN_TEMPLATES = Path(__file__).with_name("templates")  # NAME.jinja, for tokenizers that have none
 
 
 class Template(NamedTuple):
@@ -48,6 +52,7 @@ class Chat:
     opening: what the generation prompt, not the assistant, writes after the header.
     thoughts: reasoning is "dropped" because the target answers at once, goes into a "field" that the template reads,
         or stays in the "text" of the reply.
+    missing: why the tokenizer has no chat template and gets none of core/templates/.
     """
 
     tokenizer: Any
@@ -58,6 +63,27 @@ class Chat:
     opening: str = ""
     thoughts: str = "text"
     call_form: CallForm = CallForm()
+    shows_calls: bool = False
+    missing: str = ""
+
+
+def with_own_template(tokenizer, name, template):
+    """(tokenizer, why it has no chat template): if it has none, a copy of it with the file of core/templates/.
+
+    template: the markers of that name. The end marker has to be a token: other models know nothing of these markers.
+    """
+    path = OWN_TEMPLATES / f"{name}.jinja"
+    if tokenizer.chat_template:
+        return tokenizer, ""
+    if not path.is_file():
+        names = sorted(own.stem for own in OWN_TEMPLATES.iterdir())
+        return tokenizer, f"and none for {name} in core/templates: --chat_template {', '.join(names)}"
+    if template.ends[0] not in tokenizer.get_vocab():
+        return tokenizer, f"and the markers of {name} do not fit: it has no token {template.ends[0]}"
+    print(f"the tokenizer has no chat template: rows are rendered with core/templates/{path.name}")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = path.read_text()
+    return tokenizer, ""
 
 
 def render(tokenizer, messages, tools=None, **options):
@@ -122,15 +148,12 @@ def arrange_reasoning(message, thoughts):
         message["reasoning"] = message["reasoning"] or thought.strip().removeprefix("<think>").strip()
     if thoughts == "dropped":
         message["reasoning"] = None
-        if not message["content"] and not message.get("tool_calls"):
-            raise conversations.Rejected("empty", "an assistant turn of reasoning alone; the target does not reason")
 
 
 def with_text_arguments(call):
     """A call whose arguments are JSON text."""
-    function = call.get("function", call)
-    text = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return call | {"function": function | {"arguments": text}}
+    text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": text}}
 
 
 def split_reasoning(message):
@@ -182,11 +205,12 @@ def render_reply(messages, tools, chat):
 def render_row(row, chat):
     """(text, spans, whether the text lacks the reasoning of the last reply) of a row with messages. Raises Rejected."""
     given, tools = conversations.read_conversation(row)
-    check_markers(given, tools, chat.template)
+    check_markers(given, tools, chat)
     messages = arrange(given, chat)
     try:
         text, spans = render_reply(messages, tools, chat)
         check_outputs(messages, tools, chat, text, spans)
+        check_tools(messages, tools, chat, text)
     except conversations.Rejected:
         raise
     except Exception as error:  # whatever the template's own code raises on this row concerns this row alone
@@ -195,16 +219,40 @@ def render_row(row, chat):
     if messages[-1].get("cut"):
         spans[-1] = cut_span(messages[-1], text, spans[-1])
     start, end = spans[-1]
-    return text, spans, not shows_reasoning(text[start:end], given[-1])
+    reasoning_lost = not shows_reasoning(text[start:end], given[-1])
+    return text, supervised_spans(messages, spans, chat.only_last), reasoning_lost
 
 
-def check_markers(messages, tools, template):
-    """No text may contain a marker: a prompt could declare itself supervised, a reply could end too early."""
-    content = json.dumps([messages, tools], ensure_ascii=False)
-    for marker in template.headers + template.ends:
-        escaped = json.dumps(marker.strip(), ensure_ascii=False)[1:-1]
+def supervised_spans(messages, spans, only_last):
+    """The spans of the replies that are to be trained; those of the others are empty. Raises Rejected if all are."""
+    replies = [message for message in messages if message["role"] == "assistant"]
+    kept = []
+    for message, (start, end) in zip(replies, spans, strict=True):
+        kept.append((start, end if message["supervised"] else start))
+    trained = kept[-1:] if only_last else kept
+    if all(start == end for start, end in trained):
+        raise conversations.Rejected("not to be trained", "the row says so of each of its replies")
+    return trained
+
+
+def check_markers(messages, tools, chat):
+    """No text may contain a marker: a prompt could declare itself supervised, a reply could end too early.
+
+    No reply may contain a special token either: it would be supervised, and the target says nothing after it.
+    """
+    replies = [message for message in messages if message["role"] == "assistant"]
+    template = chat.template
+    refuse_texts(template.headers + template.ends, [messages, tools])
+    refuse_texts(chat.tokenizer.all_special_tokens, replies)
+
+
+def refuse_texts(texts, given):
+    """Raise Rejected if one of the texts stands somewhere in the given objects."""
+    content = json.dumps(given, ensure_ascii=False)
+    for text in texts:
+        escaped = json.dumps(text.strip(), ensure_ascii=False)[1:-1]
         if escaped in content:
-            raise conversations.Rejected("marker inside content", repr(marker))
+            raise conversations.Rejected("marker inside content", repr(text))
 
 
 def check_outputs(messages, tools, chat, text, spans):
@@ -224,18 +272,33 @@ def check_outputs(messages, tools, chat, text, spans):
         raise conversations.Rejected("turns not marked", "a tool's output would be supervised")
 
 
+def check_tools(messages, tools, chat, text):
+    """Raise Rejected if the template knows nothing of tools.
+
+    One that shows calls, but no tools, leaves it to the system prompt to describe them (DeepSeek V3).
+    """
+    if tools and not chat.shows_calls and render_reply(messages, None, chat)[0] == text:
+        raise conversations.Rejected("tools left out", "the chat template shows no tools")
+
+
 def check_replies(messages, text, spans):
-    """Raise Rejected unless each assistant turn has a span with its calls in it."""
+    """Raise Rejected unless prompts are shown, and each assistant turn has a span with its text and its calls in it."""
+    for message in messages:
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            raise conversations.Rejected("text left out", f"the chat template does not show a {message['role']} turn")
     replies = [message for message in messages if message["role"] == "assistant"]
     if len(spans) != len(replies):
         detail = f"{len(spans)} marked replies for {len(replies)} assistant turns"
         raise conversations.Rejected("turns not marked", detail)
     for message, (start, end) in zip(replies, spans, strict=True):
-        calls = message.get("tool_calls", ())
-        names = [call.get("function", call).get("name") for call in calls]
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
         reply = text[start:end]
-        if any(str(name) not in reply for name in names):
-            raise conversations.Rejected("calls left out", f"the chat template shows no call of {names}")
+        if any(reply.count(name) < names.count(name) for name in names):
+            raise conversations.Rejected("calls left out", f"the chat template does not show all calls of {names}")
+        answer = (message["content"] or "").rpartition("</think>")[2].strip()
+        if answer not in reply:
+            detail = f"the chat template does not show {answer[:80]!r} as it is"
+            raise conversations.Rejected("text left out", detail)
 
 
 def cut_span(message, text, span):

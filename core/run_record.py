@@ -316,6 +316,8 @@ class Tracker(threading.Thread):
             close()
         except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ModuleNotFoundError):
+                reason += f": pip install {self.name}"
             tqdm.write(f"{self.name} fails, training goes on without it: {reason}", file=sys.stderr)
         self.opened.set()
 

@@ -4,7 +4,6 @@ Each function checks or derives one thing and ends the program with one line if 
 on: what is derived is a `Run` beside it.
 """
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -13,7 +12,19 @@ from typing import NamedTuple
 
 import torch
 
-from core import checkpoints, common, draft_files, target_files, target_model, vocabulary
+from core import (
+    checkpoints,
+    common,
+    conversation_files,
+    dataloader,
+    draft_config,
+    draft_files,
+    slots,
+    states,
+    target_files,
+    target_model,
+    vocabulary,
+)
 
 POSITIVE = common.at_least(int, 1)
 NATURAL = common.at_least(int, 0)
@@ -56,8 +67,8 @@ def add_run_flags(add):
     add("--save_steps", type=NATURAL, default=0, help="optimizer steps; 0 = by epoch only")
     add("--save_minutes", type=NOT_NEGATIVE, default=0, help="minutes between checkpoints; 0 = off")
     add("--save_total_limit", type=NATURAL, default=0, help="newest checkpoints kept, and the best; 0 = all")
-    add("--save_best", action=common.Switch, help="save whenever the evaluation is the best so far; `best` links to it")
-    add("--best_metric", choices=metrics, default=metrics[0], help="of the validation split")
+    add("--save_best", action=common.Switch, help="save whenever best_metric is the best so far; `best` links to it")
+    add("--best_metric", choices=metrics, default=metrics[0], help="of the validation split; a tie: the lower loss")
     add("--max_bad_steps", type=POSITIVE, default=10, help="non-finite steps in a row that end the run")
     add("--resume", action=common.Switch, help="continue the newest complete checkpoint of output_dir, if there is one")
     add(
@@ -68,8 +79,8 @@ def add_run_flags(add):
     add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
     add("--run_name", help="name of the run in the trackers; none: theirs")
     add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")
-    add("--seed", type=int, default=0, help="of initialisation and data order")
-    add("--dist_timeout", type=NOT_NEGATIVE, default=20, help="minutes a collective may take")
+    add("--seed", type=common.SEED, default=0, help="of initialisation and data order")
+    add("--dist_timeout", type=common.above_zero, default=20, help="minutes a collective may take")
     add("--deepspeed_config", default=config, help="ZeRO, precision, offload")
     add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
 
@@ -79,11 +90,13 @@ def check_flags(args):
     if bool(args.d2t_path) != bool(args.t2d_path):
         common.fail("d2t_path and t2d_path belong together: give both or neither")
     if args.data_path and args.dataset_train_split:
-        common.fail("give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)")
+        common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
     if not args.data_path and not args.dataset_train_split:
         check_dry_run(args)
     if args.data_path and args.dataset_validation_split:
         common.fail("data_path brings its own validation split: drop dataset_validation_split")
+    if args.data_path and (given := [name for name, value in conversation_files.read_flags(args).items() if value]):
+        common.fail(f"{given[0]} is for conversations, data_path is prepared already: drop it")
     for name in PATHS:
         path = getattr(args, name)
         if path and not Path(path).exists():
@@ -93,13 +106,44 @@ def check_flags(args):
 def check_dry_run(args):
     """End the program unless this is a dry run, which can do without data, and no flag needs them."""
     if not args.dry_run:
-        common.fail("give either dataset_train_split (JSON Lines) or data_path (a folder written by prepare_data.py)")
+        common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
     for name in ("dataset_validation_split", "hidden_states_path", "vllm_endpoint"):
         if getattr(args, name):
             common.fail(f"{name} belongs to data: give dataset_train_split or data_path as well, or drop it")
 
 
-PATHS = ("dataset_train_split", "dataset_validation_split", "data_path", "token_freq_path", "d2t_path", "t2d_path")
+PATHS = ("data_path", "token_freq_path", "d2t_path", "t2d_path")
+
+
+def check_unread(args, default):
+    """End the program, or print a line, where a flag is given that nothing would read beside the others.
+
+    default: of each flag, by name.
+    """
+    states.check_source_flags(args, default)
+    given = {name for name, value in default.items() if getattr(args, name) != value}
+    if args.token_freq_path and args.d2t_path:
+        common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
+    if args.total_seq_len and "draft_micro_batch_size" in given:
+        common.fail("total_seq_len takes the place of draft_micro_batch_size: drop one of them")
+    if args.scheduler_warmup_steps is not None and "warmup_ratio" in given:
+        common.fail("scheduler_warmup_steps takes the place of warmup_ratio: drop one of them")
+    if args.scheduler_type != "cosine" and "scheduler_num_cosine_cycles" in given:
+        common.fail(f"scheduler_num_cosine_cycles is of scheduler_type cosine, not {args.scheduler_type}: drop it")
+    if args.scheduler_type == "constant" and args.scheduler_total_steps:
+        common.fail("scheduler_total_steps: scheduler_type constant has no end: drop it, or give total_steps")
+    if not args.report_to and "run_name" in given:
+        print("run_name is read by trackers alone, and report_to names none")
+
+
+def check_validation(args, data, default):
+    """Print a line if flags ask for evaluations of data without a validation split."""
+    asked = [name for name in EVALUATING if getattr(args, name) != default[name]]
+    if asked and "validation" not in data:
+        print(f"{', '.join(asked)}: the data have no validation split, so nothing is evaluated and there is no best")
+
+
+EVALUATING = ("save_best", "best_metric", "eval_interval", "eval_steps")
 
 
 def check_output(args):
@@ -143,32 +187,73 @@ def accumulation_steps(args, world):
 # ==================== The draft and its data =========================================================================
 
 
-def draft_config(args, model_dir, checkpoint):
-    """(flat configuration, auxiliary layers) of the draft: derived, from a file, or from a checkpoint (None: none)."""
-    source = checkpoint or args.draft_model_config
-    given = {}
-    if checkpoint:
-        given, _ = draft_files.read_draft(checkpoint, model_dir)
-        count = draft_files.num_auxiliary(given)
-        if args.target_layer_ids and len(args.target_layer_ids) != count:
-            common.fail(f"target_layer_ids {args.target_layer_ids}: {source} reads {count} layers")
-    elif source:
-        try:
-            given = dict(json.loads(Path(source).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            common.fail(f"draft_model_config {source} is not a file with a JSON object: {error}")
+def draft_source(args, checkpoint, state):
+    """(checkpoint, configuration): where the draft's weights come from, and a file of its configuration; None: nowhere.
+
+    checkpoint: a draft, or None; state: its trainer_state.json if the training continues it.
+    """
+    if state:
+        return checkpoint, None
+    if not checkpoint:
+        return None, args.draft_model_config
+    if args.draft_model_config:
+        common.fail(f"resume_from_checkpoint {checkpoint} has a draft's configuration: drop draft_model_config")
+    if draft_files.has_weights(checkpoint):
+        return checkpoint, None
+    return None, checkpoint  # a config.json alone: a fresh draft
+
+
+def configure_draft(args, model_dir, checkpoint, source):
+    """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one."""
     text_config, config = target_files.read_target_config(model_dir, args.trust_remote_code)
     target_model.check_heads(text_config, args.tp_size)
-    vocab_size = None if checkpoint else args.draft_vocab_size  # a checkpoint's mapping decides
-    return draft_files.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
+    target_model.check_weights(model_dir, config, args.trust_remote_code)
+
+    def configure(given, source, vocab_size):
+        return draft_config.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
+
+    if not checkpoint:
+        flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
+        given = draft_config.read(flag, source) if source else {}
+        configured, layers = configure(given, source, args.draft_vocab_size)
+        draft_config.name_replaced(source, given, configured)
+        return configured, layers
+    given, _ = draft_files.read_draft(checkpoint, model_dir)
+    count = draft_files.num_auxiliary(given)
+    if args.target_layer_ids and len(args.target_layer_ids) != count:
+        common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")
+    configured, layers = configure(given, checkpoint, None)  # a checkpoint's mapping decides
+    if args.draft_model_config:  # the command line of a training that is continued
+        again, _ = configure(draft_config.read("draft_model_config", args.draft_model_config), source, None)
+        differ = [
+            f"{key} {again.get(key)}, there {configured.get(key)}"
+            for key in again.keys() | configured.keys()
+            if key != "draft_vocab_size" and again.get(key) != configured.get(key)
+        ]
+        if differ:
+            common.fail(
+                f"draft_model_config {args.draft_model_config} is not the draft of {checkpoint}, which is continued: "
+                f"{', '.join(sorted(differ))}: drop it"
+            )
+    return configured, layers
 
 
-def check_data(args, folder, data, data_config, world):
-    """End the program if the prepared data in `folder` do not fit the target's tokenizer, the flags or the ranks."""
+def check_data(args, config, folder, data, data_config, world):
+    """End the program if the prepared data in `folder` do not fit the target, the flags or the ranks.
+
+    config: the draft's, whose vocab_size is the target's.
+    """
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
         common.fail(
             f"{folder} was prepared with another tokenizer or chat template than the target's: prepare it again"
+        )
+    dataloader.check_tokens(folder, data, data_config, config["vocab_size"])
+    names = data_config["chat_templates"]
+    if args.chat_template not in (None, "auto", *names):
+        common.fail(
+            f"{folder} was prepared with --chat_template {' or '.join(names)}, not {args.chat_template}: prepare it "
+            "again, or leave --chat_template out"
         )
     longest = {split: part["longest"] for split, part in data_config["splits"].items()}
     most = max(longest.values())
@@ -178,6 +263,7 @@ def check_data(args, folder, data, data_config, world):
         common.fail(
             f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}"
         )
+    slots.check_slots(folder, data["train"])
     rows = len(data["train"])
     if rows < world:
         common.fail(f"{rows} training sequences for {world} ranks: a rank would have none")
@@ -187,6 +273,8 @@ def vocabulary_mapping(args, config, folder, checkpoint):
     """d2t, int64 [Vd] offsets: the checkpoint's, from the files of the flags, or by the token counts of the data."""
     if not checkpoint:
         sizes = (config["draft_vocab_size"], config["vocab_size"])
+        if args.token_freq_path and sizes[0] == sizes[1]:
+            common.fail("token_freq_path is read to choose draft_vocab_size tokens: give that too, or drop it")
         if not folder and sizes[0] < sizes[1] and not (args.token_freq_path or args.d2t_path):
             common.fail(
                 f"draft_vocab_size {sizes[0]} of {sizes[1]} without data: give token_freq_path, or d2t_path and "
@@ -238,10 +326,15 @@ def check_resume(flags, run, folder, model_dir, state):
     """
     places = {"data": folder, "target": model_dir}
     for name, fingerprint in run.fingerprints.items():
-        if state["flags"]["fingerprints"][name] not in (fingerprint, None):  # None: a dry run without data
+        before = state["flags"]["fingerprints"][name]
+        if before not in (fingerprint, None):  # None: a dry run without data
+            older = ""
+            if name == "target":
+                place = Path(run.resume_from_checkpoint) / "trainer_state.json"
+                older = target_files.explain_fingerprint(before, fingerprint, place)
             common.fail(
                 f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
-                "start from its weights without --resume"
+                f"start from its weights without --resume{older}"
             )
     if state["step"] > run.total_steps:
         print(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from core import common
+
 QUERY_CHUNK = 128  # slots whose attention is computed at a time
 BLOCK = 128  # slots and keys in a block of FlexAttention
 HEAD_ROWS = 1024  # rows of draft logits that exist at a time
@@ -107,6 +109,15 @@ def measure_read(split):
         counts.append(count)
         teachers.append(np.bincount(row[live], minlength=len(mask)))
     return np.concatenate(counts), np.concatenate(teachers)
+
+
+def check_slots(name, split):
+    """End the program if no row of a split has a slot, for which two supervised tokens in a row are needed."""
+    for start in range(0, len(split), 1000):
+        _, teachers = measure_read(split.select(range(start, min(start + 1000, len(split)))))
+        if teachers.any():
+            return
+    common.fail(f"{name}: nothing to train on, none of {len(split)} rows has two supervised tokens in a row")
 
 
 # ==================== The plan of a micro-batch ======================================================================

@@ -350,6 +350,40 @@ def add_source_flags(parser):
     vllm_states.add_server_flags(add)
 
 
+def check_source_flags(args, default):
+    """End the program if a flag about hidden states on disk would not be read; default: of each flag, by name."""
+    if args.vllm_endpoint and args.on_missing != "generate":
+        common.fail(f"vllm_endpoint generates missing rows: it needs on_missing generate, not {args.on_missing}")
+    if args.on_generate == "cache" and args.on_missing != "generate":
+        common.fail(f"on_generate cache keeps generated rows: it needs on_missing generate, not {args.on_missing}")
+    if args.hidden_states_dtype != default["hidden_states_dtype"] and args.on_generate != "cache":
+        common.fail("hidden_states_dtype is of states that are kept: it needs on_generate cache")
+    if not args.vllm_endpoint:
+        for name in ("request_timeout", "max_retries"):
+            if getattr(args, name) != default[name]:
+                common.fail(f"{name} is of requests to a server: it needs vllm_endpoint")
+    names = [name for name in ("on_missing", "on_generate") if getattr(args, name) != default[name]]
+    if names and not choose_folder(args):
+        asked = f"{names[0]} {getattr(args, names[0])}"
+        beside = f"; {args.data_path} has no folder hidden_states either" if args.data_path else ""
+        common.fail(f"{asked} is about hidden states on disk: give hidden_states_path, or drop it{beside}")
+
+
+def choose_folder(args):
+    """The folder of hidden states on disk, or None if the target in memory computes all of them.
+
+    Without hidden_states_path: a server's are put into output_dir. Where a flag asks for states on disk, they may be in
+    data_path, as speculators has them; without such a flag a folder that happens to be there decides nothing.
+    """
+    if args.hidden_states_path:
+        return args.hidden_states_path
+    if args.vllm_endpoint:
+        return str(Path(args.output_dir) / "hidden_states")
+    beside = Path(args.data_path or "") / "hidden_states"
+    asked = args.on_missing != "generate" or args.on_generate == "cache"
+    return str(beside) if asked and args.data_path and beside.is_dir() else None
+
+
 class Opening(NamedTuple):
     """What rank 0 finds out about a store for all ranks."""
 
@@ -367,11 +401,7 @@ def open_source(args, sharding, model_dir, device, layers, data, data_config):
     in_step = dist.get_world_size() if sharding == "zero3" else args.tp_size
     sizes = (args.batch_size, args.tp_size, in_step)
     generates = args.on_missing == "generate"
-    if args.vllm_endpoint and not generates:
-        common.fail(f"vllm_endpoint generates missing rows: it needs on_missing generate, not {args.on_missing}")
-    folder = args.hidden_states_path
-    if args.vllm_endpoint and not folder:
-        folder = str(Path(args.output_dir) / "hidden_states")
+    folder = choose_folder(args)
     if not folder:
         return Online(load(), *sizes)
 

@@ -16,6 +16,9 @@ def read_token_freq(path):
     """{token id: count} of a token_freq.pt; ends the program if the file holds anything else."""
     try:
         counts = {int(i): int(n) for i, n in torch.load(path, map_location="cpu", weights_only=True).items()}
+    except OSError as error:
+        reason = error.strerror or error
+        common.fail(f"token counts {path}: {reason}; prepare_data.py writes token_freq.pt into the folder of its data")
     except Exception as error:  # a file of another kind fails anywhere in the unpickler
         common.fail(
             f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})"
@@ -125,6 +128,8 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
             arrays.append(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             common.fail(f"the vocabulary mapping {path} cannot be read: {str(error).splitlines()[0]}")
+        if not isinstance(arrays[-1], np.ndarray):
+            common.fail(f"the vocabulary mapping {path} is not one array: give the .npy of build_vocab_mapping.py")
     d2t, t2d = arrays
     problems = mapping_problems(d2t, t2d)
     if target_vocab_size is not None and not problems and len(t2d) != target_vocab_size:

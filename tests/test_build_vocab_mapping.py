@@ -66,6 +66,12 @@ def test_equals_the_rule_said_plainly(seed):
     assert vocabulary.mapping_problems(d2t, t2d) == []
 
 
+def test_counts_that_are_not_there(tmp_path, capsys):
+    for path, reason in ((tmp_path / "absent.pt", "No such file or directory"), (tmp_path, "Is a directory")):
+        line = fails(capsys, run, "--token_freq_path", path, "--target_vocab_size", 40)
+        assert f"token counts {path}: {reason}; prepare_data.py writes token_freq.pt" in line
+
+
 def test_a_vocabulary_of_152064_tokens():
     # 32,000 × 152,064 comparisons (membership in a list) would take minutes here
     random = np.random.default_rng(0)

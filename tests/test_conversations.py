@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 import prepare_data
-from core import conversations, dataloader
+from core import conversation_files, conversations, dataloader
 from helpers import tiny
 
 FOLDER = Path(__file__).parent / "data_sets"
@@ -38,20 +38,18 @@ def write_copy(folder, name):
     return about
 
 
-def conversations_of(name, folder, split, cache):
-    lines = [
-        json.loads(line)
-        for _, line in conversations.read_rows(name, conversations.find_files(name, folder, split), cache)
-    ]
+def conversations_of(name, folder, split):
+    source = conversation_files.open_source(name, split, {"dataset_path": folder})
+    lines = [json.loads(line) for _, line in source.rows()]
     return [[[turn["role"], turn["content"]] for turn in conversations.read_conversation(row)[0]] for row in lines]
 
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
 def test_rows_of_the_original_schema(name, tmp_path):
     about = write_copy(tmp_path / "copy", name)
-    assert conversations_of(name, tmp_path / "copy", "train", tmp_path / "cache") == about["expected"]
+    assert conversations_of(name, tmp_path / "copy", "train") == about["expected"]
     if "validation" in conversations.PRESETS[name].files:
-        (held_back,) = conversations_of(name, tmp_path / "copy", "validation", tmp_path / "cache")
+        (held_back,) = conversations_of(name, tmp_path / "copy", "validation")
         assert held_back not in about["expected"] and held_back[-1][0] == "assistant"
 
 
@@ -68,12 +66,12 @@ def test_from_the_hub_each_repository_is_asked_for_its_files(tmp_path, monkeypat
         return tmp_path / repo
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    files = conversations.find_files("camel", None, "train")
+    files = conversation_files.open_source("camel", "train", {}).files
     assert [path.name for path in files] == ["biology.zip", "chemistry.zip", "physics.zip"] * 3
     assert asked == [
         (f"camel-ai/{field}", "dataset", ("*.zip",), None) for field in ("biology", "chemistry", "physics")
     ]
-    assert conversations.find_files("math_qa", None, "train")[0].name == "0000.parquet"
+    assert conversation_files.open_source("math_qa", "train", {}).files[0].name == "0000.parquet"
     assert asked[3][0] == "allenai/math_qa" and asked[3][3] == "refs/convert/parquet"
 
 
@@ -81,7 +79,7 @@ def test_a_copy_that_lacks_one_of_several_repositories_is_named(tmp_path, capsys
     write_copy(tmp_path, "camel")
     (tmp_path / "chemistry.zip").unlink()
     with pytest.raises(SystemExit):
-        conversations.find_files("camel", tmp_path, "train")
+        conversation_files.open_source("camel", "train", {"dataset_path": tmp_path})
     assert "preset camel: 2 *.zip in" in (line := capsys.readouterr().err) and "camel-ai/chemistry" in line
 
 
@@ -92,7 +90,10 @@ def test_a_copy_with_other_columns_is_rejected_row_by_row(tmp_path, capsys):
     tiny.tokenizer().save_pretrained(tmp_path / "target")
     with pytest.raises(SystemExit):
         prepare_data.prepare("gsm8k", tmp_path / "out", tmp_path / "target", dataset_path=tmp_path / "copy")
-    assert "none of 1 rows can be used: 1 unknown form (first: line 1)" in capsys.readouterr().err
+    assert (
+        "none of 1 rows can be used: 1 unknown form (first: line 1: fields prompt, completion: name two of them"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_preset_with_its_own_validation_split(tmp_path):

@@ -65,6 +65,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
     "SLURM": "ntasks-per-node",
     "az": "file resource-group set workspace-name", "swanlab": "id", "tensorboard": "logdir",
     "SpecForge": "max-num-steps", "docs/changing.md": "ema_decay",
+    "speculators": "noise_std use_off_policy_tokens norm_before_residual",
     "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "
                        "quiet yes version",
     "benchmarks and make_tiny_target": "block hidden_size layers other ranks rounds steps table vocab_size",

@@ -1,5 +1,6 @@
 """The draft checkpoint: round trips, foreign forms, every fault named, what the serving engines trip over."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import export_draft
-from core import common, draft_files
+from core import common, draft_config, draft_files
 
 CONFIG = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -280,10 +281,10 @@ CONFIG_FAULTS = [
     ("head_dim", 5, "head_dim 5 is odd"),
     ("num_hidden_layers", 2, "num_hidden_layers is 2, not 1"),
     ("num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    ("attention_bias", True, "attention_bias is True, not False"),
-    ("tie_word_embeddings", True, "tie_word_embeddings is True"),
-    ("architectures", ["LlamaForCausalLM"], "architectures is ['LlamaForCausalLM']"),
-    ("model_type", "qwen3", "model_type is 'qwen3'"),
+    ("attention_bias", True, "attention_bias is true, not false"),
+    ("tie_word_embeddings", True, "tie_word_embeddings is true"),
+    ("architectures", ["LlamaForCausalLM"], 'architectures is ["LlamaForCausalLM"]'),
+    ("model_type", "qwen3", 'model_type is "qwen3"'),
     ("draft_vocab_size", 41, "draft_vocab_size 41 is larger than vocab_size 40"),
     ("vocab_size", None, "vocab_size is None"),
     ("target_hidden_size", None, "target_hidden_size is None"),
@@ -299,7 +300,7 @@ CONFIG_FAULTS = [
     ("hidden_act", None, "hidden_act is None"),
     ("hidden_act", ["silu"], "hidden_act is ['silu']"),
     ("hidden_act", "sillu", "hidden_act is 'sillu', not the name of an activation"),
-    ("mlp_bias", True, "mlp_bias is True, not False"),
+    ("mlp_bias", True, "mlp_bias is true, not false"),
     ("partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5, not 1"),
     ("rope_scaling", {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}, "rotary_factor is 0.5, not 1"),
     ("num_aux_hidden_states", 4, "num_aux_hidden_states is 4 without"),
@@ -343,7 +344,7 @@ def test_a_derived_configuration_is_whole_for_every_rope_type():
     for scaling in [*SCALINGS, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}]:
         rope = {"rope_type": "default", **(scaling or {}), "rope_theta": 5000.0}
         text = LlamaConfig(**{**TEXT.to_dict(), "rope_parameters": rope})
-        config, layers = draft_files.configure(text, text)
+        config, layers = draft_config.configure(text, text)
         assert draft_files.check_config(config) == [] and layers == [2, 4, 5]
         assert config["rope_theta"] == 5000.0
         assert config["rope_scaling"] == (scaling if not scaling or scaling["factor"] else {**scaling, "factor": 4.0})
@@ -351,22 +352,22 @@ def test_a_derived_configuration_is_whole_for_every_rope_type():
 
 def test_the_draft_reaches_as_far_as_its_target():
     assert (
-        draft_files.configure(TEXT, TEXT, {"max_position_embeddings": 128}, "draft.json")[0]["max_position_embeddings"]
+        draft_config.configure(TEXT, TEXT, {"max_position_embeddings": 128}, "draft.json")[0]["max_position_embeddings"]
         == 512
     )
     assert (
-        draft_files.configure(TEXT, TEXT, {"max_position_embeddings": 999}, "draft.json")[0]["max_position_embeddings"]
+        draft_config.configure(TEXT, TEXT, {"max_position_embeddings": 999}, "draft.json")[0]["max_position_embeddings"]
         == 999
     )
 
 
 def test_a_given_configuration_is_completed():
     given = {"num_attention_heads": 2, "head_dim": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    config = draft_files.configure(TEXT, TEXT, given, "draft.json")[0]
+    config = draft_config.configure(TEXT, TEXT, given, "draft.json")[0]
     assert config["head_dim"] == 8 and config["rope_theta"] == 10000.0
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     given = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}
-    config = draft_files.configure(TEXT, TEXT, given, "draft.json")[0]
+    config = draft_config.configure(TEXT, TEXT, given, "draft.json")[0]
     assert config["rope_theta"] == 7.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
 
 
@@ -386,7 +387,7 @@ def test_a_given_configuration_that_cannot_be_trained_ends_with_one_line(capsys)
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position_embeddings is None"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling is {'rope_type': 'longrope'}"),
     ):
-        error = fails(capsys, draft_files.configure, TEXT, TEXT, given, "draft.json")
+        error = fails(capsys, draft_config.configure, TEXT, TEXT, given, "draft.json")
         assert error.startswith("error: draft.json") and message in error, given
 
 
@@ -482,7 +483,7 @@ def test_transformer_layer_config_is_a_whole_llama_config_with_either_spelling_o
         "transformer_layer_config"
     ]
     drop = {"old": ["rope_parameters"], "new": ["rope_theta", "rope_scaling"], "all": []}[keys]
-    read = LlamaConfig(**{key: value for key, value in layer.items() if key not in drop})
+    read = LlamaConfig(**copy.deepcopy({key: value for key, value in layer.items() if key not in drop}))
     rope = read.rope_parameters
     assert rope["rope_theta"] == 500000.0 and rope["rope_type"] == (scaling or {}).get("rope_type", "default")
     assert all(rope[key] == value for key, value in (scaling or {}).items())
@@ -638,7 +639,9 @@ def test_the_newer_spelling_of_rope_beside_half_of_the_older_one(tmp_path):
 
 
 def test_folders_that_are_no_draft(tmp_path, capsys):
-    assert "is not a folder" in draft_files.check_draft(tmp_path / "absent")[0]
+    assert "absent: neither a file or folder" in fails(capsys, draft_files.check_draft, tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in draft_files.check_draft(tmp_path / "file")[0]
     (tmp_path / "config.json").write_text("{")
     assert [problem.split()[0] for problem in draft_files.check_draft(tmp_path)] == ["config.json", "model.safetensors"]
     (tmp_path / "config.json").write_text("[]")

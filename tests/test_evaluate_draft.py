@@ -11,7 +11,7 @@ import transformers
 import evaluate_draft
 import prepare_data
 import train_eagle3
-from core import dataloader, draft_files, slots, target_files, target_model
+from core import dataloader, draft_config, draft_files, slots, target_files, target_model
 from helpers import dense, tiny
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -38,7 +38,7 @@ def random_draft(folder, target, columns=None, rope="default", seed=0):
     torch.manual_seed(seed)
     vocabulary = target.config.vocab_size
     ids = torch.randperm(vocabulary)[: columns or vocabulary].sort().values
-    config = draft_files.derive_config(*target_files.read_target_config(folder)) | {
+    config = draft_config.derive_config(*target_files.read_target_config(folder)) | {
         "draft_vocab_size": len(ids),
         "rope_scaling": ROPES[rope],
     }
@@ -596,11 +596,11 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
     prepare_data.prepare(rows, tmp_path / "data", tmp_path / "tokenizer", num_proc=1)
     for options, words in (
-        ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl does not exist"),
-        ({"prompts": tmp_path / "file"}, "has no prompts"),
+        ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl: no such file or folder"),
+        ({"prompts": tmp_path / "file"}, "is empty: no row in it"),
         ({"prompts": tmp_path / "cut.jsonl"}, "line 2 of"),
         ({"prompts": tmp_path / "list.jsonl"}, "line 1 of"),
-        ({"prompts": tmp_path / "turn.jsonl"}, "no assistant turn"),
+        ({"prompts": tmp_path / "turn.jsonl"}, "no question with a reply"),
         ({"prompts": tmp_path / "bare.jsonl"}, "an empty one"),
         ({"draft_model_path": tmp_path}, "is neither a draft"),
         ({"draft_model_path": other_vocabulary}, f"vocab_size is {VOCABULARY + 8}, this target's {VOCABULARY}"),
@@ -635,7 +635,7 @@ def test_chat_template_switches_the_thinking_of_the_prompts(paths, tmp_path, mon
     tokenizer.chat_template = (tiny.REPOSITORY / "tests" / "templates" / "qwen3.jinja").read_text()
     seen, read_prompts = [], evaluate_draft.read_prompts
     monkeypatch.setattr(target_files, "load_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(evaluate_draft, "read_prompts", lambda *args: seen.extend(read_prompts(*args)) or seen)
+    monkeypatch.setattr(evaluate_draft, "read_prompts", lambda *args, **flags: seen.extend(read_prompts(*args)) or seen)
     monkeypatch.setattr(evaluate_draft, "measure", lambda *args: (_ for _ in ()).throw(InterruptedError))
     tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.conversations(2))
     with pytest.raises(InterruptedError):

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import build_vocab_mapping
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
 from core import foreign_flags
-from helpers import tiny
 from helpers.commands import flags_of
 
 HERE = Path(__file__).parent
@@ -20,9 +18,13 @@ FLAGS = [
     for line in (HERE / "foreign_flags.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
-COMMANDS = re.findall(r"# (runs|refused: .*)\n((?:[^#\n].*\n)+)", (HERE / "foreign_commands.txt").read_text())
-SCRIPTS = {"train": train_eagle3, "train_eagle3": train_eagle3, "build_vocab_mapping": build_vocab_mapping}
-SCRIPTS |= {"prepare_data": prepare_data, "prepare_hidden_states": prepare_hidden_states}
+TARGET = ("--verifier-name-or-path", "--target-model-path", "--model-name-or-path", "--basepath")
+DEFAULTS = [
+    [cell.strip() for cell in line.split("|")]
+    for line in (HERE / "cases" / "foreign_defaults.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+PAGE = (HERE.parent / "docs" / "other_trainers.md").read_text()
 
 
 def parsed(capsys, script, argv):
@@ -37,7 +39,7 @@ def parsed(capsys, script, argv):
 
 @pytest.mark.parametrize(("flag", "happens"), [row[1:] for row in FLAGS])
 def test_every_documented_flag_does_what_the_table_says(capsys, flag, happens):
-    needed = [] if flag.startswith(("--verifier-name-or-path", "--target-model-path")) else ["--target_model_path", "M"]
+    needed = [] if flag.startswith(TARGET) else ["--target_model_path", "M"]
     plain, _ = parsed(capsys, train_eagle3, needed or ["--target_model_path", "M"])
     written = [flag.split()] if flag.count(" ") != 1 else [flag.split(), [flag.replace(" ", "=")]]  # both ways
     for words in written:
@@ -100,43 +102,40 @@ def test_flags_that_mean_something_else_are_named_in_the_docs():
     differ = re.findall(r"^# differs: .*\n(?:#.*\n)*((?:[^#\n].*\n)+)", table, re.MULTILINE)
     names = set(re.findall(r"SpecForge +\| --([\w-]+)", "".join(differ)))
     assert names == {"batch-size", "draft-accumulation-steps", "total-steps", "eval-interval", "save-interval"}
-    page = (HERE.parent / "docs" / "other_trainers.md").read_text()
     instead = {"draft_global_batch_size", "scheduler_total_steps", "total_steps", "eval_steps", "save_steps"}
-    assert {f"`--{name}`" for name in names | instead} <= set(re.findall(r"`--[\w-]+`", page))
+    mentioned = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", PAGE)}
+    assert {name.replace("-", "_") for name in names} | instead <= mentioned
 
 
-@pytest.mark.parametrize(("happens", "command"), COMMANDS)
-def test_documented_command_lines(capsys, happens, command):
-    words = shlex.split(command.replace("\\\n", " "))
-    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    values, error = parsed(capsys, SCRIPTS[Path(words[place]).stem], words[place + 1 :])
-    assert (values is not None) if happens == "runs" else happens.removeprefix("refused: ") in error, error
+def same(one, other):
+    """Whether two defaults, one at least as text, are the same."""
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        none = {"None": "none", "[]": "none"}
+        return none.get(str(one), str(one)).lower() == str(other).lower()
 
 
-def test_a_documented_command_line_trains(tmp_path):
-    """speculators' example, with its paths exchanged and fewer steps."""
-    tiny.write_target(tmp_path / "target")
-    tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(8))
-    prepare_data.prepare(
-        tmp_path / "chats.jsonl",
-        tmp_path / "data",
-        tmp_path / "target",
-        chat_template="llama3",
-        max_length=512,
-        num_proc=1,
-    )
-    mapping = ["--token_freq_path", tmp_path / "data" / "token_freq.pt", "--draft_vocab_size", 200,
-               "--target_vocab_size", 400, "--output_path", tmp_path / "map"]  # fmt: skip
-    build_vocab_mapping.main(build_vocab_mapping.parse_args(list(map(str, mapping))))
-    (command,) = (command for _, command in COMMANDS if "--data-format-version" in command)
-    words = shlex.split(command.replace("\\\n", " "))
-    argv, exchanged = words[words.index("scripts/train.py") + 1 :], {
-        "meta-llama/Llama-3.1-8B-Instruct": tmp_path / "target", "./data/llama-3.1-8b_sharegpt/gen/": tmp_path / "data",
-        "./checkpoints/llama-3.1-8b.eagle3": tmp_path / "out", "./logs/llama-3.1-8b.eagle3": tmp_path / "logs",
-        "./data/llama-3.1-8b_sharegpt/d2t.npy": tmp_path / "map" / "d2t.npy",
-        "./data/llama-3.1-8b_sharegpt/t2d.npy": tmp_path / "map" / "t2d.npy",
-    }  # fmt: skip
-    assert exchanged.keys() <= set(argv)
-    argv = [str(exchanged.get(word, word)) for word in argv]
-    train_eagle3.main(train_eagle3.parse_args([*argv, "--max-steps", "1"]))
-    assert (tmp_path / "out" / "final" / "model.safetensors").exists() and list((tmp_path / "logs").rglob("events*"))
+def test_defaults_that_differ_are_in_one_table_of_the_docs():
+    """Each documented default of others is ours, or in the table with theirs and ours; and nothing else is there."""
+    ours = vars(train_eagle3.parse_args(["--target_model_path", "M"]))
+    table = {}
+    for line in re.findall(r"^\| `--.*\|$", PAGE, re.MULTILINE):
+        flag, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        table[flag.strip("`-")] = dict(zip(("speculators", "SpecForge", "here"), cells, strict=False))
+    different = set()
+    for trainer, flag, default in DEFAULTS:
+        written = flag.removeprefix("--").replace("-", "_")
+        name = foreign_flags.ALIASES.get(written, written)
+        default = foreign_flags.VALUES.get(name, {}).get(default, default)
+        rows = [row for row in foreign_flags.OF_TRAINERS if re.fullmatch(row.names, name)]
+        equal = same(ours[name], default) if name in ours else bool(re.fullmatch(rows[0].harmless, default))
+        assert equal or table[name][trainer] == default, f"{name} of {trainer} is {default} in {table.get(name)}"
+        different |= set() if equal else {name}
+    assert len(different) > 20 and table.keys() - different == {"draft_global_batch_size", "total_steps"}
+    for name, row in table.items():
+        if name in ours:
+            assert same(ours[name], row["here"]), f"{name} is {ours[name]} here, not {row['here']}"
+        else:
+            argv = ["--target_model_path", "M", f"--{name}", row["here"]]
+            assert train_eagle3.parse_args(argv), "what changes nothing"

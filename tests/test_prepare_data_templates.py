@@ -93,16 +93,6 @@ def test_a_thought_that_the_answer_says_again_stays(family, tagged):
     assert reasoning_lost == ("zzyzx" not in alone) and again == (alone.replace("zzyzx", "four"), reasoning_lost)
 
 
-def test_reasoning_alone_is_no_reply_of_a_target_that_answers_at_once():
-    row = {
-        "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>two and</think>"}]
-    }
-    assert shown(row, prepare_data.make_chat(tokenizer_of("qwen"), "qwen3-instruct", 4096, False)) == "rejected: empty"
-    assert "⟦<think>\ntwo and\n</think>" in shown(
-        row, prepare_data.make_chat(tokenizer_of("qwen"), "qwen", 4096, False)
-    )
-
-
 def test_no_file_of_the_folder_is_without_a_row():
     named = {f"{family}.txt" for family in ROWS} | {row["template"] for row in ROWS.values()}
     assert {path.name for path in FOLDER.iterdir()} == named | {"families.json", "conversations.json"}

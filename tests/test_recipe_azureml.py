@@ -41,17 +41,17 @@ def read(name):
 
 
 def tables():
-    """{component: {"kind", "version", "input": {name: (type, default, optional, values)}, "output": {name: type}}}."""
+    """{component: {"kind", "version", "input", "own", "output"}}, the last three {name: (type, default, ...)}."""
     found = {}
     for line in (tiny.REPOSITORY / "tests" / "azureml_tables.txt").read_text().splitlines():
         words = line.split()
         if line.startswith("["):
             name, version, kind = line.strip("[]").split()
-            part = found[name] = {"kind": kind, "version": version, "input": {}, "output": {}}
-        elif words and words[0] == "input":
-            _, name, kind, default, optional, values = words
+            part = found[name] = {"kind": kind, "version": version, "input": {}, "own": {}, "output": {}}
+        elif words and words[0] in ("input", "own"):
+            documented, name, kind, default, optional, values = words
             values = None if values == "-" else values.split(",")
-            part["input"][name] = (kind, None if default == "-" else default, optional == "optional", values)
+            part[documented][name] = (kind, None if default == "-" else default, optional == "optional", values)
         elif words and words[0] == "output":
             part["output"][words[1]] = words[2]
     return found
@@ -110,8 +110,9 @@ def test_inputs_and_outputs_are_those_documented(name):
     assert (component["name"], component["type"], component["version"]) == (name, table["kind"], table["version"])
     assert list(component["outputs"]) == list(table["output"])
     assert {name: row["type"] for name, row in component["outputs"].items()} == table["output"]
-    assert component["inputs"].keys() == table["input"].keys()
-    for key, (kind, default, optional, values) in table["input"].items():
+    inputs = table["input"] | table["own"]
+    assert component["inputs"].keys() == inputs.keys()
+    for key, (kind, default, optional, values) in inputs.items():
         row = component["inputs"][key]
         assert (row["type"], row["optional"]) == (kind, optional), key
         assert row["description"].endswith("."), key
@@ -158,7 +159,7 @@ def other_value(name, row):
     if row["type"] == "boolean":
         return True
     if row["type"] in NUMBERS:
-        return row["default"] + (3 if row["type"] == "integer" else 0.25)
+        return row.get("default", 0) + (3 if row["type"] == "integer" else 0.25)
     return f"/mnt/some where/{name}"
 
 
@@ -180,7 +181,7 @@ def test_defaults_are_the_trainers_or_the_difference_is_stated():
     own = vars(train_eagle3.parse_args(["--target_model_path", "T", "--output_dir", "O"]))
     differ = {name for name in own if given[name] != own[name]}
     stated = {name for name in component["inputs"] if "The trainer's own default is none" in comment_of(name, text)}
-    assert differ == stated == {"dp_size", "draft_accumulation_steps"}
+    assert differ == stated == {"chat_template", "dp_size", "draft_accumulation_steps"}
     assert all(own[name] is None for name in differ)
 
 
@@ -293,6 +294,16 @@ def test_the_job_gives_what_the_pipeline_has():
     named = re.findall(r"#\s+(\w+): \{type: (\w+), path", (FOLDER / "job.yml").read_text())
     assert {name for name, _ in named} == models - job["inputs"].keys()
     assert all(pipeline["inputs"][name]["type"] == kind for name, kind in named)
+
+
+def test_import_without_a_source_names_the_inputs_of_the_component(capsys):
+    component = read(IMPORT)
+    options = options_of(render(component, {}, {"output_dir": "out"}))
+    with pytest.raises(SystemExit):
+        import_target.parse_args([word for option in options for word in option])
+    line = capsys.readouterr().err
+    assert line.startswith("error: no model is given") and line.count("\n") == 1
+    assert all(name in line for name in component["inputs"])
 
 
 def test_import_takes_the_first_of_its_sources_that_is_given():

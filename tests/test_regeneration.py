@@ -212,7 +212,7 @@ def test_rows_that_cannot_be_answered_are_named(server, tmp_path):
     for call in ({"function": "add"}, {"function": None}, {"function": {"name": None}}, {}):
         row = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
         assert regeneration.answer_row(json.dumps({"messages": row}).encode(), None, "keep")[0] == {
-            "rejected_for": ["malformed message", "a call of tool_calls has no name"]
+            "rejected_for": ["malformed call", "a call has no name"]
         }
     for tools in ([None], [1], "[null]", {"name": "add"}):
         (found, _) = regeneration.answer_row(json.dumps({"messages": [USER, REPLY], "tools": tools}).encode(), 0, "")
@@ -220,7 +220,7 @@ def test_rows_that_cannot_be_answered_are_named(server, tmp_path):
     rows = [{"text": "rendered"}, [USER], [{"role": "user", "content": "long"}, REPLY], [USER, REPLY]]
     found = answer(server, tmp_path / "a.jsonl", rows)
     causes = [row["rejected_for"][0] for row in found[:3]]
-    assert causes == ["no conversation to regenerate", "no assistant turn", "refused by the server"]
+    assert causes == ["no conversation to regenerate", "no question with a reply", "refused by the server"]
     assert "too long" in found[2]["rejected_for"][1] and contents(found[3]) == ["hi", "fine"]
     server.reply = lambda number, body: completion("fine")
     server.requests.clear()  # what was refused is asked for again, what was not is not
@@ -430,7 +430,7 @@ def test_refused_rows_count_as_rejected(server, target, tmp_path, capsys):
     server.reply = lambda number, body: (400, {"error": "too long"}) if "n 3." in str(body) else completion("fine")
     words = command(server, target, path, tmp_path / "out", regenerate_model="m")
     error = stopped(capsys, prepare_data.main, prepare_data.parse_args(words))
-    assert "1 of 10 rows rejected" in error and "1 refused by the server (first: line 4)" in error
+    assert "1 of 10 rows rejected" in error and "1 refused by the server (first: line 4: " in error
     config = prepare_data.main(prepare_data.parse_args([*words, "--max_rejected_ratio", "0.2"]))
     assert config["splits"]["train"]["rejected"] == {"refused by the server": 1}
 

@@ -16,7 +16,7 @@ import evaluate_draft
 import export_draft
 import prepare_data
 import train_eagle3
-from core import dataloader, draft_files, target_model
+from core import dataloader, draft_config, draft_files, target_model
 from helpers import tiny
 from helpers.families import (
     DEEPSEEK_ROPE,
@@ -244,7 +244,7 @@ REAL = {
 def test_the_draft_of_a_real_target(name):
     kind, options, dense, rope = REAL[name]
     whole = getattr(transformers, kind)(**options)
-    config, _ = draft_files.configure(whole.get_text_config(), whole)
+    config, _ = draft_config.configure(whole.get_text_config(), whole)
     assert tuple(config[key] for key in DENSE) == dense
     assert (config["rope_scaling"] or {}).get("rope_type") == rope
     assert config["hidden_size"] == options.get("text_config", options)["hidden_size"]
@@ -264,5 +264,5 @@ def test_what_a_family_says_of_its_own_layers_stays_out_of_the_drafts_rope():
     rope |= {"mrope_section": [4, 4, 4], "llama_4_scaling_beta": 0.1}
     text = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
     kept = {"rope_type", "factor", "original_max_position_embeddings", "mscale", "mscale_all_dim", "beta_fast"}
-    config, _ = draft_files.configure(text, text)
+    config, _ = draft_config.configure(text, text)
     assert config["rope_scaling"] == {key: rope[key] for key in kept} and config["rope_theta"] == 150000.0

@@ -363,6 +363,26 @@ def test_trackers_that_fail_are_named_once_and_the_others_go_on(record, capsys):
     assert not run.left
 
 
+@pytest.mark.parametrize("name", run_record.TRACKERS)
+def test_a_tracker_that_is_not_installed_says_which_package_is(name, monkeypatch, capsys):
+    """Its package, and one that it needs itself, cannot be imported."""
+
+    class Missing:
+        def find_spec(self, module, path=None, target=None):
+            if module.split(".")[0] == name:
+                raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+    for module in list(sys.modules):
+        if module.split(".")[0] == name:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    args = SimpleNamespace(run_name=None, log_dir="logs")
+    tracker = run_record.Tracker(name, args, {"run_id": "0", "starts_behind_step": 0, "flags": {}}, [])
+    tracker.join(timeout=60)
+    line = capsys.readouterr().err
+    assert f"{name} fails, training goes on without it: " in line and line.endswith(f": pip install {name}\n")
+
+
 @pytest.mark.parametrize("version", [None, "0.1.6"])
 def test_swanlabs_local_mode_fails_with_a_line(record, monkeypatch, capsys, version):
     """Without its board, or with another version of it, swanlab itself says nothing and writes nothing."""

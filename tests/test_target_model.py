@@ -191,7 +191,9 @@ def test_a_copy_is_one_folder_with_the_same_target(layout, llama_folder, tmp_pat
 def test_a_copy_is_refused_before_the_weights_move(llama_folder, tmp_path, capsys):
     given = arrange("nested", llama_folder, tmp_path / "given")
     (given / "some/where/model.safetensors").unlink()
-    assert "no *.safetensors or *.bin" in refused(capsys, import_target.copy_target, given, tmp_path / "copy")
+    assert "neither model.safetensors nor pytorch_model.bin" in refused(
+        capsys, import_target.copy_target, given, tmp_path / "copy"
+    )
     config = json.loads((given / "some/where/config.json").read_text())
     (given / "some/where/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     (given / "some/where/pytorch_model.bin").touch()

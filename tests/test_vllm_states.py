@@ -240,6 +240,11 @@ def test_files_of_the_extractor_equal_the_target_in_memory(work, extracted, tmp_
     error = refused(capsys, work, tmp_path / "lacks", *flags, "--on_missing", "raise")
     assert "lacks 3 of 12 rows, such as validation/0" in error
     assert "only read" in refused(capsys, work, tmp_path / "cache", *flags, "--on_generate", "cache")
+    # Without them, an evaluation would be one of nothing, with a loss of 0.
+    flags = (*flags, "--on_missing", "skip", "--save_best", "--best_metric", "loss")
+    rows = run(work.folder, tmp_path / "left_out", *flags)
+    assert {row["split"] for row in rows} == {"train"} and not (tmp_path / "left_out" / "best").is_symlink()
+    assert "no validation row has hidden states, nothing is evaluated" in capsys.readouterr().out
 
 
 def test_files_of_the_extractor_that_are_damaged_are_generated(work, extracted, tmp_path):

@@ -1,0 +1,244 @@
+"""The draft's configuration for a target: derived from the target's, with the keys that a file gives in their place.
+
+A file is one of: a draft's config.json in the flat form (SpecForge's configs/*.json, EAGLE's releases, our own), one in
+the speculators form, a plain Llama decoder's config.json. It is read from a path, from its folder, or from the hub.
+"""
+
+import difflib
+import json
+import math
+
+from core import common, draft_files, target_files
+
+# Keys that are read. Nothing else goes into the config.json of a new draft.
+READ = {
+    *draft_files.REQUIRED, *draft_files.FLAGS, *draft_files.NEUTRAL, "rope_scaling", "target_hidden_size",
+    draft_files.AUXILIARY, "eagle_config", "num_aux_hidden_states",
+}  # fmt: skip
+
+REMEDY = "The draft is one Llama layer with full attention and no biases: write these values, or drop the keys"
+
+# ==================== Given ==========================================================================================
+
+
+def read(flag, source):
+    """The keys, in the flat form, of the configuration that `flag` names: a JSON file, its folder, or a hub id.
+
+    Ends the program if there is none, or if it is not an EAGLE-3 draft's or a decoder's.
+    """
+    path = draft_files.locate(source, ("config.json",), flag)
+    if path.is_dir():
+        path = path / "config.json"
+    raw, problem = draft_files.read_json(path)
+    if problem:
+        common.fail(f"{flag} {source}: {problem}")
+    kind = raw.get("speculators_model_type", "eagle3")
+    if kind != "eagle3":
+        common.fail(f"{flag} {source}: speculators_model_type is {kind!r}, not 'eagle3', which is what is trained here")
+    if draft_files.is_speculators(raw):
+        if not isinstance(raw.get("transformer_layer_config"), dict):
+            common.fail(f"{flag} {source}: transformer_layer_config is missing, which has the sizes of the layer")
+        return draft_files.from_speculators(raw)
+    given = dict(raw)
+    if "dtype" in given:  # transformers 5's name
+        given.setdefault("torch_dtype", given.pop("dtype"))
+    architectures = given.get("architectures") or []
+    if not any("eagle" in str(name).lower() for name in architectures):
+        # A complete model's, of which the draft is one layer: its class and its head are not the draft's.
+        given.pop("architectures", None)
+        given.pop("tie_word_embeddings", None)
+    return given
+
+
+def name_unread(source, given):
+    """Print the given keys that nothing reads, with the key that may have been meant."""
+    named = []
+    for key in sorted(given.keys() - READ):
+        close = difflib.get_close_matches(key, READ - given.keys(), n=1, cutoff=0.85)
+        named.append(f"{key} (or {close[0]}?)" if close else key)
+    if named:
+        print(f"{source}: keys that nothing reads are left out: {', '.join(named)}")
+
+
+def name_replaced(source, given, config):
+    """Print the given values in whose place the target's, or a flag's, are used."""
+    replaced = []
+    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size"):
+        value = given.get(key)
+        if value is not None and value != config[key]:
+            replaced.append(f"{key} {value} -> {config[key]}")
+    if replaced:
+        print(f"{source}: replaced by what the target or a flag says: {', '.join(replaced)}")
+
+
+# ==================== Derived ========================================================================================
+
+
+def first_of(configs, *names, default=None):
+    """The first attribute that is not None, config by config, name by name."""
+    values = (getattr(config, name, None) for config in configs for name in names)
+    return next((value for value in values if value is not None), default)
+
+
+def dense_layer(text_config, config):
+    """Sizes of a plain layer that suits a target: the sizes of its own layers where these are plain.
+
+    Latent attention (MLA) keeps one small vector per token for all heads: with as many heads, a plain layer would cache
+    as much per token as all 61 layers of DeepSeek-V3. Such a target gets heads of 128 that fill the hidden size, in 8
+    groups; their number is a power of two, so that the ranks of a server divide it.
+    """
+    if getattr(text_config, "is_heterogeneous", False):  # Gemma 4: full and sliding attention differ in their heads
+        text_config = text_config.per_layer_config[0]
+
+    def size(*names, default=None):
+        value = first_of((text_config, config), *names, default=default)
+        return max(value, default=default) if isinstance(value, list | tuple) else value
+
+    hidden_size = text_config.hidden_size
+    if size("kv_lora_rank"):
+        heads = 2 ** math.ceil(math.log2(max(hidden_size / 128, 1)))
+        groups = min(8, heads)
+        head_dim = 128
+    else:
+        heads = text_config.num_attention_heads
+        groups = size("num_key_value_heads", default=heads)
+        head_dim = size("head_dim", default=hidden_size // heads)
+    return {
+        "intermediate_size": _dense_intermediate_size(size) or 4 * hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+    }
+
+
+def _dense_intermediate_size(size):
+    """That of the family's dense layers, else the experts that work on one token taken together; None if unknown."""
+    dense = size("intermediate_size_mlp")  # Llama 4, whose intermediate_size is that of its experts
+    if dense:
+        return dense
+    plain = size("intermediate_size", "ffn_dim", "n_inner")
+    expert = size("moe_intermediate_size", "expert_ffn_hidden_size")
+    active = size("num_experts_per_tok", default=0)
+    if plain and active and not expert:  # intermediate_size is that of the experts
+        return plain * active
+    if plain:
+        return plain
+    if expert:
+        return active * expert + size("shared_expert_intermediate_size", default=0)
+    return None
+
+
+def _derived_rope(text_config):
+    """(rope_theta, rope_scaling or None) of the draft for a target with this text configuration."""
+    rope = dict(getattr(text_config, "rope_parameters", None) or {})
+    rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
+    theta = rope.pop("rope_theta", None) or 10000.0
+    kind = rope.get("rope_type", "default")
+    if kind == "default" or kind not in draft_files.ROPE_TYPES:
+        return theta, None
+    # A family's other keys concern its own layers: shares of heads, sections of pictures, scales of queries.
+    known = {*draft_files.ROPE_TYPES[kind], *draft_files.ROPE_OPTIONS}
+    rope = {key: value for key, value in rope.items() if value is not None and key in known}
+    if kind != "linear":  # as transformers completes them
+        positions = text_config.max_position_embeddings
+        original = rope.setdefault("original_max_position_embeddings", positions)
+        rope.setdefault("factor", positions / original)
+    return theta, rope
+
+
+def derive_config(text_config, config):
+    """The draft's flat config.json for a target: the target's sizes, one Llama layer, the full vocabulary."""
+    theta, scaling = _derived_rope(text_config)
+    configs = (text_config, config)
+    dtype = first_of(configs, "dtype", default="bfloat16")
+    return {
+        **draft_files.FIXED,
+        "hidden_size": text_config.hidden_size,
+        **dense_layer(text_config, config),
+        "rms_norm_eps": first_of(configs, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": text_config.max_position_embeddings,
+        "vocab_size": text_config.vocab_size,
+        "draft_vocab_size": text_config.vocab_size,
+        "torch_dtype": draft_files.dtype_name(dtype),
+        "bos_token_id": first_of(configs, "bos_token_id"),
+        "eos_token_id": first_of(configs, "eos_token_id"),
+    }
+
+
+def configure(text_config, config, given=None, source=None, layer_ids=None, draft_vocab_size=None):
+    """(flat configuration, auxiliary layers) of a draft for a target with these configurations.
+
+    given: keys from a file or a checkpoint named `source`; the others are derived. layer_ids and draft_vocab_size
+    override both. Ends the program if the draft does not fit the target, or if no engine computes what it asks for.
+    """
+    derived = derive_config(text_config, config)
+    source = source or "the derived draft configuration"
+    given = draft_files.with_two_rope_keys(given or {})
+    name_unread(source, given)
+    draft_config = _merge(derived, {key: value for key, value in given.items() if key in READ}, source)
+    if draft_vocab_size:
+        draft_config["draft_vocab_size"] = draft_vocab_size
+    check_target(source, draft_config, text_config)
+    if draft_files.needs_embedding(draft_config):
+        keys = ("hidden_size", "target_hidden_size", "embed_requires_grad")
+        asked = json.dumps({key: draft_config[key] for key in keys if key in draft_config})
+        common.fail(f"{source}: {asked[1:-1]}: training an embedding table is not available yet")
+    columns = draft_config["draft_vocab_size"]
+    rows = draft_config["vocab_size"]
+    if not 0 < columns <= rows:
+        named = "" if draft_vocab_size else f"{source}: "
+        common.fail(f"{named}draft_vocab_size {columns} is not within 1..{rows}, the target's")
+    layers = _choose_layers(draft_config, text_config.num_hidden_layers, source, layer_ids)
+    default = target_files.default_layer_ids(text_config.num_hidden_layers)
+    draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
+    problems = draft_files.check_config(draft_config)
+    if draft_config["hidden_act"] != "silu" and not problems:
+        problems = [f'hidden_act is "{draft_config["hidden_act"]}": the engines serve "silu" alone']
+    if problems:
+        common.fail(f"{source}: {'; '.join(problems)}. {REMEDY}" if given else f"{source}: {'; '.join(problems)}")
+    for key in draft_files.NEUTRAL:
+        draft_config.pop(key, None)
+    return draft_config, layers
+
+
+def _merge(derived, given, source):
+    """The derived configuration with the given keys in their place."""
+    config = dict(derived)
+    theta = given.get("rope_theta")
+    if theta is not None or "rope_scaling" in given:  # one unit: never half from the target, half from the file
+        config["rope_theta"] = 10000.0 if theta is None else theta
+        config["rope_scaling"] = given.get("rope_scaling")
+    config |= {key: value for key, value in given.items() if value is not None}
+    if problems := draft_files.size_problems(config) + draft_files.layer_problems(config):  # what follows computes
+        common.fail(f"{source}: {'; '.join(problems)}")
+    if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    config["torch_dtype"] = derived["torch_dtype"]
+    # The draft is served as far as the target is. Its rotary frequencies do not depend on this number.
+    positions = "max_position_embeddings"
+    config[positions] = max(config[positions], derived[positions])
+    return config
+
+
+def check_target(source, config, text_config):
+    """End the program if a draft with this configuration does not belong to a target with this text configuration."""
+    hidden_size = config.get("target_hidden_size", config["hidden_size"])
+    for key, size in {"hidden_size": hidden_size, "vocab_size": config["vocab_size"]}.items():
+        expected = getattr(text_config, key)
+        if size != expected:
+            common.fail(f"{source} was made for another target: its {key} is {size}, this target's {expected}")
+
+
+def _choose_layers(config, num_layers, source, layer_ids):
+    """The auxiliary layers: of the flag, else of the configuration, else the default; ends the program if invalid."""
+    layers = layer_ids or draft_files.auxiliary_layers(config) or target_files.default_layer_ids(num_layers)
+    if not all(1 <= layer <= num_layers for layer in layers) or sorted(set(layers)) != layers:
+        name = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
+        common.fail(f"{name} {layers}: they must ascend within 1..{num_layers}, the target's layers")
+    count = config.get("num_aux_hidden_states", len(layers))
+    if count != len(layers):
+        common.fail(f"{source}: num_aux_hidden_states {count} for the auxiliary layers {layers}")
+    return layers
