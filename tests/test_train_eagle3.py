@@ -361,7 +361,7 @@ def bad_inputs(work, folder):
         "decay": ([*split, "--ttt_step_loss_decay", -1], "ttt_step_loss_decay is -1"),
         "not a number": ([*split, "--ttt_length", "x"], "ttt_length"),
         "tracker": ([*split, "--report_to", "pigeon"], "pigeon"),
-        "output in the way": ([*split, "--output_dir", empty], "is a file"),
+        "output in the way": ([*split, "--output_dir", empty], "a file is in the way"),
         "layer that is not there": ([*split, "--target_layer_ids", 2, 4, 9], "[2, 4, 9]"),
         "earlier run": ([*split, "--output_dir", work / "first"], "holds a run"),
         "other layers": (
