@@ -183,13 +183,16 @@ def parse_args(argv=None):
 
 def prepare(args, sharding):
     """On rank 0, before the target loads: (auxiliary layers, settings of the store, groups that are not written)."""
+    common.check_writable("output_path", args.output_path)
     data, data_config = dataloader.open_data(args.data_path)
     model_dir = target_files.resolve_target(args.target_model_path)
-    config, _ = target_files.read_target_config(model_dir, args.trust_remote_code)
+    config, full_config = target_files.read_target_config(model_dir, args.trust_remote_code)
     target_model.check_heads(config, args.tp_size)
+    target_model.check_weights(model_dir, full_config, args.trust_remote_code)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
         common.fail(f"{args.data_path} was prepared with another tokenizer or chat template than the target's")
+    dataloader.check_tokens(args.data_path, data, data_config, config.vocab_size)
     layers = args.target_layer_ids or target_files.default_layer_ids(config.num_hidden_layers)
     settings = hidden_states.store_settings(model_dir, layers, data_config)
     store = hidden_states.Store(args.output_path, settings, create=args.hidden_states_dtype)

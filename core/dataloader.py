@@ -29,9 +29,14 @@ COLUMNS = ("input_ids", "loss_mask")
 
 
 def open_data(folder):
-    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
+    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32.
+
+    None, of a dry run without data: no splits.
+    """
     from datasets import DatasetDict
 
+    if folder is None:
+        return DatasetDict(), {"fingerprint": None, "splits": {}}
     is_saved = Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
     if is_saved and not Path(folder, "data_config.json").is_file():
         common.fail(
@@ -48,6 +53,26 @@ def open_data(folder):
             f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again"
         )
     return DatasetDict.load_from_disk(str(folder)), config
+
+
+def check_tokens(folder, data, data_config, vocab_size):
+    """End the program if a row has a token that the target's embedding table of vocab_size rows does not have."""
+    for split, part in data.items():
+        largest = data_config["splits"][split].get("largest_token")
+        if largest is None:  # prepared by an earlier version
+            largest = largest_token(part)
+        if largest >= vocab_size:
+            common.fail(
+                f"{folder} has token {largest} ({split} split), the target's embedding table {vocab_size} rows: its "
+                "tokenizer has tokens that the model does not have; give the target a resized table, or prepare the "
+                "data without such tokens"
+            )
+
+
+def largest_token(split):
+    """The largest token id of a split's rows."""
+    batches = split.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
+    return max(int(batch["input_ids"].combine_chunks().flatten().to_numpy().max()) for batch in batches)
 
 
 @functools.lru_cache(maxsize=2)

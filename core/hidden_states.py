@@ -119,7 +119,10 @@ class Store:
         self.index = self.open_index(settings, create)
         for name, value in settings.items():
             if self.index.get(name) != value:
-                common.fail(f"the hidden states in {folder} are of another {name}: {self.index.get(name)}, not {value}")
+                line = f"the hidden states in {folder} are of another {name}: {self.index.get(name)}, not {value}"
+                if name == "target":
+                    line += target_files.explain_fingerprint(self.index.get(name), value, self.folder / "index.json")
+                common.fail(line)
         self.dtype = DTYPES[self.index["dtype"]]
         # Of the rows that are added:
         self.number = 0  # of the next shard

@@ -1,4 +1,4 @@
-"""A target's files: locating them in any layout, tokenizer, configuration, single tensors, hashes.
+"""A target's files: locating them in any layout, tokenizer, configuration, headers and single tensors, hashes.
 
 Accepted as a target: a Hugging Face folder, a folder with one nested model, an entry of the hub's cache, MLflow's
 layouts, a hub id.
@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+import zipfile
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -24,7 +25,27 @@ MAX_DEPTH = 3  # levels below the given folder that are searched
 
 MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layers
 
-SAMPLE = 2**20  # bytes of a weight file that are hashed at its beginning, in its middle and at its end
+TEMPLATES_FOLDER = "additional_chat_templates"  # beside a tokenizer: its templates with names, such as tool_use
+
+# {file in a folder that holds no Hugging Face model: what it tells}
+OTHER_FORMS = {
+    "adapter_config.json": "an adapter's: merge it by import_target.py first",
+    "*.gguf": "a GGUF file: make a folder of it by import_target.py first",
+    "params.json": "of Meta's or Mistral's own format: take the model's Hugging Face form",
+    "zero_to_fp32.*": "of a DeepSpeed checkpoint: run it there first, and give the folder that it writes",
+}
+
+# The files of weights, in the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+FINGERPRINT = "samples-2:"  # begins a target's fingerprint: change it whenever the same target would get another one
+
+SAMPLE = 256  # bytes that are hashed at the beginning, in the middle and at the end of each tensor
 
 # ==================== Locating =======================================================================================
 
@@ -35,10 +56,25 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
     A config.json counts only if it is a model's. patterns: the files of a hub id that are downloaded. Ends the program
     if no folder has such a file, or several on the same level.
     """
+    folder = open_folder(path_or_hub_id, patterns)
+    found = nearest_folders(folder, names)
+    if not found:
+        check_other_forms(folder)
+    if len(found) != 1:
+        where = ", ".join(str(path.relative_to(folder)) for path in found)
+        wanted = " or ".join(names)
+        common.fail(f"target model {path_or_hub_id}: {len(found)} folders with {wanted} in it instead of one: {where}")
+    return found[0]
+
+
+def open_folder(path_or_hub_id, patterns):
+    """The folder itself, or that of a hub id's files that match; ends the program if it is neither."""
     target = str(path_or_hub_id)
     folder = Path(path_or_hub_id).expanduser()
     if not folder.is_dir():
         is_hub_id = re.fullmatch(common.HUB_ID, target)
+        if folder.suffix == ".gguf":
+            common.fail(f"target model {target} is a GGUF file: make a folder of it by import_target.py first")
         if folder.exists() or not is_hub_id:
             common.fail(f"target model {target}: neither a folder nor a hub id such as org/name")
         folder = common.download(target, patterns)
@@ -46,12 +82,15 @@ def locate(path_or_hub_id, names, patterns=SMALL_FILES):
     current = folder / "refs" / "main"
     if current.is_file():  # an entry of the hub's cache
         folder = folder / "snapshots" / current.read_text().strip()
-    found = nearest_folders(folder, names)
-    if len(found) != 1:
-        where = ", ".join(str(path.relative_to(folder)) for path in found)
-        wanted = " or ".join(names)
-        common.fail(f"target model {target}: {len(found)} folders with {wanted} in it instead of one: {where}")
-    return found[0]
+    return folder
+
+
+def check_other_forms(folder):
+    """End the program if a folder without a model holds one in another form, with what to do."""
+    for pattern, what in OTHER_FORMS.items():
+        found = next(folder.glob(pattern), None)
+        if found:
+            common.fail(f"target model {folder} is not a Hugging Face model: {found.name} is {what}")
 
 
 def nearest_folders(folder, names):
@@ -97,6 +136,8 @@ def link_together(*folders):
     files = {}
     for folder in folders:
         files |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+        if (folder / TEMPLATES_FOLDER).is_dir():
+            files[TEMPLATES_FOLDER] = folder / TEMPLATES_FOLDER
     key = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
     merged = Path(constants.HF_HOME) / "mlflow_models" / key
     merged.mkdir(parents=True, exist_ok=True)
@@ -130,8 +171,8 @@ def read_target_config(model_dir, trust_remote_code=False):
     """(text_config, config) of a target; ends the program if a draft cannot be trained for it."""
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        problem = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        problem = str(error).strip().splitlines()[0]
         common.fail(f"target_model_path {model_dir}: its config.json cannot be read: {problem}")
     text_config = config.get_text_config()
     if text_config.num_hidden_layers < MIN_TARGET_LAYERS:
@@ -165,15 +206,78 @@ def read_target_tensor(model_dir, names):
 
 
 def files_of_tensors(model_dir):
-    """{name of a tensor: name of its file}; ends the program without safetensors files."""
-    index = model_dir / "model.safetensors.index.json"
-    single = model_dir / "model.safetensors"
-    if index.exists():
-        return json.loads(index.read_text())["weight_map"]
-    if not single.exists():
-        common.fail(f"{model_dir} has neither model.safetensors nor model.safetensors.index.json")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single.name)
+    """{name of a tensor: name of its file}; ends the program without complete safetensors files."""
+    files = {}
+    for path in weight_files(model_dir):
+        if path.suffix != ".safetensors":
+            common.fail(f"{model_dir} has neither model.safetensors nor model.safetensors.index.json")
+        files |= dict.fromkeys(read_header(path), path.name)
+    return files
+
+
+def weight_files(model_dir):
+    """The files that transformers reads a target's weights from, sorted; ends the program if one is not there."""
+    model_dir = Path(model_dir)
+    paths = [model_dir / name for name in WEIGHT_FILES]
+    first = next((path for path in paths if path.exists() or path.is_symlink()), None)  # the link may lead nowhere
+    if first is None:
+        check_other_forms(model_dir)
+        there = ", ".join(
+            sorted(path.name for path in model_dir.glob("*.*") if path.suffix in (".safetensors", ".bin"))
+        )
+        common.fail(
+            f"{model_dir} has neither model.safetensors nor pytorch_model.bin, nor the index of either, but "
+            f"{there or 'no weights'}"
+        )
+    files = [first]
+    if first.suffix == ".json":
+        try:
+            files = [model_dir / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            common.fail(f"{first} is not an index of weights: {type(error).__name__}: {error}")
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        common.fail(
+            f"{first} names {len(missing)} of {len(files)} files that are not there, such as {missing[0]}: download "
+            "the target again"
+        )
+    for path in files:
+        try:
+            start = path.open("rb").read(30)
+        except OSError as error:
+            common.fail(f"{path} cannot be read: {error.strerror}")
+        if start.startswith(b"version https://git-lfs"):
+            common.fail(f"{path} is only a pointer of git LFS, not the weights: run `git lfs pull` there")
+    return files
+
+
+def read_header(path):
+    """{name: {dtype, shape, data_offsets from the beginning of the file}} of a safetensors file's tensors.
+
+    Ends the program if the file is not complete.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(start - 8)) if start <= size else {}
+            header.pop("__metadata__", None)
+            for tensor in header.values():
+                tensor["data_offsets"] = [start + offset for offset in tensor["data_offsets"]]
+        except (ValueError, AttributeError, KeyError, TypeError):
+            header = {}
+    if not header:
+        common.fail(f"{path} of {size:,} bytes is not a safetensors file: download or copy it again")
+    end = max(tensor["data_offsets"][1] for tensor in header.values())
+    if end != size:
+        common.fail(f"{path} has {size:,} bytes, by its header {end:,}: it is cut off; download or copy it again")
+    return header
+
+
+def read_headers(model_dir):
+    """The headers of all of a target's safetensors files in one dictionary; empty for weights in the older format."""
+    headers = [read_header(path) for path in weight_files(model_dir) if path.suffix == ".safetensors"]
+    return {name: tensor for header in headers for name, tensor in header.items()}
 
 
 # ==================== Hashes =========================================================================================
@@ -186,15 +290,55 @@ def hash_tokenizer(tokenizer):
 
 
 def hash_target(model_dir):
-    """Hash of a target's configuration and of samples of its weights: reading all of them takes minutes."""
+    """Fingerprint of a target: of its configuration, and of samples of each tensor, as reading all takes minutes.
+
+    It does not depend on where the files lie, when they were written, or how tensors are divided among safetensors
+    files. It notices any change of names, shapes, dtypes, or of a complete matrix; not one of single values.
+    """
     model_dir = Path(model_dir)
+    samples = {}
+    for path in weight_files(model_dir):
+        samples |= sample_tensors(path) if path.suffix == ".safetensors" else sample_archive(path)
     config = (model_dir / "config.json").read_bytes()
-    digest = hashlib.sha256(config)
-    for path in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - SAMPLE, 0)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
+    return FINGERPRINT + common.hash_of([hashlib.sha256(config).hexdigest(), samples])
+
+
+def sample_tensors(path):
+    """{name: [dtype, shape, hash of samples]} of a safetensors file's tensors."""
+    samples = {}
+    with path.open("rb") as file:
+        for name, tensor in read_header(path).items():
+            start, end = tensor["data_offsets"]
+            digest = hashlib.sha256()
+            for place in sample_places(start, end):
+                file.seek(place)
+                digest.update(file.read(min(SAMPLE, end - place)))
+            samples[name] = [tensor["dtype"], tensor["shape"], digest.hexdigest()]
+    return samples
+
+
+def sample_places(start, end):
+    """Where samples of the bytes [start, end) begin: at the beginning, in the middle, at the end."""
+    last = max(end - SAMPLE, start)
+    return sorted({start, (start + last) // 2, last})
+
+
+def sample_archive(path):
+    """{part: what tells its content} of a file of weights in PyTorch's format.
+
+    Since PyTorch 1.6 it is a zip archive, which has a checksum of each tensor; older files are hashed completely.
+    """
+    if not zipfile.is_zipfile(path):
+        return {path.name: common.hash_file(path)}
+    with zipfile.ZipFile(path) as archive:
+        return {f"{path.name}/{part.filename}": [part.file_size, part.CRC] for part in archive.infolist()}
+
+
+def explain_fingerprint(stored, now, where):
+    """What to add to a line that refuses a target whose stored fingerprint is not the one of now; where: it is."""
+    if str(stored).startswith(FINGERPRINT):
+        return ""
+    return (
+        f". It is a fingerprint of an earlier version, which sampled less: if the target has not changed since, write "
+        f"{now} in its place in {where}"
+    )

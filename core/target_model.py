@@ -8,6 +8,7 @@ over the full one.
 import contextlib
 import copy
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -26,6 +27,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.modeling_utils import load_state_dict
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from core import common, ranks, slots, target_files
@@ -33,6 +36,13 @@ from core import common, ranks, slots, target_files
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
 LOGIT_SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+
+# Tensors of a target's layers that its values do not depend on: tables that are computed anew, and the scales of an
+# engine's 8-bit cache and activations.
+HARMLESS = re.compile(r"inv_freq$|(cos|sin)_cached$|\b(kv?|v|q|input|activation|output)_scale$")
+
+# Tensors that stand for quantised weights, or belong to them.
+QUANTISED = re.compile(r"(scales?|scale_inv|scale_\d|absmax|quant_map|quant_state\.\w+|qweight|qzeros|g_idx|packed)$")
 
 
 @dataclass
@@ -324,6 +334,8 @@ def load(
         zero3 = zero3_config(config, device, dtype, offload, offload_path, trust_remote_code)
     options["dtype"] = dtype
     model = read_model(model_dir, config, sharding, zero3, trust_remote_code, options)
+    if offload != "nvme":  # where no values are in memory
+        check_finite(model_dir, model)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if zero3:
         partition(model, zero3)
@@ -331,6 +343,12 @@ def load(
     output = model.get_output_embeddings()
     head = Head(full_tensor(output.weight), full_tensor(output.bias))
     embedding = head.weight if tied else full_tensor(inputs.weight)
+    ties = all(getattr(part, "tie_word_embeddings", False) for part in (config, text_config))
+    if ties and not torch.equal(head.weight, embedding):
+        common.fail(
+            f"the target {model_dir} has a head other than its embedding table, though its config.json ties them "
+            "(tie_word_embeddings): engines would serve another model; correct config.json"
+        )
     if zero3:  # the full tensors take the place of the partitioned ones
         output = torch.nn.Linear(1, 1, device="meta")
         output.weight = frozen(head.weight)
@@ -363,21 +381,177 @@ def read_model(model_dir, config, sharding, zero3, trust_remote_code, options):
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of several libraries and the family's own code
         if sharding != "none" and isinstance(error, RuntimeError):  # it may be another rank's
             raise
-        common.fail(f"the target {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}")
+        fail_loading(model_dir, error)
     finally:
         unset_hf_deepspeed_config()
         del partitioned
-    check_complete(model_dir, info)
+    check_complete(model_dir, model, info)
     return model.eval().requires_grad_(False)
 
 
-def check_complete(model_dir, info):
-    """End the program if weights of a target are missing: transformers would continue with random values."""
-    if info["missing_keys"]:
-        common.fail(f"the weights of the target {model_dir} lack {', '.join(sorted(info['missing_keys'])[:5])}")
+# ==================== What a target's files have to be ===============================================================
+
+
+def check_weights(model_dir, config, trust_remote_code=False):
+    """End the program if a target's weights are not what its config.json says; reads their names and shapes alone."""
+    target_files.weight_files(model_dir)
+    if Path(model_dir, "adapter_config.json").exists():
+        common.fail(
+            f"the target {model_dir} has an adapter beside its weights, which transformers applies only where peft is "
+            "installed: merge it by import_target.py, or remove adapter_config.json"
+        )
+    declared = getattr(config, "quantization_config", None)
+    if not declared:
+        check_not_quantised(model_dir)
+    elif check_quantisation(model_dir, declared) != "fp8":  # others need values; check_complete follows when they load
+        return
+    try:
+        with quiet():
+            model, info = load_names(model_dir, config, trust_remote_code)
+    except Exception as error:  # of several libraries and the family's own code
+        fail_loading(model_dir, error)
+    check_complete(model_dir, model, info)
+
+
+def load_names(model_dir, config, trust_remote_code):
+    """A target without values, and what transformers says of the names and shapes in its files."""
+    tensors = {}
+    for path in target_files.weight_files(model_dir):
+        tensors |= load_state_dict(path, map_location="meta")
+    with torch.device("meta"):
+        model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return type(model).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map={"": "meta"},
+        dtype=torch.bfloat16,
+        ignore_mismatched_sizes=True,  # check_complete names them
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+
+
+def fail_loading(model_dir, error):
+    """End the program with the first line of what loading a target has raised."""
+    problem = (str(error).strip().splitlines() or [""])[0]
+    common.fail(f"the target {model_dir} cannot be loaded: {type(error).__name__}: {problem}")
+
+
+def check_not_quantised(model_dir):
+    """End the program if the weights of a target are quantised, though its config.json says nothing of it."""
+    headers = target_files.read_headers(model_dir)
+    small = [name for name, tensor in headers.items() if tensor["dtype"].startswith(("F8", "F4"))]
+    packed = [name for name, tensor in headers.items() if "weight" in name and tensor["dtype"][0] in "IU"]
+    if small or packed:
+        common.fail(
+            f"the target {model_dir} has quantised weights, {list_names(small + packed)}, but its config.json has no "
+            "quantization_config: their scales would be left out; give the unquantised target"
+        )
+
+
+def check_quantisation(model_dir, declared):
+    """The method of a quantization_config; ends the program if transformers does not read it, or a package is missing.
+
+    declared: a dictionary, or an object of transformers.
+    """
+    declared = declared if isinstance(declared, dict) else declared.to_dict()
+    method = declared.get("quant_method")
+    try:
+        with quiet():
+            if not AutoHfQuantizer.supports_quant_method(declared):
+                raise ValueError(f"transformers does not read quant_method {method}, its scales would be left out")
+            AutoHfQuantizer.from_config(declared, pre_quantized=True).validate_environment()
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        problem = str(error).strip().splitlines()[0].rstrip(".")
+        common.fail(f"the target {model_dir} is quantised: {problem}; else give the unquantised target")
+    return method
+
+
+def check_complete(model_dir, model, info):
+    """End the program if weights are missing, as transformers would go on with random ones, or would be left out."""
+    missing = info["missing_keys"]
+    unexpected = sorted(info["unexpected_keys"])
+    if missing:
+        there = f"; they have {list_names(unexpected)} instead" if unexpected else ""
+        if missing == {"lm_head.weight"} and not unexpected:
+            there = "; if its head is the embedding table, set tie_word_embeddings in config.json to true"
+        common.fail(f"the weights of the target {model_dir} lack {list_names(missing)}{there}")
+    for name, shape, wanted in sorted(info["mismatched_keys"]):
+        common.fail(
+            f"the target {model_dir} has {name} of shape {list(shape)}, by its config.json {list(wanted)}: correct "
+            "config.json, such as its vocab_size"
+        )
+    lost = left_out(model, unexpected)
+    if any(QUANTISED.search(name) for name in lost):
+        common.fail(
+            f"the target {model_dir} is quantised in a form that transformers does not read, {list_names(lost)} would "
+            "be left out: give the target's unquantised weights"
+        )
+    if lost:
+        common.fail(
+            f"the target {model_dir} has {list_names(lost)}, which a model of its config.json (model_type "
+            f"{model.config.model_type}) does not have: they would be left out; correct config.json"
+        )
+
+
+def left_out(model, names):
+    """Those of the tensors' names that belong to a module of the model, or to one of its layers.
+
+    Others are of parts that the model does not use, such as layers that predict several tokens, or a vision tower.
+    """
+    modules = dict(model.named_modules())
+    layers = find_layers(model)
+    place = next(name for name, module in modules.items() if module is layers)
+    inside = tuple(f"{place}.{index}." for index in range(len(layers)))
+    found = [name for name in names if name.rpartition(".")[0] in modules or name.startswith(inside)]
+    return [name for name in found if not HARMLESS.search(name)]
+
+
+def list_names(names):
+    """The first names and how many there are."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def check_finite(model_dir, model):
+    """End the program if weights of a target are NaN or infinite, on any rank."""
+    bad = []
+    for name, parameter in model.named_parameters():
+        part = own_part(parameter)
+        if part.is_floating_point() and part.itemsize > 1 and not part.isfinite().all():
+            bad.append(name)
+    if dist.is_initialized():
+        bad = {name for names in ranks.gather(bad) for name in names}
+    if bad:
+        common.fail(f"weights of the target {model_dir} are NaN or infinite: {list_names(bad)}")
+
+
+def own_part(parameter):
+    """What this rank holds of a parameter's values."""
+    return getattr(parameter, "ds_tensor", parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without transformers' progress bar, and its table of the tensors that are left out."""
+    verbosity = logging.get_verbosity()
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+# ==================== Parts of a loaded target =======================================================================
 
 
 def partition(model, zero3):
@@ -405,7 +579,7 @@ def share_of_weights(target, args, sharding, row_tokens):
         return f"{kind}, head and embedding alone, hidden states of {args.hidden_states_path or 'the server'}"
     total = mine = moved = 0.0  # GB
     for p in target.decoder.parameters():
-        part = getattr(p, "ds_tensor", p.to_local() if isinstance(p, DTensor) else p)
+        part = own_part(p)
         total += getattr(p, "ds_numel", p.numel()) * p.itemsize / 1e9
         moved += getattr(p, "ds_numel", 0) * p.itemsize / 1e9
         mine += part.numel() * p.itemsize / 1e9
@@ -451,6 +625,11 @@ def _fit_head(target):
     best = min(gaps, key=gaps.get)  # the best, as small logits fit several
     head.scale, head.softcap = best
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2  # bf16 rounds logits to 3 digits
+    if not own.isfinite().all():
+        common.fail(
+            f"the target's logits are not finite, though its weights are: {head.weight.dtype} overflows; set dtype in "
+            "its config.json to bfloat16 or float32"
+        )
     if not gaps[best] <= tolerance * own.abs().max():
         common.fail(
             f"the target's logits are not its head applied to its last hidden state (model_type {config.model_type}, "
@@ -475,20 +654,19 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
     """A target of which only the head, the embedding table and the final norm are loaded: a model without layers."""
     text_config, config = target_files.read_target_config(model_dir, trust_remote_code)
     small = copy.deepcopy(config)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the tensors of all layers
     try:
         small.get_text_config().num_hidden_layers = 0
         if getattr(text_config, "layer_types", None):
             small.get_text_config().layer_types = []
-        model, info = automatic_class(config).from_pretrained(
-            model_dir,
-            config=small,
-            dtype="auto",
-            trust_remote_code=trust_remote_code,
-            device_map={"": device},
-            output_loading_info=True,
-        )
+        with quiet():  # it would list the tensors of all layers
+            model, info = automatic_class(config).from_pretrained(
+                model_dir,
+                config=small,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                device_map={"": device},
+                output_loading_info=True,
+            )
         model.eval().requires_grad_(False)
         output = model.get_output_embeddings()
         head = Head(full_tensor(output.weight), full_tensor(output.bias))
@@ -498,9 +676,8 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
         _fit_head(target)
     except Exception as error:  # of the family's own code, too
         common.fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
-    finally:
-        logging.set_verbosity(verbosity)
-    check_complete(model_dir, info)
+    if info["missing_keys"]:
+        common.fail(f"the weights of the target {model_dir} lack {list_names(info['missing_keys'])}")
     return Target(None, text_config, head, embedding, layer_ids, norm=norm)
 
 

@@ -191,7 +191,9 @@ def test_a_copy_is_one_folder_with_the_same_target(layout, llama_folder, tmp_pat
 def test_a_copy_is_refused_before_the_weights_move(llama_folder, tmp_path, capsys):
     given = arrange("nested", llama_folder, tmp_path / "given")
     (given / "some/where/model.safetensors").unlink()
-    assert "no *.safetensors or *.bin" in refused(capsys, import_target.copy_target, given, tmp_path / "copy")
+    assert "neither model.safetensors nor pytorch_model.bin" in refused(
+        capsys, import_target.copy_target, given, tmp_path / "copy"
+    )
     config = json.loads((given / "some/where/config.json").read_text())
     (given / "some/where/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     (given / "some/where/pytorch_model.bin").touch()
@@ -215,7 +217,8 @@ def test_what_cannot_be_copied_to_is_one_line_before_anything_is_read(llama_fold
     monkeypatch.setattr("core.target_files.resolve_target", lambda *_: pytest.fail("the target is read"))
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "in it"):
-        assert f"output_path {folder} cannot be a folder" in refused(capsys, import_target.copy_target, given, folder)
+        line = refused(capsys, import_target.copy_target, given, folder)
+        assert f"output_path {folder} cannot be written: a file is in the way" in line
     assert (tmp_path / "file").read_text() == "mine"
 
 
