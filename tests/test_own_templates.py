@@ -119,7 +119,7 @@ def test_prepared_data_know_their_template(tmp_path, monkeypatch, capsys):
 
     def check(name):
         flags = {"target_model_path": str(target), "trust_remote_code": False, "max_length": 2048, "total_seq_len": 0}
-        setup.check_data(Namespace(chat_template=name, **flags), "data", data, config, 1)
+        setup.check_data(Namespace(chat_template=name, **flags), {"vocab_size": 400}, "data", data, config, 1)
 
     for name in (None, "auto", "qwen"):
         check(name)
