@@ -51,6 +51,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    common.check_writable("output_path", args.output_path)
     token_freq = vocabulary.read_token_freq(args.token_freq_path)
     target_vocab_size = args.target_vocab_size
     if target_vocab_size is None:

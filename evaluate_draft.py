@@ -37,6 +37,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 import prepare_data
 import train_eagle3
 from core import (
+    checkpoints,
     common,
     conversation_files,
     conversations,
@@ -489,7 +490,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("target, draft and prompts").add_argument
     add("--target_model_path", required=True, help="folder or hub id of the target")
-    add("--draft_model_path", required=True, help="draft checkpoint, flat or speculators form")
+    add("--draft_model_path", required=True, help="draft in flat or speculators form, or a run's output folder")
     add("--prompts", required=True, help='conversations or {"prompt": text} in any form of prepare_data.py --dataset')
     add("--prompt_split", help="split of a hub data set; none: test, else validation, or its only one")
     conversation_files.add_flags(add)
@@ -512,22 +513,22 @@ def parse_args(argv=None):
 
 
 def main(args):
-    if Path(args.prompts).is_dir() and args.chat_template != "auto":
+    folder = common.open_output(args.output)
+    is_prepared = Path(args.prompts, "data_config.json").is_file()
+    if is_prepared and args.chat_template != "auto":
         common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
     model_dir = target_files.resolve_target(args.target_model_path)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
-    if not Path(args.prompts, "data_config.json").is_file():  # prepared rows are rendered already
+    if not is_prepared:
         tokenizer, _ = rendering.with_own_template(tokenizer, args.chat_template, template)
     flags = {name: getattr(args, name) for name in conversation_files.PROMPT_FLAGS}
     prompts = read_prompts(args.prompts, tokenizer, args.num_prompts, template and template.options, **flags)
     text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
     check_tokens(args.prompts, prompts, text_config.vocab_size)
-    config, tensors = draft_files.read_draft(args.draft_model_path)
+    config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
-    folder = common.open_output(args.output)
-
     target = target_model.load(
         model_dir,
         "cuda" if torch.cuda.is_available() else "cpu",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from core import common, draft_files, target_files
+from core import checkpoints, common, draft_files, target_files
 
 
 def check(folder):
@@ -41,9 +41,9 @@ def check(folder):
     return 0
 
 
-def _has_targets_table(args, tensors):
+def _has_targets_table(args, folder, tensors):
     """Whether the embedding table of the draft to export was added to it, or equals that of the given target."""
-    path = Path(args.checkpoint) / "model.safetensors"
+    path = Path(folder) / "model.safetensors"
     if path.exists():
         metadata = safe_open(path, "pt").metadata() or {}
         if metadata.get("embed_tokens") == draft_files.ADDED:
@@ -54,12 +54,12 @@ def _has_targets_table(args, tensors):
     return draft_files.is_embedding(tensors[draft_files.EMBEDDING], embedding)
 
 
-def read(args):
+def read(args, folder):
     """(flat config, tensors) of the draft to export, without a table that is the target's."""
-    config, tensors = draft_files.read_draft(args.checkpoint)
+    config, tensors = draft_files.read_draft(folder)
     if draft_files.EMBEDDING not in tensors or draft_files.needs_embedding(config):
         return config, tensors
-    if _has_targets_table(args, tensors):
+    if _has_targets_table(args, folder, tensors):
         del tensors[draft_files.EMBEDDING]
     return config, tensors
 
@@ -82,13 +82,15 @@ def write_speculators(args, config, tensors):
 def export(args):
     if not (args.checkpoint and args.format and args.output):
         common.fail("give a checkpoint folder, --format flat|speculators and --output FOLDER; or --check FOLDER")
-    if Path(args.output).resolve() == Path(args.checkpoint).resolve():
+    folder = checkpoints.find_draft(args.checkpoint)
+    if Path(args.output).resolve() in (Path(folder).resolve(), Path(args.checkpoint).resolve()):
         common.fail(f"--output {args.output} is the checkpoint itself: choose another folder")
     if args.format == "speculators" and not args.target_model_path:
         common.fail(
             "--format speculators needs --target_model_path: the form names the target and holds its embeddings"
         )
-    config, tensors = read(args)
+    common.check_writable("output", args.output)
+    config, tensors = read(args, folder)
     if args.format == "flat":
         draft_files.write_draft(args.output, config, tensors)
     else:
@@ -100,7 +102,7 @@ def export(args):
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", help="folder of the draft")
+    parser.add_argument("checkpoint", nargs="?", help="folder of the draft, or a run's output folder")
     parser.add_argument("--check", nargs="?", const="", metavar="FOLDER", help="check only; exit code 1 if incomplete")
     add = parser.add_argument_group("export").add_argument
     add("--format", choices=("flat", "speculators"), help="flat: vLLM and SGLang; speculators: vLLM")
@@ -130,9 +132,10 @@ def main(args):
     folder = args.check or args.checkpoint
     if not folder:
         common.fail("--check needs a folder")
-    if not Path(folder).is_dir():
+    draft = checkpoints.find_draft(folder)
+    if not Path(draft).is_dir():
         common.fail(f"--check {folder}: no such folder")
-    sys.exit(check(folder))
+    sys.exit(check(draft))
 
 
 if __name__ == "__main__":

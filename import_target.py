@@ -12,7 +12,6 @@ Out: --output_path: configuration, weights and tokenizer in one folder.
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -34,19 +33,12 @@ def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     or if the folder cannot be written.
     """
     folder = Path(folder)
-    check_writable(folder)  # before anything is downloaded
+    common.check_writable("output_path", folder)  # before anything is downloaded
     files = files_of(path_or_hub_id, trust_remote_code)
     check_apart(folder, files)
     for name, path in files.items():
         copy_file(path, folder / name)
     return sum(path.stat().st_size for path in files.values())
-
-
-def check_writable(folder):
-    """End the program if `folder` neither is nor can become a folder to write in."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        common.fail(f"output_path {folder} cannot be a folder: {existing} is not one that can be written")
 
 
 def check_apart(folder, files):
@@ -202,7 +194,7 @@ def need(package, why):
 
 def check_empty(folder):
     """End the program if a converted target cannot be written to `folder`."""
-    check_writable(folder)
+    common.check_writable("output_path", folder)
     if folder.exists() and any(folder.iterdir()):
         common.fail(f"output_path {folder} is not empty: give another folder, or remove it")
 

@@ -613,7 +613,10 @@ def prepare(dataset, output_path, target_model_path, **options):
     names = {"train": str(dataset)}
     if options.validation_dataset:
         names["validation"] = str(options.validation_dataset)
-    output = Path(output_path).expanduser().absolute()
+    output = Path(output_path).expanduser().resolve()  # the folder behind a link is replaced, not the link
+    stored = output / "data_config.json"
+    if not os.path.exists(stored):
+        common.check_writable("output_path", output)
     check_options(options, names, output)
     sources = {}
     for split, name in names.items():
@@ -625,10 +628,12 @@ def prepare(dataset, output_path, target_model_path, **options):
         options = dataclasses.replace(options, regenerate=settings)
     ingredients = list_ingredients(sources, tokenizer, chat, options, target_model_path)
     fingerprint = common.hash_of(ingredients)
-    stored = output / "data_config.json"
     if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return dataloader.open_data(output)[1]
+    common.check_writable("the folder of output_path", output.parent)
+    if os.path.ismount(output):
+        common.fail(f"output_path {output} is a mount point, which cannot be replaced: give a folder in it")
     answers = None
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))

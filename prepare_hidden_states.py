@@ -183,6 +183,7 @@ def parse_args(argv=None):
 
 def prepare(args, sharding):
     """On rank 0, before the target loads: (auxiliary layers, settings of the store, groups that are not written)."""
+    common.check_writable("output_path", args.output_path)
     data, data_config = dataloader.open_data(args.data_path)
     model_dir = target_files.resolve_target(args.target_model_path)
     config, full_config = target_files.read_target_config(model_dir, args.trust_remote_code)

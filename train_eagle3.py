@@ -728,7 +728,7 @@ def add_draft_flags(add):
     add("--target_layer_ids", type=int, nargs="+", help="auxiliary layers, i = after i layers; none: 2 L//2 L-3")
     backends = ("flex_attention", "sdpa")
     add("--attention_backend", choices=backends, default=backends[0], help="flex on GPUs only; same numbers")
-    add("--dry_run", action=common.Switch, help="initialise the draft, save it as step_00000000, and exit")
+    add("--dry_run", action=common.Switch, help="save the initial draft as step_00000000, and exit; needs no data")
 
 
 def add_optimizer_flags(add):
@@ -768,7 +768,7 @@ class Setup(NamedTuple):
     deepspeed_config: dict
     draft_config: dict
     layers: list  # auxiliary layers
-    data_folder: str
+    data_folder: str | None  # none: a dry run without data
     d2t: torch.Tensor  # [Vd]
     state: dict | None  # trainer_state.json of the checkpoint that is continued
 
@@ -776,7 +776,7 @@ class Setup(NamedTuple):
 def prepare_run(args):
     """Everything that can go wrong before a model loads, on rank 0; the Setup of all ranks."""
     world = dist.get_world_size()
-    setup.check_output(args)
+    holds_old = setup.check_output(args)
     setup.check_flags(args)
     default = vars(parse_args(["--target_model_path", args.target_model_path]))
     setup.check_unread(args, default)
@@ -785,18 +785,23 @@ def prepare_run(args):
     accumulation = setup.accumulation_steps(args, world)
     deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
     engine = checkpoints.engine_kind(deepspeed_config)
-    found, state = checkpoints.find_state(args, engine, setup.DECISIVE)
-    checkpoint = str(found) if found else args.resume_from_checkpoint
+    checkpoint, state = checkpoints.find_start(args, engine, setup.DECISIVE)
     checkpoint, source = setup.draft_source(args, checkpoint, state)
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
     model_dir = target_files.resolve_target(args.target_model_path)
     config, layers = setup.configure_draft(args, model_dir, checkpoint, source)
-    folder = args.data_path or prepare_conversations(args)
+    folder = args.data_path
+    if args.dataset_train_split:
+        folder = prepare_conversations(args)
     data, data_config = dataloader.open_data(folder)
-    setup.check_data(args, config, folder, data, data_config, world)
-    setup.check_validation(args, data, default)
+    if folder:
+        setup.check_data(args, config, folder, data, data_config, world)
+        setup.check_validation(args, data, default)
     d2t = setup.vocabulary_mapping(args, config, folder, checkpoint)
+    schedule = setup.schedule(args, len(data.get("train", ())))
+    if holds_old:
+        checkpoint = checkpoints.set_aside(args.output_dir, checkpoint)
     run = setup.Run(
         dp_size=world // args.tp_size,
         target_sharding=sharding,
@@ -805,11 +810,10 @@ def prepare_run(args):
         engine=engine,
         fingerprints={"data": data_config["fingerprint"], "target": target_files.hash_target(model_dir)},
         resume_from_checkpoint=checkpoint,
-        **setup.schedule(args, len(data["train"]))._asdict(),
+        **schedule._asdict(),
     )
     if state:
         setup.check_resume(run.flags(args), run, folder, model_dir, state)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     checkpoints.remove_leftovers(args.output_dir)
     config["draft_vocab_size"] = len(d2t)
     return Setup(run, deepspeed_config, config, layers, folder, d2t, state)
@@ -850,6 +854,12 @@ def build_draft(args, config, target, d2t, checkpoint):
 
 def main(args):
     device = ranks.start_distributed(args.dist_timeout, args.local_rank)
+    with ranks.only_writer("output_dir", args.output_dir):
+        start(args, device)
+
+
+def start(args, device):
+    """Prepare, load, and train or save the draft of a dry run."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
@@ -867,7 +877,7 @@ def main(args):
     flags = run.flags(args)
     step = state["step"] if state else 0
     settings = run_record.begin(__file__, flags, data_config, step)
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and data_folder:
         covered = vocabulary.coverage_of(Path(data_folder) / "token_freq.pt", d2t)
         print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered))
     groups = optimization.parameter_groups(draft, args.weight_decay)
@@ -882,8 +892,11 @@ def main(args):
         draft_files.write_draft(folder, config, vocabulary.with_mapping(tensors, d2t, config["vocab_size"]))
 
     if args.dry_run:
-        if not checkpoints.save_step(engine, flags, progress, write_draft):
+        folder = checkpoints.save_step(engine, flags, progress, write_draft)
+        if not folder:
             sys.exit(2)
+        if dist.get_rank() == 0:
+            print(f"saved {folder}: start from it with --resume_from_checkpoint {args.output_dir}")
         return
     record = run_record.Record(args, settings, run.total_steps)
 

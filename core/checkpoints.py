@@ -12,6 +12,8 @@ How the model itself is written is up to the trainer: `write_draft(folder, tenso
     step_XXXXXXXX/...                  what write_draft writes
 """
 
+import contextlib
+import datetime
 import itertools
 import json
 import math
@@ -26,7 +28,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,6 +39,9 @@ from core import common, ranks
 STATE = "trainer_state.json"
 RANKS = "deepspeed/ranks.safetensors"  # engines that serve the folder read each *.safetensors beside config.json
 SHARDS = "deepspeed"
+OF_A_RUN = (  # names in output_dir, without prepared data and hidden states
+    r"run\.json|metrics\.jsonl|curves\.png|source.*\.diff|train_.*\.py|logs|final|latest|best|(damaged_\d+_)?step_\d+"
+)
 
 # ==================== Progress =======================================================================================
 
@@ -120,6 +124,8 @@ def set_generators(states):
 
 def full_tensors(engine):
     """The model's parameters by name on rank 0 (CPU), {} elsewhere; under ZeRO-3 all ranks take part."""
+    import deepspeed  # slow, and not needed to find checkpoints
+
     model = engine.module
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=engine.zero_optimization_stage() == 3):
         if dist.get_rank() != 0:
@@ -376,6 +382,28 @@ def checkpoints(output_dir):
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
+def set_aside(output_dir, draft):
+    """Move what a run wrote in output_dir into a new folder there, and say so; prepared data stay.
+
+    Returns the path of `draft`, a folder or None, which may have been moved.
+    """
+    output = Path(output_dir)
+    aside = output / f"earlier_{datetime.datetime.now():%Y%m%d_%H%M%S_%f}"
+    moved = [path for path in output.iterdir() if re.fullmatch(OF_A_RUN, path.name)]
+    try:
+        aside.mkdir()
+        for path in moved:
+            path.rename(aside / path.name)
+    except OSError as error:
+        common.fail(f"{output}: what an earlier run wrote cannot be moved to {aside}: {error.strerror}")
+    print(f"what an earlier run wrote in {output} is now in {aside}", flush=True)
+    if draft:
+        for path in moved:
+            with contextlib.suppress(ValueError):  # it is not below
+                return str(aside / path.name / Path(draft).absolute().relative_to(path.absolute()))
+    return draft
+
+
 def remove_leftovers(output_dir):
     """Remove what an interruption left half-written or half-removed; nobody may be writing."""
     for path in Path(output_dir).glob(".*.building"):
@@ -419,23 +447,53 @@ def find_checkpoint(folders):
     return None, None
 
 
-def find_state(args, engine, decisive):
-    """With --resume the checkpoint to continue: (folder, trainer_state.json), or (None, None) to start from step 0.
+def find_draft(path):
+    """The folder of the draft that a path means; the path itself where that is something else, such as a hub id.
 
-    The newest complete checkpoint of output_dir comes first, then resume_from_checkpoint.
+    It is a draft's folder, or the output folder of a run: `final` there, else its newest complete checkpoint. Files
+    that name a checkpoint, as `latest` does on storage without links, are followed.
+    """
+    place = follow(path)
+    if not place.is_dir() or (place / "config.json").exists():
+        return str(path) if place == Path(path) else str(place)
+    folder = place / "final"
+    if not (folder / "config.json").exists():
+        folder, _ = find_checkpoint(checkpoints(place))
+    if not folder:
+        common.fail(f"{path} is neither a draft, with a config.json, nor an output folder with a complete checkpoint")
+    print(f"{path}: the draft is {folder}")
+    return str(folder)
+
+
+def follow(path):
+    """The path, or for a small file with the name of a folder beside it, as `link_newest` writes it, that folder."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size < 100:
+        named = path.parent / path.read_text(errors="replace").strip()
+        return named if named.is_dir() else path
+    return path
+
+
+def find_start(args, engine, decisive):
+    """(folder, trainer_state.json) of the checkpoint to continue; without --resume or one of them (draft, None).
+
+    draft: the folder whose weights the training starts from, or None. The newest complete checkpoint of output_dir
+    comes first, then resume_from_checkpoint, a checkpoint or another run's output folder.
     engine: `engine_kind` of this start. decisive: names of the flags that have to be those of the checkpoint.
     """
-    if not args.resume or args.no_resume_from_checkpoint:
-        return None, None
     given = args.resume_from_checkpoint
+    if not args.resume or args.no_resume_from_checkpoint:
+        return given and find_draft(given), None
     elsewhere = []
-    if given and (Path(given) / STATE).exists():
-        elsewhere.append(Path(given))
+    if given:
+        place = follow(given)
+        elsewhere = [place] if (place / STATE).exists() else checkpoints(place)
     folder, state = find_checkpoint(checkpoints(args.output_dir) + elsewhere)
     if not folder:
-        start = f"from the weights of {given}" if given else "from the beginning"
+        draft = given and find_draft(given)
+        start = f"from the weights of {draft}" if draft else "from the beginning"
         print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {start}", file=sys.stderr)
-        return None, None
+        return draft, None
     if RANKS not in state["files"]:
         common.fail(f"{folder} was written by an older version: start from its weights without --resume")
     if folder not in elsewhere:  # an interruption may have come before the links
@@ -447,7 +505,7 @@ def find_state(args, engine, decisive):
                 "the remaining steps are; give the same, or start from its weights without --resume"
             )
     check_engine(folder, state["flags"]["engine"], engine)
-    return folder, state
+    return str(folder), state
 
 
 def check_engine(folder, written, engine):

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,7 +66,11 @@ class Parser(argparse.ArgumentParser):
         return f" (is {', '.join(close)} meant?)" if close else ""
 
     def parse_args(self, argv=None):
-        return super().parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+        args = super().parse_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+        for name, value in vars(args).items():
+            if isinstance(value, str) and value.startswith("~/"):  # shells leave it alone in --flag=~/folder
+                setattr(args, name, os.path.expanduser(value))
+        return args
 
 
 def normalise_argv(argv, aliases=None):
@@ -168,14 +173,35 @@ def open_to_all(path):
         os.chmod(path, 0o644)
 
 
+def check_writable(name, folder):
+    """End the program unless `folder`, or the folder in which it will be created, takes files; name: of the flag."""
+    folder = Path(folder)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # a file above it, a name that is too long
+        existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        fail_to_write(name, folder, error)
+
+
+def fail_to_write(name, path, error) -> NoReturn:
+    """End the program because of an OSError in writing to `path`, which the user gave as `name`."""
+    reason = error.strerror
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        reason = "a link that leads nowhere is in the way" if Path(path).is_symlink() else "a file is in the way"
+    fail(f"{name} {path} cannot be written: {reason}")
+
+
 def open_output(path):
-    """The folder `path`, created if it does not exist; None for None. Ends the program if it cannot be one."""
+    """The folder `path` of --output, created if it does not exist; None for None."""
     if not path:
         return None
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"output {path} cannot be a folder: {error.strerror}")
+    check_writable("output", path)
+    Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
 

@@ -186,7 +186,7 @@ def find_preset(name, preset, dataset_path, part):
         return match_files(name, preset, Path(dataset_path).expanduser(), patterns, least=len(preset.hub))
     files = []
     for repository in preset.hub:
-        folder = common.download(repository, patterns, "dataset", preset.revision)
+        folder = common.download(repository, patterns, "dataset", preset.revision, f"preset {name} (--dataset_path)")
         files += match_files(name, preset, folder, patterns, least=1)
     return files
 
@@ -248,7 +248,7 @@ def find_splits(name, where, flags, part):
         return [Path(path) for path in paths]
     # hf://datasets/OWNER/NAME@REVISION/PATH
     inside = [path.partition("@")[2].partition("/") for path in paths]
-    folder = common.download(name, [path for _, _, path in inside], "dataset", inside[0][0])
+    folder = common.download(name, [path for _, _, path in inside], "dataset", inside[0][0], "dataset")
     return [folder / path for _, _, path in inside]
 
 

@@ -37,7 +37,12 @@ NEXT_ROLES = {  # "" is the start of a conversation
 
 TURN_FIELDS = ("conversations", "messages", "conversation")  # of a row
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+CONTENT_FIELDS = ("content", "value", "text")
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning", "thought")
+
+EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+OPEN_THOUGHT = re.compile(r"^\s*<think>", re.MULTILINE)
 
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")  # of a row, beside its turns
 
@@ -100,7 +105,8 @@ def read_conversation(row):
     if not is_list_of_objects(turns):
         raise Rejected("malformed message", "the messages are not a list of objects")
     refuse_keys(row, NOT_READ_IN_ROWS, "the row")
-    messages = [read_message(turn) for turn in drop_unasked(turns)]
+    turns = drop_unasked(turns)
+    messages = join_calls(turns, [read_message(turn) for turn in turns])
     messages = add_system_prompt(messages, row)
     roles = [message["role"] for message in messages]
     check_order(roles)
@@ -116,7 +122,7 @@ def has_turns(row):
 
 def drop_unasked(turns):
     """The turns without replies and outputs in front of the first question, with which a part of a long chat begins."""
-    roles = [ROLES.get(str(turn.get("role") or turn.get("from")).strip().lower()) for turn in turns]
+    roles = [ROLES.get(name_of(turn)) for turn in turns]
     if "user" not in roles:
         return turns
     first = roles.index("user")
@@ -130,6 +136,15 @@ def decode(value):
         while isinstance(value, str):
             value = json.loads(value)
     return value
+
+
+def is_json(value):
+    """Can the value be written as JSON? Python reads NaN and Infinity, which are none."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def kind_of(value):
@@ -167,6 +182,20 @@ def add_system_prompt(messages, row):
             raise Rejected("two system prompts", f"{key} of the row, and another one in front of the turns")
         messages = [prompt, *messages]
     return messages
+
+
+def join_calls(turns, messages):
+    """The messages, calls in turns of their own as a part of the assistant's turn in front of them."""
+    joined = []
+    for turn, message in zip(turns, messages, strict=True):
+        is_call = name_of(turn) in CALLING_ROLES and not message["content"]
+        if is_call and joined and joined[-1]["role"] == "assistant":
+            calls = joined[-1].get("tool_calls", [])
+            joined[-1]["tool_calls"] = calls + message["tool_calls"]
+            joined[-1]["supervised"] &= message["supervised"]
+        else:
+            joined.append(message)
+    return joined
 
 
 def check_order(roles):
@@ -211,11 +240,16 @@ def read_list(value):
 # ==================== A turn as a message ============================================================================
 
 
+def name_of(turn):
+    """What the turn calls its role."""
+    return str(turn.get("role") or turn.get("from")).strip().lower()
+
+
 def read_message(turn):
     """A message with role and content; an assistant's also with reasoning (None if it has none), tool_calls and
     supervised.
     """
-    name = str(turn.get("role") or turn.get("from")).strip().lower()
+    name = name_of(turn)
     role = ROLES.get(name)
     if role is None:
         raise Rejected("unknown role", repr(name))
@@ -242,6 +276,8 @@ def read_message(turn):
 
 def check_reply(content, message):
     """The content of an assistant's turn, None if it is blank beside calls. Raises Rejected for a reply without end."""
+    if isinstance(content, str):
+        content = EMPTY_THOUGHT.sub("", content)  # of a target that answers at once; a template writes its own
     is_blank = content is None or isinstance(content, str) and not content.strip()
     calls = "tool_calls" in message
     if is_blank and not calls and not message["reasoning"]:
@@ -249,9 +285,9 @@ def check_reply(content, message):
     if is_blank:
         content = None if calls else ""  # some templates drop the calls of a message that has content
     text = content if isinstance(content, str) else ""
-    _, closed, answer = text.rpartition("</think>")
-    if not closed and text.lstrip().startswith("<think>"):
-        raise Rejected("thought without an end", "an assistant turn begins with <think> and has no </think>")
+    answer = text.rpartition("</think>")[2]
+    if OPEN_THOUGHT.search(answer):
+        raise Rejected("thought without an end", "an assistant turn has no </think> after a line with <think>")
     if not answer.strip() and isinstance(content, str) and not calls:
         raise Rejected("thought without an answer", "an assistant turn of reasoning alone")
     return content
@@ -259,9 +295,8 @@ def check_reply(content, message):
 
 def read_content(turn, role):
     """(content, thoughts) of a turn; the texts of a list of parts are concatenated, thoughts are None without any."""
-    content = turn.get("content")
-    if content is None:
-        content = turn.get("value")
+    given = [turn[key] for key in CONTENT_FIELDS if turn.get(key) is not None]
+    content = next((value for value in given if value != ""), given[0] if given else None)
     kinds = []
     if isinstance(content, list):
         kinds = [str(part.get("type", "text")) if isinstance(part, dict) else type(part).__name__ for part in content]
@@ -347,6 +382,8 @@ def read_call(call):
         arguments = {}
     if not isinstance(arguments, dict):
         raise Rejected("malformed call", f"the arguments of {name} are {kind_of(arguments)}, not an object")
+    if not is_json(arguments):
+        raise Rejected("malformed call", f"the arguments of {name} have numbers that are not finite")
     unknown = function.keys() - {*ARGUMENTS, *KEYS_OF_CALLS}
     if unknown and not given:
         raise Rejected("malformed call", f"a call of {name} has no arguments, but {', '.join(sorted(unknown))}")

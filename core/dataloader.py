@@ -29,9 +29,14 @@ COLUMNS = ("input_ids", "loss_mask")
 
 
 def open_data(folder):
-    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32."""
+    """(DatasetDict, data_config) of a prepared folder; columns input_ids int32, loss_mask uint8, length int32.
+
+    None, of a dry run without data: no splits.
+    """
     from datasets import DatasetDict
 
+    if folder is None:
+        return DatasetDict(), {"fingerprint": None, "splits": {}}
     is_saved = Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
     if is_saved and not Path(folder, "data_config.json").is_file():
         common.fail(

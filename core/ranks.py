@@ -25,11 +25,17 @@ import torch
 import torch.distributed as dist
 from torch.utils.file_baton import FileBaton
 
-from core import common
+from core import claims, common
 
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TASKS = {  # variables with the number of tasks that these start at once; shells of sbatch and salloc have none of them
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+}
 try_acquire = FileBaton.try_acquire
 LOCK_PATIENCE = 5  # seconds
-LOCAL_FILE_SYSTEMS = {"btrfs", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}  # no other machine writes here
 
 
 def start_distributed(timeout, local_rank=-1):
@@ -38,16 +44,11 @@ def start_distributed(timeout, local_rank=-1):
     timeout: minutes that a collective may take. local_rank: the launcher's flag, -1 = from the variables. Returns the
     device of this rank.
     """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if "RANK" in missing:
+    check_variables()
+    if "RANK" not in os.environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        os.environ.update(zip((*names, "LOCAL_RANK"), ("0", "1", "127.0.0.1", port, "0"), strict=True))
-    elif missing:
-        common.fail(
-            f"RANK is set, but not {', '.join(missing)}: set all of {', '.join(names)}, or none of them for one rank"
-        )
+        os.environ.update(zip((*VARIABLES, "LOCAL_RANK"), ("0", "1", "127.0.0.1", port, "0"), strict=True))
     cuda = torch.cuda.is_available()
     if local_rank < 0:  # some services set RANK alone: ranks are dealt to a node's devices in turn
         local_rank = int(os.environ["RANK"]) % torch.cuda.device_count() if cuda else 0
@@ -71,10 +72,51 @@ def start_distributed(timeout, local_rank=-1):
     FileBaton.try_acquire = acquire_build_lock
     import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
 
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        fail_to_join(error)
     if dist.get_world_size() > 1 and not Watch.running:
         Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
     return device
+
+
+def fail_to_join(error):
+    """End the program because of what torch raises when this rank does not find the others."""
+    port = os.environ["MASTER_PORT"]
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
+    reason = str(error).splitlines()[0]
+    if "EADDRINUSE" in reason:
+        common.fail(
+            f"port {port} is in use, by another training for example: give another one with --master_port (deepspeed, "
+            "torchrun) or MASTER_PORT"
+        )
+    common.fail(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot join the others at {place}: {reason}")
+
+
+def check_variables():
+    """End the program if the environment says that there are other ranks, but not how to join them."""
+    remedy = f"set all of {', '.join(VARIABLES)}, or none of them for one rank"
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if "RANK" in missing:
+        for name, launcher in TASKS.items():
+            if os.environ.get(name, "1") != "1":
+                common.fail(
+                    f"{launcher} has started {os.environ[name]} tasks ({name}), but {', '.join(missing)} are not set: "
+                    "start one task a node with deepspeed or torchrun in it, or set them (docs/distributed.md)"
+                )
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            common.fail(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} are not set: {remedy}")
+        return
+    if missing:
+        common.fail(f"RANK is set, but not {', '.join(missing)}: {remedy}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            common.fail(f"{name} is {os.environ[name]!r}, which is not a number: {remedy}")
+    rank = os.environ["RANK"]
+    world = os.environ["WORLD_SIZE"]
+    if int(rank) >= int(world):
+        common.fail(f"RANK is {rank}, but WORLD_SIZE is {world}: ranks are counted from 0 to {int(world) - 1}")
 
 
 def acquire_build_lock(baton):
@@ -103,7 +145,7 @@ def is_abandoned(lock):
         before = lock.stat()
         if time.time() - before.st_mtime > 900:
             return True
-        if is_open(lock) or file_system(lock) not in LOCAL_FILE_SYSTEMS:
+        if is_open(lock) or not claims.is_local(lock):
             return False
         time.sleep(1)  # a process that closes its lock removes it at once
         return lock.stat().st_mtime_ns == before.st_mtime_ns and not is_open(lock)
@@ -114,13 +156,6 @@ def is_open(path):
     """Whether a process of this machine has a file open."""
     open_files = (process.info["open_files"] or [] for process in psutil.process_iter(["open_files"]))
     return any(file.path == os.path.realpath(path) for files in open_files for file in files)
-
-
-def file_system(path):
-    """The type of the file system that holds a path, as in "ext4"."""
-    path = Path(path).resolve()
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next(mounts[folder] for folder in [path, *path.parents] if folder in mounts)
 
 
 class Watch:
@@ -328,6 +363,14 @@ def on_first_rank(work):
         if outcome.exit_code:
             sys.exit(outcome.exit_code)
     return outcome.value
+
+
+@contextlib.contextmanager
+def only_writer(name, folder):
+    """`claims.only_writer` on rank 0 for all ranks."""
+    with contextlib.ExitStack() as claim:
+        on_first_rank(lambda: claim.enter_context(claims.only_writer(name, folder)))
+        yield
 
 
 def any_rank(device, *flags):

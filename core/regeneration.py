@@ -6,7 +6,6 @@ Out: FOLDER/SPLIT.jsonl: a line for each row, {"row": number, "messages", "tools
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import queue
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core import common, conversations, server
+from core import claims, common, conversations, server
 
 MANY = 8  # consecutive rows for which the server fails, after which it is taken for gone
 
@@ -465,11 +464,10 @@ def answer_rows(lines, read, path, model, settings):
     lines: numbers of the rows; read(index): the bytes of lines[index]. Ends the program with one line if the server
     stays away; the answers until then are kept.
     """
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            common.fail(f"{path}: another process writes answers there")
+    with (
+        claims.only_writer("regenerate_path", path.parent, f".{path.stem}.writer"),
+        open(path, "a+b") as file,
+    ):
         places = read_answers(file)
         refused = {row for row, place in places.items() if REFUSED.encode() in read_answer(file, place)[:80]}
         pending = [index for index, row in enumerate(lines) if row not in places or row in refused]

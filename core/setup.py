@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from core import (
+    checkpoints,
     common,
     conversation_files,
     dataloader,
@@ -70,8 +71,11 @@ def add_run_flags(add):
     add("--best_metric", choices=metrics, default=metrics[0], help="of the validation split; a tie: the lower loss")
     add("--max_bad_steps", type=POSITIVE, default=10, help="non-finite steps in a row that end the run")
     add("--resume", action=common.Switch, help="continue the newest complete checkpoint of output_dir, if there is one")
-    add("--resume_from_checkpoint", help="with resume: if output_dir has none; without: draft to start from")
-    add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume")
+    add(
+        "--resume_from_checkpoint",
+        help="with resume: if output_dir has none; without: draft to start from; or a run's folder",
+    )
+    add("--no_resume_from_checkpoint", action=common.Switch, help="start anew, even with resume; an old run is moved")
     add("--report_to", default="none", help="none, swanlab, wandb, tensorboard, mlflow, trackio; several by comma")
     add("--run_name", help="name of the run in the trackers; none: theirs")
     add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")
@@ -85,8 +89,10 @@ def check_flags(args):
     """End the program if flags contradict each other or the output folder; needs neither data nor a model."""
     if bool(args.d2t_path) != bool(args.t2d_path):
         common.fail("d2t_path and t2d_path belong together: give both or neither")
-    if bool(args.data_path) == bool(args.dataset_train_split):
+    if args.data_path and args.dataset_train_split:
         common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
+    if not args.data_path and not args.dataset_train_split:
+        check_dry_run(args)
     if args.data_path and args.dataset_validation_split:
         common.fail("data_path brings its own validation split: drop dataset_validation_split")
     if args.data_path and (given := [name for name, value in conversation_files.read_flags(args).items() if value]):
@@ -95,6 +101,15 @@ def check_flags(args):
         path = getattr(args, name)
         if path and not Path(path).exists():
             common.fail(f"{name} {path} does not exist")
+
+
+def check_dry_run(args):
+    """End the program unless this is a dry run, which can do without data, and no flag needs them."""
+    if not args.dry_run:
+        common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
+    for name in ("dataset_validation_split", "hidden_states_path", "vllm_endpoint"):
+        if getattr(args, name):
+            common.fail(f"{name} belongs to data: give dataset_train_split or data_path as well, or drop it")
 
 
 PATHS = ("data_path", "token_freq_path", "d2t_path", "t2d_path")
@@ -132,14 +147,20 @@ EVALUATING = ("save_best", "best_metric", "eval_interval", "eval_steps")
 
 
 def check_output(args):
-    """End the program if output_dir is a file, or holds a run that is not to be continued."""
+    """Whether what output_dir holds of an earlier run is to be put aside; ends the program if it is not said.
+
+    A dry run alone is put aside unasked: the same flags make it again.
+    """
     output = Path(args.output_dir)
-    if output.is_file():
-        common.fail(f"output_dir {output} is a file")
     held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
-    if held and (args.no_resume_from_checkpoint or not args.resume):
-        names = ", ".join(sorted(held)[:3])
-        common.fail(f"output_dir {output} holds a run ({names}): continue it with --resume, use another or remove it")
+    if not held or (args.resume and not args.no_resume_from_checkpoint):
+        return False
+    if args.no_resume_from_checkpoint or held == [checkpoints.step_folder("", 0).name]:
+        return True
+    common.fail(
+        f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): continue it with --resume, put it aside "
+        "with --no_resume_from_checkpoint, or give another"
+    )
 
 
 def micro_batch_size(args):
@@ -251,10 +272,15 @@ def check_data(args, config, folder, data, data_config, world):
 def vocabulary_mapping(args, config, folder, checkpoint):
     """d2t, int64 [Vd] offsets: the checkpoint's, from the files of the flags, or by the token counts of the data."""
     if not checkpoint:
-        counts = args.token_freq_path or Path(folder) / "token_freq.pt"
         sizes = (config["draft_vocab_size"], config["vocab_size"])
         if args.token_freq_path and sizes[0] == sizes[1]:
             common.fail("token_freq_path is read to choose draft_vocab_size tokens: give that too, or drop it")
+        if not folder and sizes[0] < sizes[1] and not (args.token_freq_path or args.d2t_path):
+            common.fail(
+                f"draft_vocab_size {sizes[0]} of {sizes[1]} without data: give token_freq_path, or d2t_path and "
+                "t2d_path, or data"
+            )
+        counts = args.token_freq_path or Path(folder or "") / "token_freq.pt"
         return vocabulary.choose_mapping(*sizes, counts, args.d2t_path, args.t2d_path)
     _, tensors = draft_files.read_draft(checkpoint)
     d2t = tensors.get("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
@@ -273,14 +299,14 @@ class Schedule(NamedTuple):
 
 
 def schedule(args, rows):
-    """The Schedule of a training on so many rows."""
-    per_epoch = math.ceil(rows / args.draft_global_batch_size)
+    """The Schedule of a training on so many rows; without rows, of a dry run, which takes no step."""
+    per_epoch = max(math.ceil(rows / args.draft_global_batch_size), 1)
     total = args.total_steps if args.total_steps > 0 else args.num_epochs * per_epoch
     warmup = args.scheduler_warmup_steps
     if warmup is None:
         warmup = math.ceil(args.warmup_ratio * total)
     until = args.scheduler_total_steps or total
-    if warmup > until:
+    if rows and warmup > until:
         common.fail(f"warm-up of {warmup} steps in a schedule of {until} steps")
     return Schedule(per_epoch, total, warmup, until)
 
@@ -301,7 +327,7 @@ def check_resume(flags, run, folder, model_dir, state):
     places = {"data": folder, "target": model_dir}
     for name, fingerprint in run.fingerprints.items():
         before = state["flags"]["fingerprints"][name]
-        if before != fingerprint:
+        if before not in (fingerprint, None):  # None: a dry run without data
             older = ""
             if name == "target":
                 place = Path(run.resume_from_checkpoint) / "trainer_state.json"
@@ -310,6 +336,11 @@ def check_resume(flags, run, folder, model_dir, state):
                 f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
                 f"start from its weights without --resume{older}"
             )
+    if state["step"] > run.total_steps:
+        print(
+            f"{run.resume_from_checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is "
+            "left to train"
+        )
     changed = []
     for name, before in state["flags"].items():
         now = flags.get(name, before)

@@ -356,8 +356,9 @@ def check_source_flags(args, default):
         common.fail(f"vllm_endpoint generates missing rows: it needs on_missing generate, not {args.on_missing}")
     if args.on_generate == "cache" and args.on_missing != "generate":
         common.fail(f"on_generate cache keeps generated rows: it needs on_missing generate, not {args.on_missing}")
-    if args.hidden_states_dtype != default["hidden_states_dtype"] and args.on_generate != "cache":
-        common.fail("hidden_states_dtype is of states that are kept: it needs on_generate cache")
+    makes_folder = choose_folder(args) and args.on_missing == "generate"
+    if args.hidden_states_dtype != default["hidden_states_dtype"] and not makes_folder:
+        common.fail("hidden_states_dtype is of a new folder: it needs hidden_states_path and on_missing generate")
     if not args.vllm_endpoint:
         for name in ("request_timeout", "max_retries"):
             if getattr(args, name) != default[name]:

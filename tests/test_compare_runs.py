@@ -165,7 +165,7 @@ def test_a_comparison_without_a_folder_is_drawn_into_one(tmp_path, monkeypatch, 
         ([], "the following arguments are required: runs"),
         (["list"], "line 2 is not a row"),
         (["stepless"], "line 1 is not a row"),
-        (["fine", "--output", "fine/metrics.jsonl"], "cannot be a folder"),
+        (["fine", "--output", "fine/metrics.jsonl"], "a file is in the way"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys, argv, expected):

@@ -62,6 +62,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
             "tensor-parallel-size dtype served-model-name",
     "sglang": "dtype model-path reasoning-parser speculative-algorithm speculative-draft-model-path "
               "speculative-eagle-topk speculative-num-draft-tokens speculative-num-steps tp-size",
+    "SLURM": "ntasks-per-node",
     "az": "file resource-group set workspace-name", "swanlab": "id", "tensorboard": "logdir",
     "SpecForge": "max-num-steps", "docs/changing.md": "ema_decay",
     "speculators": "noise_std use_off_policy_tokens norm_before_residual",

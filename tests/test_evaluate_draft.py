@@ -597,12 +597,12 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     prepare_data.prepare(rows, tmp_path / "data", tmp_path / "tokenizer", num_proc=1)
     for options, words in (
         ({"prompts": tmp_path / "absent.jsonl"}, "absent.jsonl: no such file or folder"),
-        ({"prompts": tmp_path / "file"}, "has no prompts"),
+        ({"prompts": tmp_path / "file"}, "is empty: no row in it"),
         ({"prompts": tmp_path / "cut.jsonl"}, "line 2 of"),
         ({"prompts": tmp_path / "list.jsonl"}, "line 1 of"),
         ({"prompts": tmp_path / "turn.jsonl"}, "no question with a reply"),
         ({"prompts": tmp_path / "bare.jsonl"}, "an empty one"),
-        ({"draft_model_path": tmp_path}, "is not usable"),
+        ({"draft_model_path": tmp_path}, "is neither a draft"),
         ({"draft_model_path": other_vocabulary}, f"vocab_size is {VOCABULARY + 8}, this target's {VOCABULARY}"),
         ({"target_model_path": wide}, "hidden_size is 64, this target's 32"),
         ({"target_model_path": shallow}, "has 6 layers"),
@@ -612,8 +612,8 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"num_prompts": 0}, "num_prompts is 0"),
         ({"temperature": -1}, "temperature is -1.0; it must be at least 0"),
         ({"prompts": tmp_path / "data"}, "prepared with another tokenizer"),
-        ({"output": tmp_path / "file"}, "file cannot be a folder: File exists"),
-        ({"output": tmp_path / "file" / "out"}, "out cannot be a folder: Not a directory"),
+        ({"output": tmp_path / "file"}, "file cannot be written: a file is in the way"),
+        ({"output": tmp_path / "file" / "out"}, "out cannot be written: a file is in the way"),
         ({"seed": "x"}, "--seed"),
         ({"unknown": 1}, "--unknown"),
     ):

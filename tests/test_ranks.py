@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.file_baton import FileBaton
 
-from core import ranks
+from core import claims, ranks
 from helpers import training
 
 
@@ -117,7 +117,7 @@ def test_build_of_another_process_is_waited_for(held):
 
 def test_lock_of_another_machine_is_taken_over_after_a_quarter_of_an_hour(tmp_path, monkeypatch):
     lock = tmp_path / "lock"
-    monkeypatch.setattr(ranks, "file_system", lambda path: "nfs4")
+    monkeypatch.setattr(claims, "file_system", lambda path: "nfs4")
     for age, abandoned in ((880, False), (901, True)):
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)

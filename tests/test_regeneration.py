@@ -348,8 +348,7 @@ def test_killed_again_and_again_it_neither_loses_nor_repeats_a_row(server, tmp_p
 
 def test_two_writers_and_a_line_that_is_none_are_refused(server, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
-    with open(path, "ab") as file:
-        regeneration.fcntl.flock(file, regeneration.fcntl.LOCK_EX)
+    with tiny.other_writer(tmp_path, ".a.writer"):
         assert "another process writes" in stopped(capsys, answer, server, path, conversations(1))
     path.write_bytes(b'{"row": 1}\nnonsense\n')
     assert "byte 11 begins a line that is no answer" in stopped(capsys, answer, server, path, conversations(1))

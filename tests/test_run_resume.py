@@ -165,7 +165,6 @@ def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatc
     out = tmp_path / "out"
     shutil.copytree(work / "whole", out, symlinks=True)
     assert "holds a run" in (line := refused(capsys, work, out)) and "--resume" in line
-    assert "holds a run" in refused(capsys, work, out, "--resume", "--no_resume_from_checkpoint")
     for flag, value, before in (("seed", 1, 0), ("draft_global_batch_size", 8, 4), ("ttt_length", 2, 3)):
         line = refused(capsys, work, out, "--resume", f"--{flag}", value)
         assert f"{flag} {before}, not {value}" in line and "step_00000012" in line

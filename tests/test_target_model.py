@@ -217,7 +217,8 @@ def test_what_cannot_be_copied_to_is_one_line_before_anything_is_read(llama_fold
     monkeypatch.setattr("core.target_files.resolve_target", lambda *_: pytest.fail("the target is read"))
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "in it"):
-        assert f"output_path {folder} cannot be a folder" in refused(capsys, import_target.copy_target, given, folder)
+        line = refused(capsys, import_target.copy_target, given, folder)
+        assert f"output_path {folder} cannot be written: a file is in the way" in line
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -347,7 +347,7 @@ def bad_inputs(work, folder):
         "no data": ([], "dataset_train_split"),
         "data twice": ([*split, "--data_path", work / "data"], "dataset_train_split"),
         "data of another tokenizer": ([*model, "--target_model_path", folder / "other_target"], "another tokenizer"),
-        "data of another template": ([*model, "--chat_template", "qwen"], "was prepared with --chat_template llama3"),
+        "data of another template": ([*model, "--chat_template", "qwen"], "with --chat_template auto or llama3, not qwen"),
         "data of longer rows": ([*model, "--max_length", 40], "give --max_length "),
         "missing mapping": ([*split, "--d2t_path", folder / "d2t.npy", "--t2d_path", folder / "t2d.npy"], "d2t.npy"),
         "half a mapping": ([*split, "--d2t_path", "d2t.npy"], "t2d_path"),
@@ -361,7 +361,7 @@ def bad_inputs(work, folder):
         "decay": ([*split, "--ttt_step_loss_decay", -1], "ttt_step_loss_decay is -1"),
         "not a number": ([*split, "--ttt_length", "x"], "ttt_length"),
         "tracker": ([*split, "--report_to", "pigeon"], "pigeon"),
-        "output in the way": ([*split, "--output_dir", empty], "is a file"),
+        "output in the way": ([*split, "--output_dir", empty], "a file is in the way"),
         "layer that is not there": ([*split, "--target_layer_ids", 2, 4, 9], "[2, 4, 9]"),
         "earlier run": ([*split, "--output_dir", work / "first"], "holds a run"),
         "other layers": (

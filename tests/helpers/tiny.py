@@ -48,6 +48,25 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+WRITER = """
+import sys
+from core import claims
+with claims.only_writer("output_dir", *sys.argv[1:]):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_writer(*claim):
+    """Another process that has claimed a folder (claim: folder, name of the file): the process."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", WRITER, *claim], cwd=REPOSITORY, **pipes) as process:
+        process.stdout.readline()
+        yield process
+        process.stdin.close()
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
