@@ -33,7 +33,7 @@ def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     or if the folder cannot be written.
     """
     folder = Path(folder)
-    common.check_writable("output_path", folder)  # before anything is downloaded
+    common.check_writable("output_path", folder)
     files = files_of(path_or_hub_id, trust_remote_code)
     check_apart(folder, files)
     for name, path in files.items():
@@ -193,8 +193,7 @@ def need(package, why):
 
 
 def check_empty(folder):
-    """End the program if a converted target cannot be written to `folder`."""
-    common.check_writable("output_path", folder)
+    """End the program if `folder` has anything in it: a converted target is renamed to it."""
     if folder.exists() and any(folder.iterdir()):
         common.fail(f"output_path {folder} is not empty: give another folder, or remove it")
 
@@ -236,6 +235,7 @@ def parse_args(argv=None):
 def main(args):
     given = args.target_model_path
     folder = Path(args.output_path)
+    common.check_writable("output_path", folder)  # before anything is downloaded
     gguf = find_gguf(given)
     adapter = None if gguf else find_adapter(given)
     if gguf:

@@ -57,10 +57,8 @@ def open_data(folder):
 
 def check_tokens(folder, data, data_config, vocab_size):
     """End the program if a row has a token that the target's embedding table of vocab_size rows does not have."""
-    for split, part in data.items():
-        largest = data_config["splits"][split].get("largest_token")
-        if largest is None:  # prepared by an earlier version
-            largest = largest_token(part)
+    for split in data:
+        largest = data_config["splits"][split]["largest_token"]
         if largest >= vocab_size:
             common.fail(
                 f"{folder} has token {largest} ({split} split), the target's embedding table {vocab_size} rows: its "

@@ -519,14 +519,15 @@ def list_names(names):
 
 
 def check_finite(model_dir, model):
-    """End the program if weights of a target are NaN or infinite, on any rank."""
+    """End the program if weights of a target that this rank holds are NaN or infinite.
+
+    No collective: a rank may load the target alone, and a rank that ends here ends the others.
+    """
     bad = []
     for name, parameter in model.named_parameters():
         part = own_part(parameter)
         if part.is_floating_point() and part.itemsize > 1 and not part.isfinite().all():
             bad.append(name)
-    if dist.is_initialized():
-        bad = {name for names in ranks.gather(bad) for name in names}
     if bad:
         common.fail(f"weights of the target {model_dir} are NaN or infinite: {list_names(bad)}")
 
