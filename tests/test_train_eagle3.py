@@ -333,7 +333,7 @@ def bad_inputs(work, folder):
     broken.write_text("{")
     split, model = ("--dataset_train_split", work / "train.jsonl"), ("--data_path", work / "data")
     return {
-        "missing file": (["--dataset_train_split", folder / "no.jsonl"], "no.jsonl does not exist"),
+        "missing file": (["--dataset_train_split", folder / "no.jsonl"], "no.jsonl: no such file"),
         "empty file": (["--dataset_train_split", empty], "empty.jsonl"),
         "not JSON": (["--dataset_train_split", text], "text.jsonl"),
         "no reply": (["--dataset_train_split", alone], "no question with a reply"),
