@@ -333,7 +333,7 @@ def bad_inputs(work, folder):
     broken.write_text("{")
     split, model = ("--dataset_train_split", work / "train.jsonl"), ("--data_path", work / "data")
     return {
-        "missing file": (["--dataset_train_split", folder / "no.jsonl"], "no.jsonl does not exist"),
+        "missing file": (["--dataset_train_split", folder / "no.jsonl"], "no.jsonl: no such file or folder"),
         "empty file": (["--dataset_train_split", empty], "empty.jsonl"),
         "not JSON": (["--dataset_train_split", text], "text.jsonl"),
         "no reply": (["--dataset_train_split", alone], "no question with a reply"),
@@ -347,7 +347,7 @@ def bad_inputs(work, folder):
         "no data": ([], "dataset_train_split"),
         "data twice": ([*split, "--data_path", work / "data"], "dataset_train_split"),
         "data of another tokenizer": ([*model, "--target_model_path", folder / "other_target"], "another tokenizer"),
-        "data of another template": ([*model, "--chat_template", "qwen"], "with --chat_template auto or llama3, not qwen"),
+        "data of another template": ([*model, "--chat_template", "qwen"], "--chat_template auto or llama3, not qwen"),
         "data of longer rows": ([*model, "--max_length", 40], "give --max_length "),
         "missing mapping": ([*split, "--d2t_path", folder / "d2t.npy", "--t2d_path", folder / "t2d.npy"], "d2t.npy"),
         "half a mapping": ([*split, "--d2t_path", "d2t.npy"], "t2d_path"),
