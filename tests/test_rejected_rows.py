@@ -79,7 +79,7 @@ def test_prepared_rows_without_a_slot_end_a_training_at_its_start(target, tmp_pa
     words = ["--target_model_path", str(target), "--data_path", str(tmp_path / "out")]
     data, config = dataloader.open_data(tmp_path / "out")
     with pytest.raises(SystemExit):
-        setup.check_data(train_eagle3.parse_args(words), tmp_path / "out", data, config, 1)
+        setup.check_data(train_eagle3.parse_args(words), {"vocab_size": 400}, tmp_path / "out", data, config, 1)
     assert f"{tmp_path}/out: nothing to train on" in capsys.readouterr().err
 
 
