@@ -425,7 +425,7 @@ def load_names(model_dir, config, trust_remote_code):
         model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return type(model).from_pretrained(
         None,
-        config=config,
+        config=model.config,  # the text's alone, where the class is of text alone
         state_dict=tensors,
         device_map={"": "meta"},
         dtype=torch.bfloat16,
