@@ -528,6 +528,8 @@ def check_options(options, names, output):
         common.fail(f"max_rejected_ratio {options.max_rejected_ratio} must be in [0, 1]")
     if options.validation_ratio and options.validation_dataset:
         common.fail("validation_ratio and validation_dataset: give one of them")
+    if options.validation_split and not options.validation_dataset:
+        common.fail(f"validation_split {options.validation_split}: give --validation_dataset as well")
     if options.prompt_column and not options.response_column and not options.regenerate:
         common.fail(f"prompt_column {options.prompt_column}: give --response_column as well")
     presets = [conversations.PRESETS[name] for name in names.values() if name in conversations.PRESETS]
@@ -621,6 +623,8 @@ def prepare(dataset, output_path, target_model_path, **options):
     sources = {}
     for split, name in names.items():
         sources[split] = conversation_files.open_source(name, split, vars(options))
+    if "validation" in sources and {*map(str, sources["train"].files)} & {*map(str, sources["validation"].files)}:
+        common.fail("validation_dataset has the files of the training data: give others, or --validation_ratio")
     tokenizer = target_files.load_tokenizer(target_model_path, options.trust_remote_code)
     chat = make_chat(tokenizer, options.chat_template, options.max_length, bool(options.train_only_last_turn))
     if options.regenerate and chat.template:  # the server has to render as the data are rendered

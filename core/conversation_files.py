@@ -18,7 +18,7 @@ import re
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from core import common, conversations
@@ -29,7 +29,7 @@ CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 
 ROWS = 1000  # rows of a table that are in memory at a time
 
-SUFFIXES = re.compile(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv|zip|gz|bz2|xz|zst|txt)\Z")
+SUFFIXES = re.compile(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv|zip|gz|bz2|xz|zst|txt)\Z", re.IGNORECASE)
 
 BETWEEN = re.compile(r"[\s,]*")  # two rows of a JSON array
 
@@ -131,25 +131,46 @@ def open_source(name, part, flags):
     part: train, validation or prompt, after which a split is chosen. flags: {name: value} of the flags above.
     """
     flags = dict.fromkeys((*FLAGS, "prompt_split")) | flags
-    convert = None
+    columns = [flags[name] for name in ("prompt_column", "response_column") if flags[name]]
+    if flags["response_column"] and not flags["prompt_column"]:
+        common.fail(f"response_column {columns[0]}: give --prompt_column as well")
     if name in conversations.PRESETS:
+        refuse_flags(name, "a preset, which knows its columns and splits", ("prompt_column", *CHOICES[part]), flags)
         preset = conversations.PRESETS[name]
-        files = find_preset(name, preset, flags["dataset_path"], part)
-        convert = preset.to_row
+        source = Source(name, find_preset(name, preset, flags["dataset_path"], part), preset.to_row)
     else:
-        files = find_files(name, flags, part)
-    columns = (flags["prompt_column"], flags["response_column"])
-    if columns[1] and not columns[0]:
-        common.fail(f"response_column {columns[1]}: give --prompt_column as well")
-    if columns[0]:
-
-        def convert(row):
-            return pair_columns(row, *columns)
-
-    source = Source(name, files, convert)
-    if next(source.rows(), None) is None:
+        source = Source(name, find_files(name, flags, part))
+    first = next(source.rows(), None)
+    if first is None:
         common.fail(f"dataset {name} is empty: no row in it")
-    return source
+    if not columns:
+        return source
+    check_columns(name, first[1], columns)
+    return replace(source, convert=lambda row: pair_columns(row, *columns))
+
+
+# The flags that choose in a data set, by what of it is read.
+CHOICES = {
+    "train": ("dataset_config", "train_split"),
+    "validation": ("validation_split",),
+    "prompt": ("dataset_config", "prompt_split"),
+}
+
+
+def refuse_flags(name, what, names, flags):
+    """End the program if a flag is given that nothing would read beside a data set of this kind."""
+    for flag in names:
+        if flags[flag]:
+            common.fail(f"{flag} {flags[flag]}: {name} is {what}: drop it")
+
+
+def check_columns(name, first, columns):
+    """End the program if the first row of a data set, as bytes of JSON, does not have the columns."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):  # not an object: rejected with its line
+        found = json.loads(first).keys()
+        missing = [column for column in columns if column not in found]
+        if missing:
+            common.fail(f"dataset {name} has no column {missing[0]}, but {', '.join(found)}")
 
 
 def as_json(row, convert):
@@ -157,21 +178,41 @@ def as_json(row, convert):
     if convert:
         with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, RecursionError):
             row = convert(json.loads(row) if isinstance(row, bytes) else row)
-    return row if isinstance(row, bytes) else json.dumps(row, default=str).encode()
+    return row if isinstance(row, bytes) else json.dumps(row, default=as_text).encode()
 
 
-def pair_columns(row, prompt, response):
-    """A conversation of two columns: texts, or lists of turns. Without `response` the reply is left open."""
-    question = row[prompt]
-    answer = row[response] if response else "?"
+def as_text(value):
+    """The text of a value of a table that JSON does not have: bytes as UTF-8, as some tables keep texts; a date."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def pair_columns(row, prompt, response=None):
+    """A conversation of two columns: texts, or lists of turns. Without `response` the reply is left open.
+
+    The row's other fields stay beside the turns, where they are read or refused. An Alpaca row's `input` is a part of
+    its question; the reasoning beside an answer belongs to the reply.
+    """
+    question = as_turns(row.get(prompt))
+    answer = as_turns(row.get(response)) if response else "?"
     if isinstance(question, list) and question and isinstance(question[0], str):
         question = question[0]  # benchmarks of several questions, the first of which needs no reply
+    if isinstance(question, str) and row.get("input") and "input" not in (prompt, response):
+        question = f"{question}\n\n{row['input']}"
     turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
     if is_conversation(answer):
         turns = []
-    replies = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    kept = {name: row[name] for name in ("system", "tools") if row.get(name)}
-    return {"messages": turns + replies} | kept
+    reasoning = {key: row[key] for key in conversations.REASONING_FIELDS if row.get(key) and key != response}
+    replies = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer} | reasoning]
+    others = {key: value for key, value in row.items() if key not in (prompt, response, "input", *ROW_FIELDS)}
+    return others | {"messages": turns + replies}
+
+
+def as_turns(value):
+    """A list of turns that is text, as in CSV, as the list; anything else as it is."""
+    turns = conversations.decode(value)
+    if not isinstance(turns, list) or not conversations.is_list_of_objects(turns):
+        return value
+    return turns if turns and all({"role", "from"} & turn.keys() for turn in turns) else value
 
 
 def is_conversation(answer):
@@ -214,17 +255,20 @@ def find_files(name, flags, part):
     """The files of a file, a folder, a pattern or a hub id."""
     path = Path(name).expanduser()
     if path.is_file():
+        refuse_flags(name, "a file, which has no splits", CHOICES[part], flags)
         return [path]
     if path.is_dir():
+        path = path.resolve()  # as datasets names the files in it
         if (path / "data_config.json").is_file():
             common.fail(f"dataset {name} is prepared already: train_eagle3.py reads it as --data_path")
-        saved = sorted(path.glob("**/state.json"))
-        return find_saved(name, path, flags, part) if saved else find_splits(name, path, flags, part)
+        saved = find_saved(path)
+        return saved_files(name, saved, flags, part) if saved else find_splits(name, path, flags, part)
     if "://" in name:
         common.fail(f"dataset {name} is a URL: download the file, or give the id of a data set on the hub")
     if path.exists():
         common.fail(f"dataset {name} is a pipe or a device: write it to a file, which is read more than once")
     if re.search(r"[*?[]", name):
+        refuse_flags(name, "a pattern of files, which have no splits", CHOICES[part], flags)
         files = sorted(found for found in map(Path, glob.glob(str(path), recursive=True)) if found.is_file())
         return files or common.fail(f"dataset {name}: no file matches this pattern")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not SUFFIXES.search(name):
@@ -233,13 +277,22 @@ def find_files(name, flags, part):
     common.fail(f"dataset {name}: no such file or folder, and not one of the presets {presets}")
 
 
-def find_saved(name, folder, flags, part):
-    """The Arrow files of a folder of datasets' save_to_disk."""
-    if not (folder / "state.json").is_file():
-        splits = {path.parent.name: path.parent for path in folder.glob("*/state.json")}
-        folder = splits[choose_split(name, list(splits), flags, part)]
-    state = json.loads((folder / "state.json").read_text())
-    return [folder / entry["filename"] for entry in state["_data_files"]]
+def find_saved(folder):
+    """{split: folder} of datasets' save_to_disk in a folder; one without a split is its own."""
+    places = [state.parent for state in (folder / "state.json", *folder.glob("*/state.json")) if list_saved(state)]
+    return {place.name: place for place in places}
+
+
+def list_saved(state):
+    """The Arrow files that a state.json of save_to_disk names; [] for another file of this name, or none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return [state.parent / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    return []
+
+
+def saved_files(name, saved, flags, part):
+    """The Arrow files of a split of save_to_disk."""
+    return list_saved(saved[choose_split(name, list(saved), flags, part)] / "state.json")
 
 
 def find_splits(name, where, flags, part):
@@ -293,8 +346,10 @@ def choose_split(name, splits, flags, part):
     wanted = named[part]
     usual = [split for split in USUAL_SPLITS[part] if split in splits]
     if not wanted and (usual or len(splits) == 1):
-        return (usual or splits)[0]
+        wanted = (usual or splits)[0]
     if wanted in splits:
+        if len(splits) > 1:
+            print(f"dataset {name}: split {wanted}")
         return wanted
     problem = f"no {wanted}" if wanted else "none of them is the usual one"
     common.fail(f"dataset {name} has the splits {', '.join(splits)}, {problem}: choose one by --{part}_split")
@@ -347,7 +402,7 @@ def read_stream(file, path):
     if head.startswith(UTF_16):
         file = io.BytesIO(file.read().decode("utf-16").encode())
         text = file.getvalue().lstrip()
-    if suffix := re.search(r"\.([ct])sv\b", Path(path).name):
+    if suffix := re.search(r"\.([ct])sv\b", Path(path).name.lower()):
         return enumerate(read_csv(file, {"c": ",", "t": "\t"}[suffix[1]]), 1)
     if text.startswith(b"[") and not LIST_OF_TURNS.match(text):
         return enumerate(read_array(file), 1)
@@ -386,14 +441,25 @@ def read_zip(file, path):
         number = 0
         for name in names:
             start = number
+            check_readable(path, archive.getinfo(name))
             with archive.open(name) as member:
                 for count, row in read_stream(member, name):
                     number = start + count
                     yield number, row
 
 
+def check_readable(path, member):
+    """End the program if a file in a zip archive is encrypted, or compressed in a way that Python does not read."""
+    if member.flag_bits & 1 or member.compress_type not in (0, 8, 12, 14):
+        common.fail(f"{path} is a zip archive that is encrypted or compressed in an unusual way: unpack it")
+
+
 def read_table(file, head):
-    """Yield the rows of Parquet or Arrow as dictionaries."""
+    """Yield the rows of Parquet or Arrow as dictionaries, without what is null in them.
+
+    All rows of a table have the same keys: those that only other rows have, in the arguments of a call for example, are
+    null in it.
+    """
     import datasets
     import pyarrow
     from pyarrow import parquet
@@ -406,7 +472,17 @@ def read_table(file, head):
     else:
         batches = pyarrow.ipc.open_stream(file)
     for batch in batches:
-        yield from datasets.Dataset(pyarrow.Table.from_batches([batch]))  # which knows columns of JSON
+        table = datasets.Dataset(pyarrow.Table.from_batches([batch]))  # which knows columns of JSON
+        yield from map(without_nulls, table)
+
+
+def without_nulls(value):
+    """A value without the keys, at any depth, whose value is null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    return value
 
 
 def read_csv(file, delimiter):
@@ -432,9 +508,11 @@ def read_lines(file, path):
 
 
 def number_lines(file):
-    """Yield (number from 1, line) of the lines that are not blank."""
-    for number, line in enumerate(file, 1):
-        line = line.removeprefix(BOM).strip()
+    """Yield (number from 1, line) of the lines that are not blank. Raises ValueError if the last one is cut off."""
+    for number, raw in enumerate(file, 1):
+        line = raw.removeprefix(BOM).strip()
+        if number > 1 and not raw.endswith(b"\n") and line.startswith(b"{") and is_unfinished(line):
+            raise ValueError("its last row has no end")
         if line:
             yield number, line
 
@@ -455,8 +533,11 @@ def ends_early(error):
     return error.msg.startswith("Unterminated") or len(error.doc) - error.pos < 10
 
 
+LISTS_OF_ROWS = ("data", "dataset", "examples", "instances", "items", "rows", "train")  # keys of a file's one object
+
+
 def rows_of_object(text, path):
-    """The rows of a file that is one object: those of the list in it, or itself; None if it is none."""
+    """The rows of a file that is one object: those of a list in it, or itself; None if it is none."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -465,9 +546,11 @@ def rows_of_object(text, path):
         return None
     if {"added_tokens", "model"} <= whole.keys():
         common.fail(f"{path} is a tokenizer, not conversations")
-    lists = [value for value in whole.values() if value and conversations.is_list_of_objects(value)]
-    if len(lists) == 1 and not ROW_FIELDS & whole.keys() and not {"role", "from"} & lists[0][0].keys():
-        return [json.dumps(row).encode() for row in lists[0]]
+    lists = {key: value for key, value in whole.items() if value and conversations.is_list_of_objects(value)}
+    for key, rows in lists.items():
+        are_turns = {"role", "from"} & rows[0].keys()
+        if len(lists) == 1 and not are_turns and (key in LISTS_OF_ROWS or ROW_FIELDS & rows[0].keys()):
+            return [json.dumps(row).encode() for row in rows]
     return [text]
 
 

@@ -48,7 +48,7 @@ SYSTEM_FIELDS = ("system", "system_prompt", "system_message")  # of a row, besid
 
 # Keys of a turn, or of a row, that change what was said or how it is rendered.
 NOT_READ = ("image", "images", "video", "videos", "audio", "audios")
-NOT_READ_IN_ROWS = (*NOT_READ, "chat_template_kwargs")
+NOT_READ_IN_ROWS = (*NOT_READ, "chat_template_kwargs", "history")
 NOT_READ_IN_TURNS = (
     *NOT_READ,
     "refusal",

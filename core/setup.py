@@ -95,7 +95,9 @@ def check_flags(args):
         check_dry_run(args)
     if args.data_path and args.dataset_validation_split:
         common.fail("data_path brings its own validation split: drop dataset_validation_split")
-    if args.data_path and (given := [name for name, value in conversation_files.read_flags(args).items() if value]):
+    if args.data_path and (
+        given := [name for name, value in conversation_files.read_flags(args).items() if value is not None]
+    ):
         common.fail(f"{given[0]} is for conversations, data_path is prepared already: drop it")
     for name in PATHS:
         path = getattr(args, name)

@@ -19,7 +19,7 @@ import torch
 
 import evaluate_draft
 import prepare_data
-from core import conversation_files, dataloader
+from core import conversation_files, conversations, dataloader
 from helpers import tiny
 
 FOLDER = tiny.REPOSITORY / "tests" / "cases"
@@ -58,6 +58,14 @@ def spread_out():
 
 def crlf():
     return lines().replace(b"\n", b"\r\n")
+
+
+def crcrlf():
+    return lines().replace(b"\n", b"\r\r\n")
+
+
+def bom_in_the_middle():
+    return lines().replace(b"\n", b"\n\xef\xbb\xbf", 1)
 
 
 def array():
@@ -163,6 +171,8 @@ STEPS = {
     "lines": lines,
     "spread_out": spread_out,
     "crlf": crlf,
+    "crcrlf": crcrlf,
+    "bom_in_the_middle": bom_in_the_middle,
     "array": array,
     "array_in_a_line": array_in_a_line,
     "empty_array": empty_array,
@@ -201,6 +211,7 @@ STEPS = {
     "zip": lambda data: zip_of({"__MACOSX/._rows.json": b"\0\5", "rows/rows.json": data}),
     "cut": lambda data: data[:-30],
     "cut_a_bracket": lambda data: data[:-1],
+    "encrypted": lambda data: data.replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"),
     "damage": lambda data: data[:60] + bytes(20) + data[80:],
 }
 
@@ -314,6 +325,8 @@ def test_a_folder_or_a_pattern_of_files_is_read_in_the_order_of_names(tmp_path, 
     (tmp_path / "shards [1]").rename(tmp_path / "shards")
     assert ids(tmp_path / "shards") == ids(f"{tmp_path}/**/*.jsonl") == [0, 1, 2]
     assert ids(f"{tmp_path}/shards/[ab].jsonl") == [0, 1]
+    (tmp_path / "link").symlink_to(tmp_path / "shards")
+    assert ids(tmp_path / "link") == ids(f"{tmp_path}/link/../shards") == [0, 1, 2]
     assert "no file matches this pattern" in stops(capsys, read, tmp_path / "*.parquet")
     write_rows(tmp_path / "shards" / "more.parquet", ROWS)
     assert "more.parquet would be left out, as no split has them: name the files" in stops(
@@ -352,6 +365,12 @@ def test_a_saved_folder_of_datasets(tmp_path):
     saved["train"].save_to_disk(tmp_path / "one", num_shards=2)
     assert ids(tmp_path / "both") == ids(tmp_path / "one") == [0, 1]
     assert ids(tmp_path / "both", "validation") == [2]
+    (tmp_path / "lines" / "saved").mkdir(parents=True)
+    (tmp_path / "lines" / "state.json").write_text('{"of another program": 1}')
+    (tmp_path / "one").rename(tmp_path / "lines" / "saved" / "deeper")
+    write_rows(tmp_path / "lines" / "rows.jsonl", ROWS[2:])
+    assert ids(f"{tmp_path}/lines/*.jsonl") == [2]
+    assert conversation_files.find_saved(tmp_path / "lines") == {}
 
 
 def test_types_that_change_between_rows_change_nothing(tmp_path):
@@ -366,6 +385,15 @@ def test_types_that_change_between_rows_change_nothing(tmp_path):
     for name in ("rows.jsonl", "rows.json", "rows.parquet"):
         found = [json.loads(row)["messages"][0]["arguments"] for _, row in read(tmp_path / name)]
         assert found == calls, name
+
+
+def test_a_table_gives_no_nulls_of_other_rows_and_texts_that_it_keeps_as_bytes(tmp_path):
+    calls = [{"a": 1}, {"b": "x"}]
+    rows = [{"messages": [{"role": "assistant", "arguments": call}], "b": b"\xc3\xa9"} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = [json.loads(row) for _, row in read(tmp_path / "rows.parquet")]
+    assert [row["messages"][0]["arguments"] for row in found] == calls
+    assert [row["b"] for row in found] == ["é", "é"]
 
 
 def test_a_hub_id_is_resolved_and_its_files_are_fetched(tmp_path, monkeypatch):
@@ -410,31 +438,57 @@ def test_names_of_nothing_end_with_one_line(tmp_path, capsys, monkeypatch):
 
 # --- columns ---
 
-COLUMNS = [
-    {"q": "one?", "a": "1", "system": "Be brief."},
-    {"q": [{"role": "user", "content": "two?"}], "a": [{"role": "assistant", "content": "2"}]},
-    {"q": ["three?", "and then?"], "a": "3"},
-    {"q": "four?", "a": [{"role": "user", "content": "four?"}, {"role": "assistant", "content": "4"}]},  # preferences
-]
+
+@pytest.mark.parametrize("case", [json.loads(line) for line in (FOLDER / "columns.jsonl").read_text().splitlines()])
+def test_a_row_of_columns_is_the_conversation_that_was_meant(case, tmp_path):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [case["row"]])
+    ((_, row),) = read(path, prompt_column=case["columns"][0], response_column=case["columns"][1])
+    if "rejected" in case:
+        with pytest.raises(conversations.Rejected) as rejected:
+            conversations.read_conversation(json.loads(row))
+        assert ": ".join(rejected.value.args).startswith(case["rejected"])
+        return
+    messages, tools = conversations.read_conversation(json.loads(row))
+    assert [[message["role"], message["content"]] for message in messages] == case["messages"]
+    assert messages[-1].get("reasoning") == case.get("reasoning")
+    assert [tool["function"]["name"] for tool in tools or []] == case.get("tools", [])
 
 
-def test_prompt_and_response_columns(tmp_path, capsys):
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", COLUMNS)
-    rows = [json.loads(row) for _, row in read(path, prompt_column="q", response_column="a")]
-    turns = [[turn["content"] for turn in row["messages"]] for row in rows]
-    assert turns == [["one?", "1"], ["two?", "2"], ["three?", "3"], ["four?", "4"]] and rows[0]["system"] == "Be brief."
-    assert [[turn["role"] for turn in row["messages"]] for row in rows] == [["user", "assistant"]] * 4
-    assert [row for _, row in read(path, prompt_column="no", response_column="a")] == path.read_bytes().splitlines()
+def test_columns_that_are_not_there_end_with_one_line(tmp_path, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"q": "one?", "a": "1", "text": "x"}, {"q": "two?"}])
     tiny.tokenizer().save_pretrained(tmp_path / "target")
 
     def prepare(**flags):
         return prepare_data.prepare(path, tmp_path / "out", tmp_path / "target", num_proc=1, **flags)
 
-    assert "give --prompt_column as well" in stops(capsys, prepare, response_column="a")
-    assert "give --response_column as well" in stops(capsys, prepare, prompt_column="q")
-    error = stops(capsys, prepare)
-    assert "4 unknown form (first: line 1: fields q, a, system: name two of them by --prompt_column" in error
-    assert prepare(prompt_column="q", response_column="a")["splits"]["train"]["rows"] == 4
+    for flags, expected in (
+        ({"prompt_column": "question", "response_column": "a"}, "has no column question, but q, a, text"),
+        ({"prompt_column": "q", "response_column": "b"}, "has no column b, but q, a, text"),
+        ({"response_column": "a"}, "give --prompt_column as well"),
+        ({"prompt_column": "q"}, "give --response_column as well"),
+    ):
+        assert expected in stops(capsys, prepare, **flags)
+    config = prepare(prompt_column="q", response_column="a", max_rejected_ratio=0.5)
+    assert config["splits"]["train"]["rows"] == 1  # the second row has no answer
+
+
+def test_flags_that_choose_are_refused_where_there_is_no_choice(tmp_path, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    for name, flag, expected in (
+        (path, "train_split", "is a file, which has no splits: drop it"),
+        (path, "dataset_config", "is a file, which has no splits: drop it"),
+        (f"{tmp_path}/*.jsonl", "train_split", "is a pattern of files, which have no splits: drop it"),
+        ("pydoc", "prompt_column", "is a preset, which knows its columns and splits: drop it"),
+        ("pydoc", "dataset_config", "is a preset, which knows its columns and splits: drop it"),
+    ):
+        assert f"{flag} x: {name} {expected}" in stops(capsys, read, name, **{flag: "x"})
+    tiny.tokenizer().save_pretrained(tmp_path / "target")
+    for flags, expected in (
+        ({"validation_dataset": path}, "validation_dataset has the files of the training data"),
+        ({"validation_split": "test"}, "validation_split test: give --validation_dataset as well"),
+    ):
+        error = stops(capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "target", num_proc=1, **flags)
+        assert expected in error
 
 
 def test_prompts_are_the_first_rows_that_ask_something(tmp_path, capsys):
@@ -446,7 +500,7 @@ def test_prompts_are_the_first_rows_that_ask_something(tmp_path, capsys):
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(first) == text and second == tokenizer("Once")["input_ids"]
     assert "line 1 of" in capsys.readouterr().out
-    path = tiny.write_jsonl(tmp_path / "columns.jsonl", COLUMNS[2:3])
+    path = tiny.write_jsonl(tmp_path / "columns.jsonl", [{"q": ["three?", "and then?"], "a": "3"}])
     (prompt,) = evaluate_draft.read_prompts(path, tokenizer, prompt_column="q")
     assert "three?" in tokenizer.decode(prompt) and "and then?" not in tokenizer.decode(prompt)
 
