@@ -499,7 +499,10 @@ def run_draft(draft, batch, states, target, d2t, decay):
 
 @torch.no_grad()
 def evaluate(engine, source, data, d2t, args):
-    """Metrics of the validation rows over all ranks; acceptance_length from walking every reply as serving does."""
+    """Metrics of the validation rows over all ranks, or None where no row has hidden states.
+
+    acceptance_length is from walking every reply as serving does.
+    """
     engine.eval()
     device = engine.device
     sums = {"tokens": torch.zeros((), dtype=torch.float64, device=device)}
@@ -528,6 +531,8 @@ def evaluate(engine, source, data, d2t, args):
     sums = optimization.reduce_sums(sums)
     tokens = sums.pop("tokens")
     passes = sums.pop("passes")
+    if not sums["slots"][0]:  # on_missing leaves rows out
+        return None
     values = metric_values(sums, args.ttt_step_loss_decay)
     return values | {"acceptance_length": tokens / max(passes, 1.0), "passes": int(passes)}
 
@@ -652,7 +657,7 @@ def evaluate_now(args, run, engine, source, data, d2t, record, progress):
     progress.evaluation_due = True  # until it is done: a server may fail
     values = evaluate(engine, source, data["validation"], d2t, args)
     progress.evaluation_due = False
-    if not values["passes"]:  # rows left out by on_missing
+    if values is None:
         record.line(f"evaluation at step {progress.step}: no validation row has hidden states, nothing is evaluated")
         return None
     record.row("validation", progress.step, progress.step / run.steps_per_epoch, values)
