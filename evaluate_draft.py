@@ -253,8 +253,8 @@ def read_prompts(path, tokenizer, limit=None, options=None, **flags):
     if Path(path, "data_config.json").is_file():
         prompts = read_prepared_prompts(path, tokenizer, limit)
     else:
-        lines = conversation_files.open_source(str(path), "prompt", flags).rows()
-        found = (read_prompt(line, tokenizer, f"line {number} of {path}", options or {}) for number, line in lines)
+        source = conversation_files.open_source(str(path), "prompt", flags)
+        found = (read_prompt(line, tokenizer, source.place(number), options or {}) for number, line in source.rows())
         prompts = list(itertools.islice((prompt for prompt in found if prompt is not None), limit))
     if not prompts or not all(prompts):
         common.fail(f"{path} has no prompts, or an empty one")
@@ -277,15 +277,24 @@ def read_prepared_prompts(folder, tokenizer, limit):
     return prompts
 
 
-def read_prompt(line, tokenizer, where, options):
-    """Token ids of the prompt in one row; None if it has no question with a reply, as parts of split chats."""
+def read_prompt(line, tokenizer, place, options):
+    """Token ids of the prompt in one row; None if it has no question, as parts of split chats.
+
+    The prompt ends before the last reply, or with the question that is the last turn.
+    """
+    where = f"line {place['line']} of {place['file']}"
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise conversations.Rejected("not an object", type(row).__name__)
-        if isinstance(row.get("prompt"), str) and not conversations.has_turns(row):
+        turns = conversations.find_turns(row)
+        if isinstance(row.get("prompt"), str) and not turns:
             return tokenizer(row["prompt"])["input_ids"]
-        messages, tools = conversations.read_conversation(row)
+        if not conversations.has_turns(row):
+            detail = f"fields {', '.join(row)[:100]}: name the one of the questions by --prompt_column"
+            raise conversations.Rejected("unknown form", detail)
+        opened = {field: conversations.with_reply(given) for field, given in turns.items()}
+        messages, tools = conversations.read_conversation(row | opened)
         if not tokenizer.chat_template:
             raise conversations.Rejected("no chat template in the tokenizer", "name one with --chat_template")
         text = rendering.render(tokenizer, messages[:-1], tools, add_generation_prompt=True, **options)

@@ -153,6 +153,7 @@ def read_text(row, chat):
 def tokenise(raw, chat):
     """The Tokens of one row, given as the bytes of its line. Raises Rejected."""
     row = parse_row(raw)
+    conversations.check_trained(row)
     reasoning_lost = False
     if row.get("input_ids") is not None:
         ids, mask = read_tokens(row, chat)
@@ -164,7 +165,7 @@ def tokenise(raw, chat):
     if not mask.any():
         raise conversations.Rejected("no supervised token", "")
     if mask.argmax() >= chat.max_length:
-        detail = f"its first reply begins after {mask.argmax()} tokens, --max_length is {chat.max_length}"
+        detail = f"its first supervised token follows {mask.argmax()} tokens, --max_length is {chat.max_length}"
         raise conversations.Rejected(rejected_rows.BEYOND, detail)
     cut = max(0, len(ids) - chat.max_length)
     return Tokens(ids[: chat.max_length], mask[: chat.max_length], cut, reasoning_lost)
@@ -319,6 +320,16 @@ def make_chat(tokenizer, name, max_length, only_last):
     chat = rendering.Chat(tokenizer, encoder, template, max_length, only_last, opening, thoughts)
     call_form = find_call_form(chat)
     return dataclasses.replace(chat, call_form=call_form or CALL_FORMS[0], shows_calls=call_form is not None)
+
+
+def check_template(sources, chat):
+    """End the program if the tokenizer has no chat template and the first row of a source needs one."""
+    for source in sources.values() if chat.missing else ():
+        _, raw = next(source.rows())
+        with contextlib.suppress(conversations.Rejected):
+            row = parse_row(raw)
+            if row.get("input_ids") is None and (conversations.has_turns(row) or chat.template is None):
+                common.fail(f"{source.name}: its rows need a chat template; the tokenizer has none, {chat.missing}")
 
 
 # ==================== The prepared folder ============================================================================
@@ -627,6 +638,7 @@ def prepare(dataset, output_path, target_model_path, **options):
         print("validation_dataset has files of the training data: an evaluation will be of what was trained")
     tokenizer = target_files.load_tokenizer(target_model_path, options.trust_remote_code)
     chat = make_chat(tokenizer, options.chat_template, options.max_length, bool(options.train_only_last_turn))
+    check_template(sources, chat)
     if options.regenerate and chat.template:  # the server has to render as the data are rendered
         settings = dataclasses.replace(options.regenerate, template_options=chat.template.options)
         options = dataclasses.replace(options, regenerate=settings)

@@ -44,15 +44,24 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning", "thought")
 EMPTY_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 OPEN_THOUGHT = re.compile(r"^\s*<think>", re.MULTILINE)
 
-SYSTEM_FIELDS = ("system", "system_prompt", "system_message")  # of a row, beside its turns
+SYSTEM_FIELDS = (  # of a row, beside its turns
+    "system",
+    "system_prompt",
+    "system_message",
+    "system_instruction",
+    "systemPrompt",
+    "systemMessage",
+    "systemInstruction",
+)
 
 # Keys of a turn, or of a row, that change what was said or how it is rendered.
 NOT_READ = ("image", "images", "video", "videos", "audio", "audios")
-NOT_READ_IN_ROWS = (*NOT_READ, "chat_template_kwargs", "history")
+NOT_READ_IN_ROWS = (*NOT_READ, "chat_template_kwargs", "documents", "history", "reasoning_effort")
 NOT_READ_IN_TURNS = (
     *NOT_READ,
     "refusal",
     "prefix",
+    "partial",
     "tools",
     "functions",
     "files",
@@ -60,7 +69,14 @@ NOT_READ_IN_TURNS = (
     "tool_plan",  # Cohere: what the assistant says before its calls
     "train_detail",  # Axolotl: the parts of a reply that are not to be trained
     "training_detail",
+    "tool_call",
+    "toolCall",
+    "toolCalls",
+    "function_calls",
+    "functionCall",
+    "functionCalls",
 )
+NOT_READ_IN_ADDITIONS = (*NOT_READ_IN_TURNS, "tool_calls", "function_call", *REASONING_FIELDS)  # LangChain
 
 # Types of the parts of a content.
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
@@ -82,6 +98,9 @@ MARKS = {
     "mask": YES,
     "masked": YES,
 }
+# The same of a row. Its label is that of KTO's rows: any other one says nothing.
+ROW_MARKS = {name: MARKS[name] for name in ("weight", "train", "training", "trainable", "supervised", "masked")}
+BAD_LABEL = "false"
 
 ARGUMENTS = ("arguments", "parameters")
 KEYS_OF_CALLS = ("name", "id", "type", "index")
@@ -90,7 +109,9 @@ KEYS_OF_CALLS = ("name", "id", "type", "index")
 # ==================== A row of JSON as messages ======================================================================
 
 
-UNANSWERED = "no question with a reply"  # the cause of a row in which there is nothing to learn
+# Causes of rows in which there is nothing to learn.
+UNANSWERED = "no question with a reply"
+UNTRAINED = "not to be trained"
 
 
 class Rejected(Exception):
@@ -99,14 +120,15 @@ class Rejected(Exception):
 
 def read_conversation(row):
     """(messages, tools) of a row. Turns after the last assistant turn are dropped: nothing of them is supervised."""
-    turns = decode(next((row[field] for field in TURN_FIELDS if row.get(field)), None))
-    if not turns:
+    found = find_turns(row)
+    if not found:
         raise Rejected(UNANSWERED, "no messages")
-    if not is_list_of_objects(turns):
-        raise Rejected("malformed message", "the messages are not a list of objects")
     refuse_keys(row, NOT_READ_IN_ROWS, "the row")
-    turns = drop_unasked(turns)
-    messages = join_calls(turns, [read_message(turn) for turn in turns])
+    if row.get("enable_thinking") is not None:
+        raise Rejected("not read", "enable_thinking of the row")
+    messages, *others = [read_turns(turns) for turns in found.values()]
+    if any(other != messages for other in others):
+        raise Rejected("two conversations", f"{' and '.join(found)} of the row differ")
     messages = add_system_prompt(messages, row)
     roles = [message["role"] for message in messages]
     check_order(roles)
@@ -116,13 +138,35 @@ def read_conversation(row):
 
 
 def has_turns(row):
-    """Is the row a conversation?"""
-    return any(field in row for field in TURN_FIELDS)
+    """Is the row a conversation? An empty list is one, unless the row has a text."""
+    return bool(find_turns(row)) or not row.get("text") and any(row.get(field) is not None for field in TURN_FIELDS)
+
+
+def find_turns(row):
+    """{field: turns} of the fields that hold a conversation. Raises Rejected if there is only something else."""
+    given = {field: decode(row.get(field)) for field in TURN_FIELDS}
+    filled = {field: value for field, value in given.items() if value}
+    found = {field: value for field, value in filled.items() if is_list_of_objects(value)}
+    if filled and not found:
+        raise Rejected("malformed message", f"{' and '.join(filled)} of the row: not a list of objects")
+    return found
+
+
+def read_turns(turns):
+    """The messages of turns, from the first question on."""
+    turns = drop_unasked(turns)
+    return join_calls(turns, [read_message(turn) for turn in turns])
+
+
+def with_reply(turns):
+    """The turns with a reply after a question or an output at their end."""
+    is_open = role_of(turns[-1]) in ("user", "tool")
+    return [*turns, {"role": "assistant", "content": "?"}] if is_open else turns
 
 
 def drop_unasked(turns):
-    """The turns without replies and outputs in front of the first question, with which a part of a long chat begins."""
-    roles = [ROLES.get(name_of(turn)) for turn in turns]
+    """Drop replies and outputs before the first question: the parts of a long chat that was split begin with them."""
+    roles = [role_of(turn) for turn in turns]
     if "user" not in roles:
         return turns
     first = roles.index("user")
@@ -169,9 +213,10 @@ def refuse_keys(given, keys, where):
 
 def add_system_prompt(messages, row):
     """The messages after the system prompt that stands beside the turns of the row."""
+    other = "the first turn"
     for key in SYSTEM_FIELDS:
         text = row.get(key)
-        if text is None or text == "":
+        if text is None or isinstance(text, str) and not text.strip():
             continue
         if not isinstance(text, str):
             raise Rejected("malformed message", f"{key} of the row is {kind_of(text)}, not text")
@@ -179,13 +224,14 @@ def add_system_prompt(messages, row):
         if messages[0] == prompt:
             continue
         if messages[0]["role"] == "system":
-            raise Rejected("two system prompts", f"{key} of the row, and another one in front of the turns")
+            raise Rejected("two system prompts", f"{key} of the row and {other} differ")
         messages = [prompt, *messages]
+        other = f"{key} of the row"
     return messages
 
 
 def join_calls(turns, messages):
-    """The messages, calls in turns of their own as a part of the assistant's turn in front of them."""
+    """The messages; calls in turns of their own are appended to the assistant's turn before them."""
     joined = []
     for turn, message in zip(turns, messages, strict=True):
         is_call = name_of(turn) in CALLING_ROLES and not message["content"]
@@ -199,8 +245,11 @@ def join_calls(turns, messages):
 
 
 def check_order(roles):
-    """Raise Rejected unless the roles alternate as chat templates expect, with a question and a reply among them."""
-    if "assistant" not in roles or "user" not in roles:
+    """Raise Rejected unless the roles alternate as chat templates expect, with a question and a reply among them.
+
+    A reply that follows a system prompt is no part of a split chat: the prompt may be the question.
+    """
+    if "assistant" not in roles or "user" not in roles and roles[0] != "system":
         raise Rejected(UNANSWERED, " ".join(roles))
     before = ""
     for role in roles:
@@ -212,7 +261,7 @@ def check_order(roles):
 def read_tools(row):
     """The tools of a row in the form of OpenAI's protocol; None if it has none.
 
-    They are a list of objects, the JSON of one, or the older `functions`, which lack the wrapper.
+    They are a list of objects, the JSON of one, or the older `functions` without the wrapper.
     """
     tools = read_list(row.get("tools"))
     functions = read_list(row.get("functions"))
@@ -245,15 +294,22 @@ def name_of(turn):
     return str(turn.get("role") or turn.get("from")).strip().lower()
 
 
+def role_of(turn):
+    """The role of a turn, None if it is not known."""
+    return ROLES.get(name_of(turn))
+
+
 def read_message(turn):
     """A message with role and content; an assistant's also with reasoning (None if it has none), tool_calls and
     supervised.
     """
     name = name_of(turn)
-    role = ROLES.get(name)
+    role = role_of(turn)
     if role is None:
         raise Rejected("unknown role", repr(name))
     refuse_keys(turn, NOT_READ_IN_TURNS, f"a turn of {name}")
+    if isinstance(turn.get("additional_kwargs"), dict):
+        refuse_keys(turn["additional_kwargs"], NOT_READ_IN_ADDITIONS, f"additional_kwargs in a turn of {name}")
     content, thoughts = read_content(turn, role)
     calls = read_calls(turn)
     if calls and role != "assistant":
@@ -289,7 +345,7 @@ def check_reply(content, message):
     if OPEN_THOUGHT.search(answer):
         raise Rejected("thought without an end", "an assistant turn has no </think> after a line with <think>")
     if not answer.strip() and isinstance(content, str) and not calls:
-        raise Rejected("thought without an answer", "an assistant turn of reasoning alone")
+        raise Rejected("thought without an answer", "an assistant turn with reasoning, but no answer")
     return content
 
 
@@ -301,6 +357,8 @@ def read_content(turn, role):
     if isinstance(content, list):
         kinds = [str(part.get("type", "text")) if isinstance(part, dict) else type(part).__name__ for part in content]
     is_chat = isinstance(content, list) and {*kinds} <= {*TEXT_PARTS, *THOUGHT_PARTS, *OTHER_PARTS}
+    if role == "tool" and is_chat:  # JSON with a field "text" is no part of a chat
+        is_chat = all("type" in part for part in content)
     if role == "tool" and content is not None and not isinstance(content, str) and not is_chat:
         return json.dumps(content, ensure_ascii=False), None
     if not isinstance(content, list):
@@ -334,17 +392,24 @@ def read_reasoning(turn):
     return None
 
 
-def is_supervised(turn):
-    """Is the assistant's turn to be trained, as far as it says?"""
-    for key, negative in MARKS.items():
-        if turn.get(key) is None:
+def is_supervised(given, marks=MARKS, where="a turn"):
+    """Is the assistant's turn, or the row, to be trained, as far as it says?"""
+    for key, negative in marks.items():
+        if given.get(key) is None:
             continue
-        value = str(turn[key]).strip().lower()
+        value = str(given[key]).strip().lower()
         if value not in NO + YES:
-            raise Rejected("not read", f"{key} {value[:40]} of a turn: 0 or 1, false or true")
+            raise Rejected("not read", f"{key} {value[:40]} of {where}: 0 or 1, false or true")
         if value in negative:
             return False
     return True
+
+
+def check_trained(row):
+    """Raise Rejected if the row says that it is not to be trained."""
+    is_bad = str(row.get("label")).strip().lower() == BAD_LABEL
+    if is_bad or not is_supervised(row, ROW_MARKS, "the row"):
+        raise Rejected(UNTRAINED, "the row says so")
 
 
 def read_calls(turn):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from core import common, slots
 
-FORMAT_VERSION = 2  # part of the fingerprint: raise it whenever the same input would give other rows
+FORMAT_VERSION = 3  # part of the fingerprint: raise it whenever the same input would give other rows
 COLUMNS = ("input_ids", "loss_mask")
 
 # ==================== The prepared folder ============================================================================

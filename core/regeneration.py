@@ -5,7 +5,6 @@ Out: FOLDER/SPLIT.jsonl: a line for each row, {"row": number, "messages", "tools
      detail]}; FOLDER/SPLIT.about.json: what the answers depend on. A killed run loses only the rows under way.
 """
 
-import contextlib
 import json
 import os
 import queue
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core import claims, common, conversations, server
+from core import claims, common, conversations, dataloader, server
 
 MANY = 8  # consecutive rows for which the server fails, after which it is taken for gone
 
@@ -47,6 +46,7 @@ class Settings:
             "max_tokens": self.max_tokens,
             "reasoning": self.reasoning,
             "template": self.template_options,
+            "format_version": dataloader.FORMAT_VERSION,  # of the reader of the rows
         }
 
 
@@ -176,15 +176,8 @@ def answer_of(content):
 
 
 def calls_of(message):
-    """[(name, arguments)] of a message's calls, arguments as objects."""
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        with contextlib.suppress(ValueError, TypeError):
-            arguments = json.loads(arguments)
-        calls.append((function.get("name"), arguments))
-    return calls
+    """The names and arguments of a message's calls. Raises Rejected."""
+    return [call["function"] for call in conversations.read_calls(message)]
 
 
 def read_reply(answer, reasoning):
@@ -213,15 +206,29 @@ def read_reply(answer, reasoning):
     return message, usage.get("completion_tokens") or 0
 
 
+def drop_replies(turns):
+    """The turns without the texts of the assistant, which are replaced: their faults do not matter."""
+    texts = (*conversations.CONTENT_FIELDS, *conversations.REASONING_FIELDS)
+    kept = []
+    for turn in turns:
+        name = conversations.name_of(turn)
+        if conversations.role_of(turn) == "assistant" and name not in conversations.CALLING_ROLES:
+            turn = {key: value for key, value in turn.items() if key not in texts} | {"content": "?"}
+        kept.append(turn)
+    return kept
+
+
 def read_row(raw):
-    """(messages, tools) of a row, given as the bytes of its line. Raises Rejected."""
+    """(messages, tools) of a row, given as the bytes of its line, without the texts of replies. Raises Rejected."""
     try:
-        row = json.loads(raw.decode() or "{}")
+        row = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise conversations.Rejected("not JSON", error) from None
     if not isinstance(row, dict) or not conversations.has_turns(row):
         raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
-    return conversations.read_conversation(row)
+    conversations.check_trained(row)
+    found = conversations.find_turns(row)
+    return conversations.read_conversation(row | {field: drop_replies(turns) for field, turns in found.items()})
 
 
 def answer_row(raw, ask, reasoning):

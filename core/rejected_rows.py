@@ -12,11 +12,11 @@ from core import common, conversations
 BEYOND = "no reply within max_length"
 
 # Causes that are no fault of a row or its reader: counted apart, and not against the limit.
-APART = (BEYOND, conversations.UNANSWERED)
+APART = (BEYOND, conversations.UNANSWERED, conversations.UNTRAINED)
 
 
 def count(rejected):
-    """({cause: number of rows} that count against the limit, the same of causes that do not)."""
+    """{cause: number of rows} of the causes that count against the limit, and of those that do not."""
     causes = Counter(row["cause"] for row in rejected)
     apart = {cause: causes.pop(cause) for cause in APART if cause in causes}
     return causes, apart
@@ -48,7 +48,7 @@ def check(source, kept, rejected, limit, path):
     problem = f"none of {total} rows can be used"
     if kept:
         problem = f"{faulty} of {total} rows rejected ({faulty / total:.1%}, max_rejected_ratio {limit:g})"
-    shown = [describe_cause(rejected, *counted) for counted in [*causes.most_common(), *apart.items()]]
+    shown = [describe_cause(source, rejected, *counted) for counted in [*causes.most_common(), *apart.items()]]
     remedy = f"all are listed in {path}"
     if kept:
         remedy += "; a higher --max_rejected_ratio leaves them out"
@@ -57,11 +57,11 @@ def check(source, kept, rejected, limit, path):
     common.fail(f"{source.name}: {problem}: {', '.join(shown)}; {remedy}")
 
 
-def describe_cause(rejected, cause, number):
-    """The number of rows, the cause, and the first row with its detail."""
+def describe_cause(source, rejected, cause, number):
+    """The number of rows, the cause, and the first row with its detail; its file if the source has several."""
     first = next(row for row in rejected if row["cause"] == cause)
     where = f"line {first['line']}"
-    if first["file"] != rejected[0]["file"]:
+    if len(source.files) > 1:
         where += f" of {first['file']}"
     if first["detail"]:
         where += f": {first['detail']}"

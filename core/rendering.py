@@ -203,7 +203,7 @@ def render_reply(messages, tools, chat):
 
 
 def render_row(row, chat):
-    """(text, spans, whether the text lacks the reasoning of the last reply) of a row with messages. Raises Rejected."""
+    """(text, spans, whether the reasoning of the last reply is lost) of a row with messages. Raises Rejected."""
     given, tools = conversations.read_conversation(row)
     check_markers(given, tools, chat)
     messages = arrange(given, chat)
@@ -231,7 +231,8 @@ def supervised_spans(messages, spans, only_last):
         kept.append((start, end if message["supervised"] else start))
     trained = kept[-1:] if only_last else kept
     if all(start == end for start, end in trained):
-        raise conversations.Rejected("not to be trained", "the row says so of each of its replies")
+        which = "its last reply" if only_last else "each of its replies"
+        raise conversations.Rejected(conversations.UNTRAINED, f"the row says so of {which}")
     return trained
 
 

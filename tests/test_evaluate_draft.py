@@ -581,7 +581,10 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     (tmp_path / "file").write_text("")
     (tmp_path / "cut.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text('["prompt"]\n')
-    (tmp_path / "turn.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    (tmp_path / "turn.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hello"}]}\n')
+    tiny.write_jsonl(
+        tmp_path / "bench.jsonl", [{"question_id": 81, "category": "writing", "turns": ["Hello", "and?"]}] * 80
+    )
     (tmp_path / "bare.jsonl").write_text('{"prompt": ""}\n')
     other_vocabulary = edited(paths["draft_model_path"], tmp_path / "other", vocab_size=VOCABULARY + 8)
     torch.manual_seed(0)
@@ -601,6 +604,11 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"prompts": tmp_path / "cut.jsonl"}, "line 2 of"),
         ({"prompts": tmp_path / "list.jsonl"}, "line 1 of"),
         ({"prompts": tmp_path / "turn.jsonl"}, "has no prompts, or an empty one"),
+        (
+            {"prompts": tmp_path / "bench.jsonl"},
+            f"line 1 of {tmp_path}/bench.jsonl is not a prompt: unknown form: fields question_id, category, turns: "
+            "name the one of the questions by --prompt_column",
+        ),
         ({"prompts": tmp_path / "bare.jsonl"}, "an empty one"),
         ({"draft_model_path": tmp_path}, "is neither a draft"),
         ({"draft_model_path": other_vocabulary}, f"vocab_size is {VOCABULARY + 8}, this target's {VOCABULARY}"),

@@ -381,6 +381,10 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
     tokens = {"input_ids": [9, 9, 9], "loss_mask": [0, 1, 1]}
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, chat_row(USER, REPLY)])
+    rows = tiny.write_jsonl(tmp_path / "chats.jsonl", [chat_row(USER, REPLY), tokens])
+    for name in ("phi3", "auto"):
+        error = fails(capsys, prepare_data.prepare, rows, tmp_path / "out", tmp_path / "bare", chat_template=name)
+        assert f"the tokenizer has none, and none for {name} in core/templates: --chat_template deep" in error
     missing = "no chat template in the tokenizer (first: line "
     assert missing + "2: " in fails(
         capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="qwen"

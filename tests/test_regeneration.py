@@ -180,6 +180,46 @@ def test_the_same_calls_go_on_with_what_the_tools_gave_and_others_end_the_conver
     assert json.loads(history[1]["tool_calls"][0]["function"]["arguments"]) == {"a": 1}
 
 
+def test_calls_without_arguments_are_the_same_however_they_are_written(server, tmp_path):
+    def reply(number, body):
+        if body["messages"][-1]["role"] != "user":
+            return completion("done")
+        function = {"name": "look", "arguments": body["messages"][-1]["content"]}
+        return completion(None, tool_calls=[{"id": "new", "type": "function", "function": function}])
+
+    server.reply = reply
+    written = ["", " ", "{}", "null", '"{}"']
+    row = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": ""}}]}
+    output = {"role": "tool", "content": "out"}
+    rows = [[{"role": "user", "content": text}, row, output, REPLY] for text in written]
+    assert [contents(found)[1:] for found in answer(server, tmp_path / "a.jsonl", rows)] == [[None, "out", "done"]] * 5
+
+
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        {"content": "<think>hm"},
+        {"content": "<think>hm</think>"},
+        {"content": None},
+        {"content": ""},
+        {"content": 5},
+        {"value": "", "reasoning": ["hm"]},
+        {"content": [{"type": "image"}]},
+    ],
+)
+def test_faults_of_replies_that_are_replaced_do_not_matter(faulty, server, tmp_path):
+    (row,) = answer(server, tmp_path / "a.jsonl", [[USER, {"role": "assistant", **faulty}, USER, REPLY]])
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+    assert row["messages"][1]["content"] == said([USER])
+
+
+def test_rows_that_are_not_to_be_trained_are_not_asked_for(server, tmp_path):
+    rows = [{"messages": [USER, REPLY], **mark} for mark in ({"train": False}, {"label": False}, {"label": True})]
+    *left, asked = answer(server, tmp_path / "a.jsonl", rows)
+    assert [row["rejected_for"] for row in left] == [["not to be trained", "the row says so"]] * 2
+    assert len(server.requests) == 1 and asked["messages"][1]["content"] == said([USER])
+
+
 def test_an_answer_that_is_cut_ends_the_conversation(server, tmp_path):
     server.reply = lambda number, body: completion({1: "hel", 3: "<think>hm"}[len(body["messages"])], "length")
     (row,) = answer(server, tmp_path / "a.jsonl", [[USER, REPLY, USER, REPLY]])
@@ -377,7 +417,13 @@ def test_prepared_data_hold_the_targets_own_replies(server, target, tmp_path, ca
     prepare_data.main(prepare_data.parse_args([*words, "--num_samples", "12"]))
     assert len(server.requests) == 24
 
-    # Answers of other settings or another input are not mixed.
+    # Answers of other settings, another reader or another input are not mixed.
+    about = tmp_path / "out.answers" / "train.about.json"
+    current = about.read_text()
+    about.write_text(current.replace(f'"format_version": {dataloader.FORMAT_VERSION}', '"format_version": 1'))
+    error = stopped(capsys, prepare_data.main, prepare_data.parse_args([*words, "--num_samples", "3"]))
+    assert f"format_version 1, now {dataloader.FORMAT_VERSION}: choose another --regenerate_path, or delete" in error
+    about.write_text(current)
     other = [*words, "--regenerate_temperature", "0.5", "--regenerate_reasoning", "drop"]
     error = stopped(capsys, prepare_data.main, prepare_data.parse_args(other))
     assert "temperature None, now 0.5; reasoning keep, now drop: choose another --regenerate_path" in error

@@ -69,6 +69,14 @@ def test_rows_are_counted_by_cause_or_end_the_program(case, target, tmp_path, ca
     assert len(rejected) == lost and not listed.exists()
 
 
+def test_the_file_of_a_row_is_named_if_there_are_several(target, tmp_path, capsys):
+    write(tmp_path / "a.jsonl", ["good", "good"])
+    write(tmp_path / "b.jsonl", ["good", "{"])
+    with pytest.raises(SystemExit):
+        prepare_data.prepare(tmp_path / "*.jsonl", tmp_path / "out", target, num_proc=1)
+    assert f"1 not JSON (first: line 2 of {tmp_path}/b.jsonl: " in capsys.readouterr().err
+
+
 def test_prepared_rows_without_a_slot_end_a_training_at_its_start(target, tmp_path, capsys, monkeypatch):
     """As rows that an earlier version prepared."""
     path = tmp_path / "rows.jsonl"
