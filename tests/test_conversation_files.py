@@ -504,22 +504,6 @@ def test_prompts_are_the_first_rows_that_ask_something(tmp_path, capsys):
     assert "three?" in tokenizer.decode(prompt) and "and then?" not in tokenizer.decode(prompt)
 
 
-def test_a_row_that_ends_with_a_question_is_a_prompt(tmp_path, capsys):
-    question = {"role": "user", "content": "Why?"}
-    reply = {"role": "assistant", "content": "So."}
-    called = [question, {"role": "assistant", "tool_calls": [{"name": "look"}]}, {"role": "tool", "content": "out"}]
-    tokenizer = family_tokenizer("qwen")
-    for turns in ([question], [question, reply, question], called):
-        path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"messages": [*turns, reply]}, {"messages": turns}])
-        complete, open_ended = evaluate_draft.read_prompts(path, tokenizer)
-        assert complete == open_ended and tokenizer.decode(complete).count("Why?") == turns.count(question)
-    for name, rows in {"a": [{"prompt": "Once"}], "b": [{"prompt": "Once"}, {"prompt": ["x"]}]}.items():
-        tiny.write_jsonl(tmp_path / f"{name}.json", rows)
-    with pytest.raises(SystemExit):
-        evaluate_draft.read_prompts(tmp_path / "*.json", tokenizer)
-    assert f"error: line 2 of {tmp_path}/b.json is not a prompt: unknown form: fields prompt" in capsys.readouterr().err
-
-
 # --- rows that others tokenised ---
 
 

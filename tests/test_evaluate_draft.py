@@ -13,6 +13,7 @@ import prepare_data
 import train_eagle3
 from core import dataloader, draft_config, draft_files, slots, target_files, target_model
 from helpers import dense, tiny
+from helpers.chat_templates import family_tokenizer
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 VOCABULARY, COUNT, NEW_TOKENS = 300, 4, 40
@@ -658,3 +659,19 @@ def test_prompts_of_prepared_data_are_before_the_last_reply(folder, tmp_path):
     tokenizer = tiny.tokenizer(VOCABULARY)
     found = evaluate_draft.read_prompts(tmp_path / "data", tokenizer)
     assert found == evaluate_draft.read_prompts(path, tokenizer) and len(found) == 3
+
+
+def test_a_row_that_ends_with_a_question_is_a_prompt(tmp_path, capsys):
+    question = {"role": "user", "content": "Why?"}
+    reply = {"role": "assistant", "content": "So."}
+    called = [question, {"role": "assistant", "tool_calls": [{"name": "look"}]}, {"role": "tool", "content": "out"}]
+    tokenizer = family_tokenizer("qwen")
+    for turns in ([question], [question, reply, question], called):
+        path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"messages": [*turns, reply]}, {"messages": turns}])
+        complete, open_ended = evaluate_draft.read_prompts(path, tokenizer)
+        assert complete == open_ended and tokenizer.decode(complete).count("Why?") == turns.count(question)
+    for name, rows in {"a": [{"prompt": "Once"}], "b": [{"prompt": "Once"}, {"prompt": ["x"]}]}.items():
+        tiny.write_jsonl(tmp_path / f"{name}.json", rows)
+    with pytest.raises(SystemExit):
+        evaluate_draft.read_prompts(tmp_path / "*.json", tokenizer)
+    assert f"error: line 2 of {tmp_path}/b.json is not a prompt: unknown form: fields prompt" in capsys.readouterr().err
