@@ -1,8 +1,8 @@
 """Measure a draft as serving uses it: real speculative decoding against the target, one chain of drafts per pass.
 
-In:  a target, a draft checkpoint (flat or speculators form), and prompts: a data set of conversations (up to the last
-     assistant turn) or of {"prompt": text}, or a folder written by prepare_data.py (its validation rows, up to the last
-     reply).
+In:  a target, a draft checkpoint (flat or speculators form), and prompts: a data set of conversations (without the
+     reply at their end) or of {"prompt": text}, or a folder written by prepare_data.py (its validation rows, up to
+     the last reply).
 Out: acceptance length, share accepted by position, tokens/s with and without the draft; with --output a folder with
      evaluation.json, acceptance.png and generations.jsonl: the texts as rows that prepare_data.py reads (input_ids,
      loss_mask), with the drafts accepted in each pass.
@@ -246,9 +246,9 @@ def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
 def read_prompts(path, tokenizer, limit=None, options=None, **flags):
     """Token ids of at most `limit` prompts of a data set or a prepared folder; a bad row ends the program.
 
-    flags: of core/conversation_files.py. options: variables of the tokenizer's template. The prompt of a row with
-    several turns ends before the last reply:
-    templates of reasoning targets render earlier replies as history, without the thought that the target would begin.
+    flags: of core/conversation_files.py. options: variables of the tokenizer's template. Of several replies the last
+    one is left out: templates of reasoning targets render earlier ones as history, without the thought that the target
+    would begin.
     """
     if Path(path, "data_config.json").is_file():
         prompts = read_prepared_prompts(path, tokenizer, limit)
@@ -280,7 +280,7 @@ def read_prepared_prompts(folder, tokenizer, limit):
 def read_prompt(line, tokenizer, place, options):
     """Token ids of the prompt in one row; None if it has no question, as parts of split chats.
 
-    The prompt ends before the last reply, or with the question that is the last turn.
+    The prompt ends with the last question, or with the output of a tool after it.
     """
     where = f"line {place['line']} of {place['file']}"
     try:
