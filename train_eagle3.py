@@ -499,7 +499,7 @@ def run_draft(draft, batch, states, target, d2t, decay):
 
 @torch.no_grad()
 def evaluate(engine, source, data, d2t, args):
-    """Metrics of the validation rows over all ranks, or None where no row has hidden states.
+    """Metrics of the validation rows over all ranks, or None where no row has a slot with hidden states.
 
     acceptance_length is from walking every reply as serving does.
     """
@@ -658,7 +658,7 @@ def evaluate_now(args, run, engine, source, data, d2t, record, progress):
     values = evaluate(engine, source, data["validation"], d2t, args)
     progress.evaluation_due = False
     if values is None:
-        record.line(f"evaluation at step {progress.step}: no validation row has hidden states, nothing is evaluated")
+        record.line(f"evaluation at step {progress.step}: no validation row has a slot with hidden states")
         return None
     record.row("validation", progress.step, progress.step / run.steps_per_epoch, values)
     record.line(

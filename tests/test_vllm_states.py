@@ -244,7 +244,7 @@ def test_files_of_the_extractor_equal_the_target_in_memory(work, extracted, tmp_
     flags = (*flags, "--on_missing", "skip", "--save_best", "--best_metric", "loss")
     rows = run(work.folder, tmp_path / "left_out", *flags)
     assert {row["split"] for row in rows} == {"train"} and not (tmp_path / "left_out" / "best").is_symlink()
-    assert "no validation row has hidden states, nothing is evaluated" in capsys.readouterr().out
+    assert "no validation row has a slot with hidden states" in capsys.readouterr().out
 
 
 def test_files_of_the_extractor_that_are_damaged_are_generated(work, extracted, tmp_path):
