@@ -201,8 +201,10 @@ def draft_source(args, checkpoint, state):
     if args.draft_model_config:
         common.fail(f"resume_from_checkpoint {checkpoint} has a draft's configuration: drop draft_model_config")
     if draft_files.has_weights(checkpoint):
+        print(f"the training starts from the weights of {checkpoint}")
         return checkpoint, None
-    return None, checkpoint  # a config.json alone: a fresh draft
+    print(f"{checkpoint} has a config.json alone: fresh weights")
+    return None, checkpoint
 
 
 def configure_draft(args, model_dir, checkpoint, source):

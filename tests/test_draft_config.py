@@ -1,6 +1,7 @@
 """The configuration of a draft as it is given: each form, keys that are read, left out or refused, and where it is."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,10 @@ def places(work, tmp_path_factory):
             "transformer_layer_config": LAYER.to_dict() | {"intermediate_size": 80}})), ("draft", config)):  # fmt: skip
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
+    for name in re.findall("lost/([\\w.-]+)", (CASES / "draft_sources.txt").read_text()):
+        (folder / "lost" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "lost" / name / "config.json").write_text(config)
+        (folder / "lost" / name / name).write_text("")
     (folder / "nothing").mkdir()
     (folder / "broken.json").write_text('{\n  // sizes\n  "hidden_size": 64}')
     (folder / "list.json").write_text("[1]")
@@ -131,6 +136,8 @@ def places(work, tmp_path_factory):
     files = {path.name: path.read_bytes() for path in (folder / "draft").iterdir()}
     write_hub(folder / "hub", "org/draft", files)
     write_hub(folder / "hub", "org/config", {"config.json": config.encode()})
+    lost = {"config.json": config.encode(), "pytorch_model-00001-of-00002.bin": b""}
+    write_hub(folder / "hub", "org/lost", lost)
     return folder
 
 
@@ -145,13 +152,15 @@ def test_where_a_draft_may_be(work, places, tmp_path, capsys, monkeypatch, flags
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places / "hub"))
     argv = arguments(work, tmp_path / "out", *flags.split())
-    found, error, _ = outcome(capsys, lambda: prepared(argv))
+    found, error, printed = outcome(capsys, lambda: prepared(argv))
     kind, _, text = happens.partition(": ")
     assert bool(error) == (kind == "refused"), error
     if error:
         assert text in error and not (tmp_path / "out" / "run.json").exists()
         return
     assert found.draft_config["intermediate_size"] == 80
+    says = "has a config.json alone: fresh weights" if happens == "fresh" else f"starts from the {happens}"
+    assert ("--from-pretrained" in flags) == (says in printed), printed
     start = found.run.resume_from_checkpoint
     assert start == (happens.removeprefix("weights of ") if happens.startswith("weights") else None)
 
