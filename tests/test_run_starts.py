@@ -91,6 +91,7 @@ def runs(work, tmp_path_factory):
         (folder / "files" / name).write_text(str(target))
     (folder / "link_to_run").symlink_to("run")
     (folder / "empty").mkdir()
+    (folder / "files" / "nameless").write_text("\n")
     return folder
 
 
@@ -241,12 +242,30 @@ def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
     assert (second / "step_00000001").exists() and (out / "notes.txt").read_text() == "mine"
 
 
-def test_new_start_from_the_weights_of_the_run_that_it_puts_aside(work, runs, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(runs / "run", out, symlinks=True)
-    flags = "--total_steps", 1, "--learning_rate", 0, "--no_resume_from_checkpoint", "--resume_from_checkpoint", out
-    training.run(work, out, *flags)
-    assert training.furthest(training.weights(out / "final"), training.weights(runs / "run" / "final")) == 0
+def test_new_start_from_the_weights_of_the_run_that_it_puts_aside(work, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs / "run", "out", symlinks=True)
+    flags = "--total_steps", 1, "--learning_rate", 0, "--no_resume_from_checkpoint", "--resume_from_checkpoint"
+    training.run(work, "out", *flags, "./out/../out")
+    assert training.furthest(training.weights("out/final"), training.weights(runs / "run" / "final")) == 0
+
+
+@pytest.mark.parametrize(("output", "draft", "found"), table("aside.txt"))
+def test_draft_in_what_is_moved_aside(output, draft, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/step_00000001", "out/step_00000002", "out/data", "elsewhere/final"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text(folder)
+    Path("link").symlink_to("out")
+    Path("out/latest").symlink_to("step_00000002")
+    Path("out/final").symlink_to("../elsewhere/final")
+    draft = draft.format(here=tmp_path)
+    holds = Path(draft, "config.json").read_text() if Path(draft).exists() else None
+    moved = checkpoints.set_aside(output.format(here=tmp_path), draft)
+    assert re.sub("earlier_[0-9_]+", "earlier", moved) == found.format(here=tmp_path)
+    assert holds is None or Path(moved, "config.json").read_text() == holds
+    line = training.refused(capsys, checkpoints.find_draft, "out")
+    assert "nor an output folder with a complete checkpoint; an earlier run is in out/earlier_" in line
 
 
 # ==================== Outputs ========================================================================================
