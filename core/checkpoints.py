@@ -12,7 +12,6 @@ How the model itself is written is up to the trainer: `write_draft(folder, tenso
     step_XXXXXXXX/...                  what write_draft writes
 """
 
-import contextlib
 import datetime
 import itertools
 import json
