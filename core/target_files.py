@@ -27,9 +27,11 @@ MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layer
 
 TEMPLATES_FOLDER = "additional_chat_templates"  # beside a tokenizer: its templates with names, such as tool_use
 
+ADAPTER = "adapter_config.json"
+
 # {file in a folder that holds no Hugging Face model: what it tells}
 OTHER_FORMS = {
-    "adapter_config.json": "an adapter's: merge it by import_target.py first",
+    ADAPTER: "an adapter's: merge it by import_target.py first",
     "*.gguf": "a GGUF file: make a folder of it by import_target.py first",
     "params.json": "of Meta's or Mistral's own format: take the model's Hugging Face form",
     "zero_to_fp32.*": "of a DeepSpeed checkpoint: run it there first, and give the folder that it writes",
