@@ -499,7 +499,7 @@ def find_start(args, engine, decisive):
         print(f"resume: {args.output_dir} has no complete checkpoint{start}", file=sys.stderr)
         return given and find_draft(given), None
     if RANKS not in state["files"]:
-        common.fail(f"{folder} was written by an older version: start from its weights without --resume")
+        common.fail(f"{folder} was written by an earlier version: start from its weights without --resume")
     if folder not in elsewhere:  # an interruption may have come before the links
         link_newest(folder, state["best"])
     for name in decisive:

@@ -329,26 +329,19 @@ def check_resume(flags, run, folder, model_dir, state):
     flags: the resolved ones of this start; folder: of the prepared data; state: the checkpoint's trainer_state.json.
     """
     places = {"data": folder, "target": model_dir}
+    checkpoint = run.resume_from_checkpoint
+    remedy = "start from its weights without --resume"
+    target_files.check_version(checkpoint, state["flags"]["fingerprints"]["target"], remedy)
     for name, fingerprint in run.fingerprints.items():
         before = state["flags"]["fingerprints"][name]
         if before not in (fingerprint, None):  # None: a dry run without data
-            older = ""
-            if name == "target":
-                place = Path(run.resume_from_checkpoint) / "trainer_state.json"
-                older = target_files.explain_fingerprint(before, fingerprint, place)
-            common.fail(
-                f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
-                f"start from its weights without --resume{older}"
-            )
+            common.fail(f"{checkpoint} was trained with another {name} than {places[name]}: give the same, or {remedy}")
     if state["step"] > run.total_steps:
-        print(
-            f"{run.resume_from_checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is "
-            "left to train"
-        )
+        print(f"{checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is left to train")
     changed = []
     for name, before in state["flags"].items():
         now = flags.get(name, before)
         if name not in FREE and now != before:
             changed.append(f"{name} {before} -> {now}")
     if changed:
-        print(f"flags that differ from those of {run.resume_from_checkpoint}: {', '.join(changed)}")
+        print(f"flags that differ from those of {checkpoint}: {', '.join(changed)}")

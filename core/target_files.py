@@ -336,11 +336,7 @@ def sample_archive(path):
         return {f"{path.name}/{part.filename}": [part.file_size, part.CRC] for part in archive.infolist()}
 
 
-def explain_fingerprint(stored, now, where):
-    """What to add to a line that refuses a target whose stored fingerprint is not the one of now; where: it is."""
-    if str(stored).startswith(FINGERPRINT):
-        return ""
-    return (
-        f". It is a fingerprint of an earlier version, which sampled less: if the target has not changed since, write "
-        f"{now} in its place in {where}"
-    )
+def check_version(path, fingerprint, remedy):
+    """End the program if what is at `path` has a target's fingerprint of an earlier version."""
+    if isinstance(fingerprint, str) and not fingerprint.startswith(FINGERPRINT):
+        common.fail(f"{path} was written by an earlier version: {remedy}")

@@ -149,7 +149,7 @@ def test_checkpoint_of_an_older_version_is_not_continued(work, runs, tmp_path, c
         (folder / checkpoints.RANKS).unlink()
     line = training.refused(capsys, training.run, work, tmp_path / "out", "--resume", "--total_steps", 2)
     folder = tmp_path / "out" / "step_00000002"
-    assert line == f"{folder} was written by an older version: start from its weights without --resume"
+    assert line == f"{folder} was written by an earlier version: start from its weights without --resume"
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_noticed(work, runs, tmp_path, capsys):
