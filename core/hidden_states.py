@@ -143,8 +143,13 @@ class Store:
             common.fail(f"{self.folder} cannot be written: {error}")
         try:
             return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            common.fail(f"{self.folder} is not a folder of hidden states: {error}")
+        except OSError:
+            common.fail(
+                f"{self.folder} has no hidden states, as its index.json cannot be read: give the folder that "
+                "prepare_hidden_states.py has written"
+            )
+        except (ValueError, TypeError) as error:
+            common.fail(f"{self.folder} is not a folder of hidden states: its index.json is broken: {error}")
 
     @property
     def layer_count(self):

@@ -752,6 +752,18 @@ def without(work, folder, lacking):
     return folder
 
 
+@pytest.mark.parametrize("there", ["nothing", "a file", "an empty folder"])
+def test_a_folder_without_hidden_states(there, work, tmp_path, capsys):
+    folder = tmp_path / "states"
+    if there == "a file":
+        folder.touch()
+    if there == "an empty folder":
+        folder.mkdir()
+    line = refused(capsys, train, work, tmp_path / "out", *offline(folder))
+    assert line.startswith(f"{folder} has no hidden states") and "Errno" not in line
+    assert "give the folder that prepare_hidden_states.py has written" in line
+
+
 def test_what_is_missing_is_left_out_generated_or_an_error(work, tmp_path, online, capsys):
     lacking = ["train/2", "train/17", "validation/1"]
     folder, flags = without(work, tmp_path / "states", lacking), ("--draft_global_batch_size", 20, "--num_epochs", 3)

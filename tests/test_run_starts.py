@@ -363,6 +363,22 @@ def test_second_start_is_refused_while_the_first_one_lives(work, tmp_path, capsy
     assert not (out / ".writer").exists()
 
 
+@pytest.mark.parametrize("command", ["prepare_data", "prepare_hidden_states"])
+def test_two_that_prepare_into_one_folder(command, work, tmp_path, capsys):
+    words = next(words for name, _, words in OUTPUTS if name == command)
+    out = tmp_path / "out"
+    inputs = {"target": work / "target", "data": work / "data", "chats": work / "train.jsonl"}
+    argv = [word.replace("OUTPUT", str(out)) for word in words.format(**inputs).split()]
+    script = COMMANDS[command]
+    claim = (tmp_path, ".out.preparing") if command == "prepare_data" else (out,)
+    with tiny.other_writer(*claim) as first:
+        line = training.refused(capsys, script.main, script.parse_args(argv))
+        assert f"host {socket.gethostname()}, pid {first.pid}): wait for it to end" in line
+        assert not out.exists() or [path.name for path in out.iterdir()] == [".writer"]
+    script.main(script.parse_args(argv))
+    assert out.exists() and not list(tmp_path.glob(".*")) and not list(out.glob(".*"))
+
+
 @pytest.fixture
 def without_locks(monkeypatch):
     """Storage that other machines write too and that has no locks."""
@@ -422,6 +438,21 @@ def test_writer_on_another_host(without_locks, end, tmp_path, capsys):
     finally:
         ended.set()
         thread.join()
+
+
+@pytest.mark.parametrize(("host", "drops", "taken"), [("b", True, True), ("b", False, False), ("", True, True)])
+def test_storage_that_keeps_the_lock_of_a_dead_writer(without_locks, host, drops, taken, tmp_path, monkeypatch, capsys):
+    """On another host, or on this one: it is waited for, but not without end."""
+    answers = [False, False, True]  # of try_lock, the last one from then on
+    monkeypatch.setattr(claims, "try_lock", lambda file: answers.pop(0) if answers[1:] else drops)
+    monkeypatch.setattr(claims, "PATIENCE", 1)
+    monkeypatch.setattr(claims, "LOCK_PATIENCE", 3)
+    entry = {"host": host or socket.gethostname(), "pid": 2**22 + 1, "started": 0, "beat": 0}
+    (tmp_path / ".writer").write_text(json.dumps(entry).ljust(claims.SIZE))
+    if taken:
+        assert claim(tmp_path)["pid"] == os.getpid() and not list(tmp_path.iterdir())
+    else:
+        assert f"host b, pid {entry['pid']}): wait for it to end" in training.refused(capsys, claim, tmp_path)
 
 
 def test_storage_that_gives_files_new_numbers(without_locks, tmp_path, monkeypatch):
