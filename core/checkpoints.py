@@ -80,12 +80,12 @@ def better(values, best, step, metric):
     found = [values[metric], step, metric, values["loss"]]
     if not math.isfinite(found[0]) or not math.isfinite(found[3]):
         return None
-    if best and best[2] == metric and rank(found) <= rank(best):
+    if best and best[2] == metric and order(found) <= order(best):
         return None
     return found
 
 
-def rank(best):
+def order(best):
     """What is higher for a better evaluation. Equal acceptance lengths, as at the start, are decided by the loss."""
     value, _, metric, *rest = best
     if metric == "loss":
@@ -211,7 +211,7 @@ def write_checkpoint(engine, folder, state, progress, write_draft):
     """Write a complete checkpoint, visible only when it is complete. All ranks call it. Returns "" or the problem.
 
     state: JSON, the same on all ranks. A complete checkpoint of this name stays, as it is of the same step; anything
-    else of this name is put aside.
+    else of this name is renamed.
     """
     if ranks.on_first_rank(lambda: is_complete(folder)):
         return ""
@@ -381,7 +381,7 @@ def checkpoints(output_dir):
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def set_aside(output_dir, draft):
+def move_aside(output_dir, draft):
     """Move what a run wrote in output_dir into a new folder there, and say so; prepared data stay.
 
     Returns the path of `draft`, a folder, a hub id or None: the folder may have been moved.

@@ -88,7 +88,7 @@ def open_folder(path_or_hub_id, patterns):
 
 
 def check_other_forms(folder):
-    """End the program if a folder without a model holds one in another form, with what to do."""
+    """End the program if a folder holds a model in a form other than Hugging Face's, and name the remedy."""
     for pattern, what in OTHER_FORMS.items():
         found = next(folder.glob(pattern), None)
         if found:

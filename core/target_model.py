@@ -503,7 +503,7 @@ def check_complete(model_dir, model, info):
         there = f"; they have {list_names(unexpected)} instead" if unexpected else ""
         if missing == {"lm_head.weight"} and not unexpected:
             there = "; if its head is the embedding table, set tie_word_embeddings in config.json to true"
-        common.fail(f"the weights of the target {model_dir} lack {list_names(missing)}{there}")
+        common.fail(f"the weights of the target {model_dir} do not have {list_names(missing)}{there}")
     for name, shape, wanted in sorted(info["mismatched_keys"]):
         common.fail(
             f"the target {model_dir} has {name} of shape {list(shape)}, by its config.json {list(wanted)}: correct "
@@ -702,7 +702,7 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
     except Exception as error:  # of the family's own code, too
         common.fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
     if info["missing_keys"]:
-        common.fail(f"the weights of the target {model_dir} lack {list_names(info['missing_keys'])}")
+        common.fail(f"the weights of the target {model_dir} do not have {list_names(info['missing_keys'])}")
     return Target(None, text_config, head, embedding, layer_ids, norm=norm)
 
 

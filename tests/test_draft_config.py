@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 import prepare_data
 import train_eagle3
-from core import draft_config, draft_files, ranks, setup, states
+from core import draft_config, draft_files, ranks, setup, states, target_files
 from helpers import tiny
 from helpers.training import arguments
 
@@ -73,7 +73,9 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     path = tmp_path / "draft.json"
     path.write_text(json.dumps(FORMS[form] | json.loads(keys)))
     args = train_eagle3.parse_args(arguments(work, tmp_path / "out"))
-    found, error, printed = outcome(capsys, lambda: setup.configure_draft(args, work / "target", None, str(path)))
+    target = work / "target"
+    configs = target_files.read_target_config(target)
+    found, error, printed = outcome(capsys, lambda: setup.configure_draft(args, target, *configs, None, str(path)))
     kind, _, text = says.partition(": ")
     assert bool(error) == (kind == "refused"), error
     assert text in error + printed and (not error or "draft.json" in error), error + printed
@@ -216,5 +218,7 @@ def test_what_nothing_would_read_is_refused_or_said(work, data, tmp_path, capsys
         assert text in error + printed, error + printed
     elif kind == "silent":
         assert text not in printed
+    elif kind.startswith("warms up"):
+        assert found[0].run.scheduler_warmup_steps == int(kind.split()[-1])
     else:
         assert str(states.choose_folder(found[1])) == happens.removeprefix("reads ")

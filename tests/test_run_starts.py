@@ -219,7 +219,7 @@ def test_what_needs_data_is_said(work, tmp_path, capsys, flags, words):
     assert words in line and not (tmp_path / "out").exists()
 
 
-def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
+def test_new_start_moves_the_earlier_run_aside(work, runs, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(runs / "run", out, symlinks=True)
     (out / "notes.txt").write_text("mine")
@@ -227,7 +227,7 @@ def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
     before = {path.name: path.resolve().name for path in out.iterdir()}
     line = training.refused(capsys, training.run, work, out, "--total_steps", 1)
     assert "holds a run (final, metrics.jsonl, step_00000001)" in line
-    assert "put it aside with --no_resume_from_checkpoint" in line
+    assert "move it aside with --no_resume_from_checkpoint" in line
     line = training.refused(capsys, training.run, work, out, "--no_resume_from_checkpoint", "--tp_size", 3)
     assert {path.name: path.resolve().name for path in out.iterdir()} == before, f"moved for nothing: {line}"
     for flags in (["--no-resume-from-checkpoint"], ["--no-resume-from-checkpoint", "--resume"]):
@@ -242,7 +242,7 @@ def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
     assert (second / "step_00000001").exists() and (out / "notes.txt").read_text() == "mine"
 
 
-def test_new_start_from_the_weights_of_the_run_that_it_puts_aside(work, runs, tmp_path, monkeypatch):
+def test_new_start_from_the_weights_of_the_run_that_it_moves_aside(work, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(runs / "run", "out", symlinks=True)
     flags = "--total_steps", 1, "--learning_rate", 0, "--no_resume_from_checkpoint", "--resume_from_checkpoint"
@@ -261,7 +261,7 @@ def test_draft_in_what_is_moved_aside(output, draft, found, tmp_path, monkeypatc
     Path("out/final").symlink_to("../elsewhere/final")
     draft = draft.format(here=tmp_path)
     holds = Path(draft, "config.json").read_text() if Path(draft).exists() else None
-    moved = checkpoints.set_aside(output.format(here=tmp_path), draft)
+    moved = checkpoints.move_aside(output.format(here=tmp_path), draft)
     assert re.sub("earlier_[0-9_]+", "earlier", moved) == found.format(here=tmp_path)
     assert holds is None or Path(moved, "config.json").read_text() == holds
     line = training.refused(capsys, checkpoints.find_draft, "out")
