@@ -354,7 +354,7 @@ def test_second_start_is_refused_while_the_first_one_lives(work, tmp_path, capsy
             line = training.refused(capsys, training.run, work, out, "--total_steps", 1, *flags)
             assert line == (
                 f"output_dir {out}: another process writes there (host {socket.gethostname()}, pid {first.pid}): "
-                "wait until it ends, or give another"
+                "wait for it to end, or give another folder"
             )
         assert [path.name for path in out.iterdir()] == [".writer"]
         first.kill()
