@@ -21,8 +21,6 @@ from safetensors import SafetensorError
 
 from core import common, target_files, target_model
 
-ADAPTER = "adapter_config.json"
-
 # ==================== Copying ========================================================================================
 
 
@@ -71,12 +69,14 @@ def files_of(path_or_hub_id, trust_remote_code=False):
     model_dir = target_files.resolve_target(path_or_hub_id)
     _, config = target_files.read_target_config(model_dir, trust_remote_code)
     target_files.load_tokenizer(path_or_hub_id, trust_remote_code)
-    target_model.check_weights(model_dir, config, trust_remote_code)
+    target_model.check_names(model_dir, config, trust_remote_code)
     weights = {path.name: path for path in target_files.weight_files(model_dir)}
     # The tokenizer may have a folder of its own, with a config.json that is not the model's.
     tokenizer = small_files(target_files.locate(path_or_hub_id, target_files.TOKENIZER_FILES))
     tokenizer.pop("config.json", None)
-    return weights | small_files(model_dir) | tokenizer
+    files = weights | small_files(model_dir) | tokenizer
+    files.pop(target_files.ADAPTER, None)  # left by an adapter that was merged
+    return files
 
 
 def small_files(folder):
@@ -128,12 +128,15 @@ def read_gguf(path):
 
 
 def find_adapter(given):
-    """The folder of an adapter that is given; None if it is none."""
+    """The folder of an adapter that is given; None if it is none, or what is left of one that was merged."""
     path = Path(given).expanduser()
     if path.exists() and not path.is_dir():
         return None
     folder = target_files.open_folder(given, [*target_files.SMALL_FILES, "adapter_model.*"])
-    return folder if (folder / ADAPTER).is_file() else None
+    has_weights = not path.exists() or any((folder / name).exists() for name in target_files.WEIGHT_FILES)
+    if not (folder / target_files.ADAPTER).is_file() or (has_weights and not any(folder.glob("adapter_model.*"))):
+        return None
+    return folder
 
 
 def merge_adapter(folder, base_model_path, trust_remote_code):
@@ -142,7 +145,7 @@ def merge_adapter(folder, base_model_path, trust_remote_code):
     import peft
 
     try:
-        given = peft.PeftConfig.from_peft_type(**json.loads((folder / ADAPTER).read_text()))
+        given = peft.PeftConfig.from_peft_type(**json.loads((folder / target_files.ADAPTER).read_text()))
         tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
     except Exception as error:  # of several libraries
         common.fail(f"the adapter {folder} cannot be read: {type(error).__name__}: {error}")
@@ -152,7 +155,7 @@ def merge_adapter(folder, base_model_path, trust_remote_code):
         common.fail(f"{folder} has both weights and an adapter: give the adapter's base by --base_model_path")
     base = base_model_path or given.base_model_name_or_path
     if not base:
-        common.fail(f"{folder / ADAPTER} names no base model: give it by --base_model_path")
+        common.fail(f"{folder / target_files.ADAPTER} names no base model: give it by --base_model_path")
     model = read_base(base, trust_remote_code)
     rows = [len(tensor) for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
     if rows and rows[0] != len(model.get_input_embeddings().weight):  # tokens were added before it was trained
@@ -179,7 +182,7 @@ def read_base(base, trust_remote_code):
     """The model that an adapter changes, in the dtype that it was saved in."""
     model_dir = target_files.resolve_target(base)
     _, config = target_files.read_target_config(model_dir, trust_remote_code)
-    if getattr(config, "quantization_config", None):
+    if target_model.quantisation(config):
         common.fail(f"the adapter's base {base} is quantised: give the unquantised model by --base_model_path")
     target_model.check_weights(model_dir, config, trust_remote_code)
     options = {"device_map": {"": "cpu"}, "dtype": "auto"}

@@ -30,6 +30,7 @@ import torch
 from tokenizers import Tokenizer
 
 from core import (
+    claims,
     common,
     conversation_files,
     conversations,
@@ -670,7 +671,8 @@ def prepare(dataset, output_path, target_model_path, **options):
     def write(folder, caches):
         build(sources, chat, options, config, folder, caches, answers, listed)
 
-    replace_folder(output, write)
+    with claims.only_writer(f"output_path {output.name} in", output.parent, f".{output.name}.preparing"):
+        replace_folder(output, write)
     common.remove(listed)
     data, config = dataloader.open_data(output)
     show_first_row(data, tokenizer)

@@ -205,6 +205,12 @@ def prepare(args, sharding):
 
 def main(args):
     device = ranks.start_distributed(args.dist_timeout, args.local_rank)
+    with ranks.only_writer("output_path", args.output_path):
+        start(args, device)
+
+
+def start(args, device):
+    """Plan, load the target, and write what is missing."""
     sharding = ranks.on_first_rank(lambda: target_model.resolve_sharding(args, dist.get_world_size()))
     layers, settings, pending = ranks.on_first_rank(lambda: prepare(args, sharding))
     data, _ = dataloader.open_data(args.data_path)

@@ -17,6 +17,7 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 
 import contextlib
 import copy
+import dataclasses
 import datetime
 import sys
 import time
@@ -780,22 +781,30 @@ class Setup(NamedTuple):
 
 def prepare_run(args):
     """Everything that can go wrong before a model loads, on rank 0; the Setup of all ranks."""
+    # --- flags ---
     world = dist.get_world_size()
+    default = vars(parse_args(["--target_model_path", args.target_model_path]))
     holds_old = setup.check_output(args)
     setup.check_flags(args)
-    default = vars(parse_args(["--target_model_path", args.target_model_path]))
     setup.check_unread(args, default)
     sharding = target_model.resolve_sharding(args, world)
     micro = setup.micro_batch_size(args)
     accumulation = setup.accumulation_steps(args, world)
     deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
     engine = checkpoints.engine_kind(deepspeed_config)
-    checkpoint, state = checkpoints.find_start(args, engine, setup.DECISIVE)
-    checkpoint, source = setup.draft_source(args, checkpoint, state)
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
+
+    # --- draft ---
+    start, state = checkpoints.find_start(args, engine, setup.DECISIVE)
+    checkpoint, source = setup.draft_source(args, start, state)
     model_dir = target_files.resolve_target(args.target_model_path)
-    config, layers = setup.configure_draft(args, model_dir, checkpoint, source)
+    text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
+    target_model.check_heads(text_config, args.tp_size)
+    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
+    config, layers = setup.configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
+
+    # --- data ---
     folder = args.data_path
     if args.dataset_train_split:
         folder = prepare_conversations(args)
@@ -804,9 +813,10 @@ def prepare_run(args):
         setup.check_data(args, config, folder, data, data_config, world)
         setup.check_validation(args, data, default)
     d2t = setup.vocabulary_mapping(args, config, folder, checkpoint)
-    schedule = setup.schedule(args, len(data.get("train", ())))
-    if holds_old:
-        checkpoint = checkpoints.set_aside(args.output_dir, checkpoint)
+    config["draft_vocab_size"] = len(d2t)
+
+    # --- run ---
+    schedule = setup.schedule(args, len(data.get("train", ())), default)
     run = setup.Run(
         dp_size=world // args.tp_size,
         target_sharding=sharding,
@@ -820,7 +830,9 @@ def prepare_run(args):
     if state:
         setup.check_resume(run.flags(args), run, folder, model_dir, state)
     checkpoints.remove_leftovers(args.output_dir)
-    config["draft_vocab_size"] = len(d2t)
+    if holds_old:
+        moved = checkpoints.move_aside(args.output_dir, checkpoint)
+        run = dataclasses.replace(run, resume_from_checkpoint=moved)
     return Setup(run, deepspeed_config, config, layers, folder, d2t, state)
 
 

@@ -12,7 +12,6 @@ How the model itself is written is up to the trainer: `write_draft(folder, tenso
     step_XXXXXXXX/...                  what write_draft writes
 """
 
-import contextlib
 import datetime
 import itertools
 import json
@@ -81,12 +80,12 @@ def better(values, best, step, metric):
     found = [values[metric], step, metric, values["loss"]]
     if not math.isfinite(found[0]) or not math.isfinite(found[3]):
         return None
-    if best and best[2] == metric and rank(found) <= rank(best):
+    if best and best[2] == metric and order(found) <= order(best):
         return None
     return found
 
 
-def rank(best):
+def order(best):
     """What is higher for a better evaluation. Equal acceptance lengths, as at the start, are decided by the loss."""
     value, _, metric, *rest = best
     if metric == "loss":
@@ -212,7 +211,7 @@ def write_checkpoint(engine, folder, state, progress, write_draft):
     """Write a complete checkpoint, visible only when it is complete. All ranks call it. Returns "" or the problem.
 
     state: JSON, the same on all ranks. A complete checkpoint of this name stays, as it is of the same step; anything
-    else of this name is put aside.
+    else of this name is renamed.
     """
     if ranks.on_first_rank(lambda: is_complete(folder)):
         return ""
@@ -382,12 +381,13 @@ def checkpoints(output_dir):
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def set_aside(output_dir, draft):
+def move_aside(output_dir, draft):
     """Move what a run wrote in output_dir into a new folder there, and say so; prepared data stay.
 
-    Returns the path of `draft`, a folder or None, which may have been moved.
+    Returns the path of `draft`, a folder, a hub id or None: the folder may have been moved.
     """
     output = Path(output_dir)
+    place = Path(draft).resolve() if draft and Path(draft).exists() else None  # links count only before the move
     aside = output / f"earlier_{datetime.datetime.now():%Y%m%d_%H%M%S_%f}"
     moved = [path for path in output.iterdir() if re.fullmatch(OF_A_RUN, path.name)]
     try:
@@ -397,11 +397,11 @@ def set_aside(output_dir, draft):
     except OSError as error:
         common.fail(f"{output}: what an earlier run wrote cannot be moved to {aside}: {error.strerror}")
     print(f"what an earlier run wrote in {output} is now in {aside}", flush=True)
-    if draft:
-        for path in moved:
-            with contextlib.suppress(ValueError):  # it is not below
-                return str(aside / path.name / Path(draft).absolute().relative_to(path.absolute()))
-    return draft
+    if not place or Path(draft).exists():
+        return draft
+    if place.exists():  # a link to it has been moved
+        return str(place)
+    return str(aside / place.relative_to(output.resolve()))
 
 
 def remove_leftovers(output_dir):
@@ -460,7 +460,11 @@ def find_draft(path):
     if not (folder / "config.json").exists():
         folder, _ = find_checkpoint(checkpoints(place))
     if not folder:
-        common.fail(f"{path} is neither a draft, with a config.json, nor an output folder with a complete checkpoint")
+        earlier = max(place.glob("earlier_*"), default=None)
+        where = f"; an earlier run is in {earlier}" if earlier else ""
+        common.fail(
+            f"{path} is neither a draft, with a config.json, nor an output folder with a complete checkpoint{where}"
+        )
     print(f"{path}: the draft is {folder}")
     return str(folder)
 
@@ -469,8 +473,9 @@ def follow(path):
     """The path, or for a small file with the name of a folder beside it, as `link_newest` writes it, that folder."""
     path = Path(path)
     if path.is_file() and path.stat().st_size < 100:
-        named = path.parent / path.read_text(errors="replace").strip()
-        return named if named.is_dir() else path
+        name = path.read_text(errors="replace").strip()
+        if name.strip(".") and (path.parent / name).is_dir():
+            return path.parent / name
     return path
 
 
@@ -490,12 +495,11 @@ def find_start(args, engine, decisive):
         elsewhere = [place] if (place / STATE).exists() else checkpoints(place)
     folder, state = find_checkpoint(checkpoints(args.output_dir) + elsewhere)
     if not folder:
-        draft = given and find_draft(given)
-        start = f"from the weights of {draft}" if draft else "from the beginning"
-        print(f"resume: {args.output_dir} has no complete checkpoint, the training starts {start}", file=sys.stderr)
-        return draft, None
+        start = "" if given else ", the training starts from the beginning"
+        print(f"resume: {args.output_dir} has no complete checkpoint{start}", file=sys.stderr)
+        return given and find_draft(given), None
     if RANKS not in state["files"]:
-        common.fail(f"{folder} was written by an older version: start from its weights without --resume")
+        common.fail(f"{folder} was written by an earlier version: start from its weights without --resume")
     if folder not in elsewhere:  # an interruption may have come before the links
         link_newest(folder, state["best"])
     for name in decisive:

@@ -2,8 +2,8 @@
 
 FOLDER/.writer names the writer, {"host", "pid", "started", "beat"}, and exists while there is one. The writer holds a
 lock of this file, which the kernel drops when the process ends, however it ends: on a disk of this machine the lock
-decides. On storage that other machines write too, which may have no locks or keep them to each machine, the named
-process counts on its own host; from elsewhere it counts while its `beat` changes.
+decides. On storage that other machines write too, which may have no locks, keep them to each machine, or keep those of
+a dead machine for a while, the named process counts on its own host; from elsewhere it counts while its `beat` changes.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ WRITER = ".writer"
 SIZE = 256  # bytes of the file: it is overwritten in place, so that no reader finds it empty
 BEAT = 5  # seconds between two signs of life
 PATIENCE = 45  # seconds without a sign of life after which a writer on another host counts as dead
+LOCK_PATIENCE = 120  # seconds in which storage drops the lock of a dead writer: NFSv4, Lustre and SMB take about 90
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}  # no other machine writes here
 
 
@@ -60,11 +61,18 @@ def only_writer(name, folder, claim=WRITER):
 def take(name, path):
     """The file at `path`, open and locked where that is possible; ends the program if a living writer has it."""
     dead = None  # a writer that gave no sign of life
+    deadline = time.monotonic() + LOCK_PATIENCE
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         locked = try_lock(file)
         if locked is False:
-            refuse(name, path, wait_for_content(file))
+            dead = wait_for_content(file)
+            file.close()
+            holds = is_local(path) or not dead or time.monotonic() > deadline
+            if holds or lives(dead, path):
+                refuse(name, path, dead)
+            time.sleep(1)
+            continue
         if not has_name(file, path):  # its writer has removed it meanwhile
             file.close()
             continue
@@ -92,8 +100,8 @@ def write_down(name, path, file):
 
 
 def release(file, path, created):
-    """Remove the file of a claim, and the folders created for it as long as they are empty."""
-    with contextlib.suppress(OSError):
+    """Remove the file of a claim, and the folders created for it, up to the first that is not empty."""
+    with contextlib.suppress(OSError):  # of rmdir: what is above such a folder is not empty either
         if file:
             with file:
                 if has_name(file, path) and read(file).get("pid") in (os.getpid(), None):
@@ -105,7 +113,9 @@ def release(file, path, created):
 def refuse(name, path, writer):
     """End the program because of another writer."""
     who = f"host {writer['host']}, pid {writer['pid']}" if writer else "which one is not known"
-    common.fail(f"{name} {path.parent}: another process writes there ({who}): wait until it ends, or give another")
+    common.fail(
+        f"{name} {path.parent}: another process writes there ({who}): wait for it to end, or give another folder"
+    )
 
 
 def try_lock(file):

@@ -375,8 +375,11 @@ class Loaded(NamedTuple):
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
+# What a folder with a config.json alone does not hold: weights under another name, or a part of them.
+OTHER_WEIGHTS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.part", "*.incomplete")
 
-def locate(source, patterns=("config.json", "*.safetensors", *WEIGHTS), flag="the draft"):
+
+def locate(source, patterns=("config.json", *WEIGHTS, *OTHER_WEIGHTS), flag="the draft"):
     """The path `source`, or the folder of a hub id with the files that match; ends the program if it is neither."""
     path = Path(source).expanduser()
     if path.exists():
@@ -387,9 +390,22 @@ def locate(source, patterns=("config.json", "*.safetensors", *WEIGHTS), flag="th
 
 
 def has_weights(source):
-    """Whether a draft's folder, or hub id, has weights beside its config.json."""
+    """Whether a draft's folder, or hub id, has weights beside its config.json, and not that file alone.
+
+    Ends the program if there are other files of weights, which would not be read.
+    """
     folder = locate(source)
-    return any((folder / name).exists() for name in WEIGHTS)
+    if folder.name == "config.json":
+        folder = folder.parent
+    if any((folder / name).exists() for name in WEIGHTS):
+        return True
+    others = sorted({path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)})
+    if others:
+        common.fail(
+            f"the draft {source} has {', '.join(others[:3])}, but no {', '.join(WEIGHTS)}: copy or download it again; "
+            "or give its config.json as draft_model_config, for fresh weights"
+        )
+    return False
 
 
 def read_json(path):

@@ -117,12 +117,11 @@ class Store:
         self.rows = {}  # row: (shard, CRC-32)
         self.shards = set()
         self.index = self.open_index(settings, create)
+        remedy = "give another folder, and compute the hidden states again"
+        target_files.check_version(f"the folder of hidden states {folder}", self.index.get("target"), remedy)
         for name, value in settings.items():
             if self.index.get(name) != value:
-                line = f"the hidden states in {folder} are of another {name}: {self.index.get(name)}, not {value}"
-                if name == "target":
-                    line += target_files.explain_fingerprint(self.index.get(name), value, self.folder / "index.json")
-                common.fail(line)
+                common.fail(f"the hidden states in {folder} are of another {name}: {self.index.get(name)}, not {value}")
         self.dtype = DTYPES[self.index["dtype"]]
         # Of the rows that are added:
         self.number = 0  # of the next shard
@@ -144,8 +143,13 @@ class Store:
             common.fail(f"{self.folder} cannot be written: {error}")
         try:
             return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            common.fail(f"{self.folder} is not a folder of hidden states: {error}")
+        except OSError:
+            common.fail(
+                f"{self.folder} has no hidden states, as its index.json cannot be read: give the folder that "
+                "prepare_hidden_states.py has written"
+            )
+        except (ValueError, TypeError) as error:
+            common.fail(f"{self.folder} is not a folder of hidden states: its index.json is broken: {error}")
 
     @property
     def layer_count(self):

@@ -22,9 +22,12 @@ from core import (
     slots,
     states,
     target_files,
-    target_model,
     vocabulary,
 )
+
+PATHS = ("data_path", "token_freq_path", "d2t_path", "t2d_path")  # flags that name a file or folder to read
+
+EVALUATING = ("save_best", "best_metric", "eval_interval", "eval_steps")  # flags that only a validation split gives use
 
 POSITIVE = common.at_least(int, 1)
 NATURAL = common.at_least(int, 0)
@@ -89,10 +92,11 @@ def check_flags(args):
     """End the program if flags contradict each other or the output folder; needs neither data nor a model."""
     if bool(args.d2t_path) != bool(args.t2d_path):
         common.fail("d2t_path and t2d_path belong together: give both or neither")
-    if args.data_path and args.dataset_train_split:
+    has_data = bool(args.data_path or args.dataset_train_split)
+    if (args.data_path and args.dataset_train_split) or not (has_data or args.dry_run):
         common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
-    if not args.data_path and not args.dataset_train_split:
-        check_dry_run(args)
+    if not has_data:
+        check_without_data(args)
     if args.data_path and args.dataset_validation_split:
         common.fail("data_path brings its own validation split: drop dataset_validation_split")
     if args.data_path and (
@@ -105,22 +109,17 @@ def check_flags(args):
             common.fail(f"{name} {path} does not exist")
 
 
-def check_dry_run(args):
-    """End the program unless this is a dry run, which can do without data, and no flag needs them."""
-    if not args.dry_run:
-        common.fail("give either dataset_train_split (conversations) or data_path (a folder of prepare_data.py)")
+def check_without_data(args):
+    """End the program if a dry run without data has flags that need them."""
     for name in ("dataset_validation_split", "hidden_states_path", "vllm_endpoint"):
         if getattr(args, name):
             common.fail(f"{name} belongs to data: give dataset_train_split or data_path as well, or drop it")
 
 
-PATHS = ("data_path", "token_freq_path", "d2t_path", "t2d_path")
-
-
 def check_unread(args, default):
-    """End the program, or print a line, where a flag is given that nothing would read beside the others.
+    """End the program, or print a line, if a given flag has no effect beside the others.
 
-    default: of each flag, by name.
+    default: {flag: its default}.
     """
     states.check_source_flags(args, default)
     given = {name for name, value in default.items() if getattr(args, name) != value}
@@ -128,10 +127,12 @@ def check_unread(args, default):
         common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
     if args.total_seq_len and "draft_micro_batch_size" in given:
         common.fail("total_seq_len takes the place of draft_micro_batch_size: drop one of them")
-    if args.scheduler_warmup_steps is not None and "warmup_ratio" in given:
+    if args.scheduler_warmup_steps and args.warmup_ratio and "warmup_ratio" in given:
         common.fail("scheduler_warmup_steps takes the place of warmup_ratio: drop one of them")
     if args.scheduler_type != "cosine" and "scheduler_num_cosine_cycles" in given:
-        common.fail(f"scheduler_num_cosine_cycles is of scheduler_type cosine, not {args.scheduler_type}: drop it")
+        common.fail(
+            f"scheduler_num_cosine_cycles applies only to scheduler_type cosine, not {args.scheduler_type}: drop it"
+        )
     if args.scheduler_type == "constant" and args.scheduler_total_steps:
         common.fail("scheduler_total_steps: scheduler_type constant has no end: drop it, or give total_steps")
     if not args.report_to and "run_name" in given:
@@ -145,13 +146,11 @@ def check_validation(args, data, default):
         print(f"{', '.join(asked)}: the data have no validation split, so nothing is evaluated and there is no best")
 
 
-EVALUATING = ("save_best", "best_metric", "eval_interval", "eval_steps")
-
-
 def check_output(args):
-    """Whether what output_dir holds of an earlier run is to be put aside; ends the program if it is not said.
+    """Whether output_dir holds an earlier run that has to be moved aside.
 
-    A dry run alone is put aside unasked: the same flags make it again.
+    Ends the program if it does and the flags ask neither to continue that run nor to move it. A dry run alone is moved
+    unasked: the same flags make it again.
     """
     output = Path(args.output_dir)
     held = [path.name for path in output.glob("*") if re.fullmatch(r"metrics.jsonl|final|step_\d+", path.name)]
@@ -160,8 +159,8 @@ def check_output(args):
     if args.no_resume_from_checkpoint or held == [checkpoints.step_folder("", 0).name]:
         return True
     common.fail(
-        f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): continue it with --resume, put it aside "
-        "with --no_resume_from_checkpoint, or give another"
+        f"output_dir {output} holds a run ({', '.join(sorted(held)[:3])}): continue it with --resume, move it aside "
+        "with --no_resume_from_checkpoint, or give another folder"
     )
 
 
@@ -190,9 +189,10 @@ def accumulation_steps(args, world):
 
 
 def draft_source(args, checkpoint, state):
-    """(checkpoint, configuration): where the draft's weights come from, and a file of its configuration; None: nowhere.
+    """(checkpoint, configuration): the draft whose weights are read, and the file or folder that configures a new one.
 
-    checkpoint: a draft, or None; state: its trainer_state.json if the training continues it.
+    Both are None for a new draft with the derived configuration. checkpoint: a draft, or None; state: its
+    trainer_state.json if the training continues it.
     """
     if state:
         return checkpoint, None
@@ -201,18 +201,20 @@ def draft_source(args, checkpoint, state):
     if args.draft_model_config:
         common.fail(f"resume_from_checkpoint {checkpoint} has a draft's configuration: drop draft_model_config")
     if draft_files.has_weights(checkpoint):
+        print(f"the training starts from the weights of {checkpoint}")
         return checkpoint, None
-    return None, checkpoint  # a config.json alone: a fresh draft
+    print(f"{checkpoint} has a config.json alone: fresh weights")
+    return None, checkpoint
 
 
-def configure_draft(args, model_dir, checkpoint, source):
-    """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one."""
-    text_config, config = target_files.read_target_config(model_dir, args.trust_remote_code)
-    target_model.check_heads(text_config, args.tp_size)
-    target_model.check_weights(model_dir, config, args.trust_remote_code)
+def configure_draft(args, model_dir, text_config, target_config, checkpoint, source):
+    """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one.
+
+    checkpoint, source: of `draft_source`.
+    """
 
     def configure(given, source, vocab_size):
-        return draft_config.configure(text_config, config, given, source, args.target_layer_ids, vocab_size)
+        return draft_config.configure(text_config, target_config, given, source, args.target_layer_ids, vocab_size)
 
     if not checkpoint:
         flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
@@ -226,18 +228,27 @@ def configure_draft(args, model_dir, checkpoint, source):
         common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")
     configured, layers = configure(given, checkpoint, None)  # a checkpoint's mapping decides
     if args.draft_model_config:  # the command line of a training that is continued
-        again, _ = configure(draft_config.read("draft_model_config", args.draft_model_config), source, None)
-        differ = [
-            f"{key} {again.get(key)}, there {configured.get(key)}"
-            for key in again.keys() | configured.keys()
-            if key != "draft_vocab_size" and again.get(key) != configured.get(key)
-        ]
-        if differ:
-            common.fail(
-                f"draft_model_config {args.draft_model_config} is not the draft of {checkpoint}, which is continued: "
-                f"{', '.join(sorted(differ))}: drop it"
-            )
+        path = args.draft_model_config
+        again, _ = configure(draft_config.read("draft_model_config", path), path, None)
+        check_same_draft(path, again, checkpoint, configured)
     return configured, layers
+
+
+def check_same_draft(path, config, checkpoint, continued):
+    """End the program if the draft_model_config at `path` is not the configuration of the checkpoint's draft.
+
+    config, continued: the flat configurations of the two; their vocabularies may differ.
+    """
+    differ = [
+        f"{key} {config.get(key)}, there {continued.get(key)}"
+        for key in config.keys() | continued.keys()
+        if key != "draft_vocab_size" and config.get(key) != continued.get(key)
+    ]
+    if differ:
+        common.fail(
+            f"draft_model_config {path} is not the draft of {checkpoint}, which is continued: "
+            f"{', '.join(sorted(differ))}: drop it"
+        )
 
 
 def check_data(args, config, folder, data, data_config, world):
@@ -300,12 +311,15 @@ class Schedule(NamedTuple):
     scheduler_total_steps: int
 
 
-def schedule(args, rows):
-    """The Schedule of a training on so many rows; without rows, of a dry run, which takes no step."""
+def schedule(args, rows, default):
+    """The Schedule of a training on `rows` sequences; 0 in a dry run, which takes no step.
+
+    default: {flag: its default}.
+    """
     per_epoch = max(math.ceil(rows / args.draft_global_batch_size), 1)
     total = args.total_steps if args.total_steps > 0 else args.num_epochs * per_epoch
     warmup = args.scheduler_warmup_steps
-    if warmup is None:
+    if warmup is None or (warmup == 0 and args.warmup_ratio != default["warmup_ratio"]):  # others' default is 0 steps
         warmup = math.ceil(args.warmup_ratio * total)
     until = args.scheduler_total_steps or total
     if rows and warmup > until:
@@ -327,26 +341,19 @@ def check_resume(flags, run, folder, model_dir, state):
     flags: the resolved ones of this start; folder: of the prepared data; state: the checkpoint's trainer_state.json.
     """
     places = {"data": folder, "target": model_dir}
+    checkpoint = run.resume_from_checkpoint
+    remedy = "start from its weights without --resume"
+    target_files.check_version(checkpoint, state["flags"]["fingerprints"]["target"], remedy)
     for name, fingerprint in run.fingerprints.items():
         before = state["flags"]["fingerprints"][name]
         if before not in (fingerprint, None):  # None: a dry run without data
-            older = ""
-            if name == "target":
-                place = Path(run.resume_from_checkpoint) / "trainer_state.json"
-                older = target_files.explain_fingerprint(before, fingerprint, place)
-            common.fail(
-                f"{run.resume_from_checkpoint} was trained with another {name} than {places[name]}: give the same, or "
-                f"start from its weights without --resume{older}"
-            )
+            common.fail(f"{checkpoint} was trained with another {name} than {places[name]}: give the same, or {remedy}")
     if state["step"] > run.total_steps:
-        print(
-            f"{run.resume_from_checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is "
-            "left to train"
-        )
+        print(f"{checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is left to train")
     changed = []
     for name, before in state["flags"].items():
         now = flags.get(name, before)
         if name not in FREE and now != before:
             changed.append(f"{name} {before} -> {now}")
     if changed:
-        print(f"flags that differ from those of {run.resume_from_checkpoint}: {', '.join(changed)}")
+        print(f"flags that differ from those of {checkpoint}: {', '.join(changed)}")

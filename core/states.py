@@ -358,11 +358,13 @@ def check_source_flags(args, default):
         common.fail(f"on_generate cache keeps generated rows: it needs on_missing generate, not {args.on_missing}")
     makes_folder = choose_folder(args) and args.on_missing == "generate"
     if args.hidden_states_dtype != default["hidden_states_dtype"] and not makes_folder:
-        common.fail("hidden_states_dtype is of a new folder: it needs hidden_states_path and on_missing generate")
+        common.fail(
+            "hidden_states_dtype applies only to a new folder: it needs hidden_states_path and on_missing generate"
+        )
     if not args.vllm_endpoint:
         for name in ("request_timeout", "max_retries"):
             if getattr(args, name) != default[name]:
-                common.fail(f"{name} is of requests to a server: it needs vllm_endpoint")
+                common.fail(f"{name} applies only to requests to a server: it needs vllm_endpoint")
     names = [name for name in ("on_missing", "on_generate") if getattr(args, name) != default[name]]
     if names and not choose_folder(args):
         asked = f"{names[0]} {getattr(args, names[0])}"
@@ -452,7 +454,7 @@ def look_into(args, folder, shape, model_dir, layers, data, data_config):
     missing = [row for row in rows if row not in store.rows]
     if missing and args.on_missing == "raise":
         common.fail(
-            f"{folder} lacks {len(missing)} of {len(rows)} rows, such as {missing[0]}: write them with "
+            f"{folder}: {len(missing)} of {len(rows)} rows are missing, such as {missing[0]}: write them with "
             "prepare_hidden_states.py, or choose another on_missing"
         )
     if not generates and len(missing) == len(rows):

@@ -27,9 +27,11 @@ MIN_TARGET_LAYERS = 7  # below that 2, L//2 and L-3 are not three distinct layer
 
 TEMPLATES_FOLDER = "additional_chat_templates"  # beside a tokenizer: its templates with names, such as tool_use
 
+ADAPTER = "adapter_config.json"
+
 # {file in a folder that holds no Hugging Face model: what it tells}
 OTHER_FORMS = {
-    "adapter_config.json": "an adapter's: merge it by import_target.py first",
+    ADAPTER: "an adapter's: merge it by import_target.py first",
     "*.gguf": "a GGUF file: make a folder of it by import_target.py first",
     "params.json": "of Meta's or Mistral's own format: take the model's Hugging Face form",
     "zero_to_fp32.*": "of a DeepSpeed checkpoint: run it there first, and give the folder that it writes",
@@ -86,7 +88,7 @@ def open_folder(path_or_hub_id, patterns):
 
 
 def check_other_forms(folder):
-    """End the program if a folder without a model holds one in another form, with what to do."""
+    """End the program if a folder holds a model in a form other than Hugging Face's, and name the remedy."""
     for pattern, what in OTHER_FORMS.items():
         found = next(folder.glob(pattern), None)
         if found:
@@ -334,11 +336,7 @@ def sample_archive(path):
         return {f"{path.name}/{part.filename}": [part.file_size, part.CRC] for part in archive.infolist()}
 
 
-def explain_fingerprint(stored, now, where):
-    """What to add to a line that refuses a target whose stored fingerprint is not the one of now; where: it is."""
-    if str(stored).startswith(FINGERPRINT):
-        return ""
-    return (
-        f". It is a fingerprint of an earlier version, which sampled less: if the target has not changed since, write "
-        f"{now} in its place in {where}"
-    )
+def check_version(path, fingerprint, remedy):
+    """End the program if what is at `path` has a target's fingerprint of an earlier version."""
+    if isinstance(fingerprint, str) and not fingerprint.startswith(FINGERPRINT):
+        common.fail(f"{path} was written by an earlier version: {remedy}")

@@ -24,6 +24,7 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    initialization,
 )
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -260,8 +261,7 @@ def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_
     config: the target's; offload: where a rank's share of the weights stays: none (on the device), cpu, or nvme, in the
     folder `path`.
     """
-    with torch.device("meta"):
-        model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    model = without_values(config, trust_remote_code)
     if dtype == torch.float16 and device.type == "cpu":
         common.fail("target_sharding zero3 has no float16 on CPUs: save the target in bfloat16 or float32")
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in find_layers(model))
@@ -283,6 +283,12 @@ def zero3_config(config, device, dtype, offload="none", path=None, trust_remote_
         "train_micro_batch_size_per_gpu": 1, "steps_per_print": sys.maxsize, "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
     }  # fmt: skip
+
+
+def without_values(config, trust_remote_code):
+    """A target without values, made as `from_pretrained` makes one before it reads them."""
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        return automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def full_tensor(parameter):
@@ -344,7 +350,8 @@ def load(
     head = Head(full_tensor(output.weight), full_tensor(output.bias))
     embedding = head.weight if tied else full_tensor(inputs.weight)
     ties = all(getattr(part, "tie_word_embeddings", False) for part in (config, text_config))
-    if ties and not torch.equal(head.weight, embedding):
+    precisions = (embedding.dtype, torch.bfloat16, torch.float16)  # one of the two may have been saved in a lower one
+    if ties and not any(torch.equal(head.weight.to(dtype), embedding.to(dtype)) for dtype in precisions):
         common.fail(
             f"the target {model_dir} has a head other than its embedding table, though its config.json ties them "
             "(tie_word_embeddings): engines would serve another model; correct config.json"
@@ -398,12 +405,28 @@ def read_model(model_dir, config, sharding, zero3, trust_remote_code, options):
 def check_weights(model_dir, config, trust_remote_code=False):
     """End the program if a target's weights are not what its config.json says; reads their names and shapes alone."""
     target_files.weight_files(model_dir)
-    if Path(model_dir, "adapter_config.json").exists():
+    if any(Path(model_dir).glob("adapter_model.*")) and Path(model_dir, target_files.ADAPTER).exists():
         common.fail(
             f"the target {model_dir} has an adapter beside its weights, which transformers applies only where peft is "
-            "installed: merge it by import_target.py, or remove adapter_config.json"
+            f"installed: merge it by import_target.py, or remove {target_files.ADAPTER}"
         )
-    declared = getattr(config, "quantization_config", None)
+    if Path(model_dir, target_files.ADAPTER).exists():
+        common.fail(
+            f"the target {model_dir} has complete weights and an {target_files.ADAPTER} without an adapter, which "
+            "transformers would look for: remove that file, or make a copy without it by import_target.py"
+        )
+    check_names(model_dir, config, trust_remote_code)
+
+
+def quantisation(config):
+    """A target's quantization_config, which may be that of its text part; None if there is none."""
+    parts = (config, config.get_text_config())
+    return next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+
+
+def check_names(model_dir, config, trust_remote_code=False):
+    """End the program if a target's weights do not have the names and shapes of its config.json."""
+    declared = quantisation(config)
     if not declared:
         check_not_quantised(model_dir)
     elif check_quantisation(model_dir, declared) != "fp8":  # others need values; check_complete follows when they load
@@ -412,6 +435,8 @@ def check_weights(model_dir, config, trust_remote_code=False):
         with quiet():
             model, info = load_names(model_dir, config, trust_remote_code)
     except Exception as error:  # of several libraries and the family's own code
+        if getattr(config, "auto_map", None):  # code that may need values: loading checks again
+            return
         fail_loading(model_dir, error)
     check_complete(model_dir, model, info)
 
@@ -421,8 +446,7 @@ def load_names(model_dir, config, trust_remote_code):
     tensors = {}
     for path in target_files.weight_files(model_dir):
         tensors |= load_state_dict(path, map_location="meta")
-    with torch.device("meta"):
-        model = automatic_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    model = without_values(config, trust_remote_code)
     return type(model).from_pretrained(
         None,
         config=model.config,  # the text's alone, where the class is of text alone
@@ -479,7 +503,7 @@ def check_complete(model_dir, model, info):
         there = f"; they have {list_names(unexpected)} instead" if unexpected else ""
         if missing == {"lm_head.weight"} and not unexpected:
             there = "; if its head is the embedding table, set tie_word_embeddings in config.json to true"
-        common.fail(f"the weights of the target {model_dir} lack {list_names(missing)}{there}")
+        common.fail(f"the weights of the target {model_dir} do not have {list_names(missing)}{there}")
     for name, shape, wanted in sorted(info["mismatched_keys"]):
         common.fail(
             f"the target {model_dir} has {name} of shape {list(shape)}, by its config.json {list(wanted)}: correct "
@@ -678,7 +702,7 @@ def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):
     except Exception as error:  # of the family's own code, too
         common.fail(f"the head of the target {model_dir} cannot be loaded alone: {type(error).__name__}: {error}")
     if info["missing_keys"]:
-        common.fail(f"the weights of the target {model_dir} lack {list_names(info['missing_keys'])}")
+        common.fail(f"the weights of the target {model_dir} do not have {list_names(info['missing_keys'])}")
     return Target(None, text_config, head, embedding, layer_ids, norm=norm)
 
 

@@ -1,6 +1,7 @@
 """The configuration of a draft as it is given: each form, keys that are read, left out or refused, and where it is."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 
 import prepare_data
 import train_eagle3
-from core import draft_config, draft_files, ranks, setup, states
+from core import draft_config, draft_files, ranks, setup, states, target_files
 from helpers import tiny
 from helpers.training import arguments
 
@@ -72,7 +73,9 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     path = tmp_path / "draft.json"
     path.write_text(json.dumps(FORMS[form] | json.loads(keys)))
     args = train_eagle3.parse_args(arguments(work, tmp_path / "out"))
-    found, error, printed = outcome(capsys, lambda: setup.configure_draft(args, work / "target", None, str(path)))
+    target = work / "target"
+    configs = target_files.read_target_config(target)
+    found, error, printed = outcome(capsys, lambda: setup.configure_draft(args, target, *configs, None, str(path)))
     kind, _, text = says.partition(": ")
     assert bool(error) == (kind == "refused"), error
     assert text in error + printed and (not error or "draft.json" in error), error + printed
@@ -121,6 +124,10 @@ def places(work, tmp_path_factory):
             "transformer_layer_config": LAYER.to_dict() | {"intermediate_size": 80}})), ("draft", config)):  # fmt: skip
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
+    for name in re.findall("lost/([\\w.-]+)", (CASES / "draft_sources.txt").read_text()):
+        (folder / "lost" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "lost" / name / "config.json").write_text(config)
+        (folder / "lost" / name / name).write_text("")
     (folder / "nothing").mkdir()
     (folder / "broken.json").write_text('{\n  // sizes\n  "hidden_size": 64}')
     (folder / "list.json").write_text("[1]")
@@ -131,6 +138,8 @@ def places(work, tmp_path_factory):
     files = {path.name: path.read_bytes() for path in (folder / "draft").iterdir()}
     write_hub(folder / "hub", "org/draft", files)
     write_hub(folder / "hub", "org/config", {"config.json": config.encode()})
+    lost = {"config.json": config.encode(), "pytorch_model-00001-of-00002.bin": b""}
+    write_hub(folder / "hub", "org/lost", lost)
     return folder
 
 
@@ -145,13 +154,15 @@ def test_where_a_draft_may_be(work, places, tmp_path, capsys, monkeypatch, flags
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places / "hub"))
     argv = arguments(work, tmp_path / "out", *flags.split())
-    found, error, _ = outcome(capsys, lambda: prepared(argv))
+    found, error, printed = outcome(capsys, lambda: prepared(argv))
     kind, _, text = happens.partition(": ")
     assert bool(error) == (kind == "refused"), error
     if error:
         assert text in error and not (tmp_path / "out" / "run.json").exists()
         return
     assert found.draft_config["intermediate_size"] == 80
+    says = "has a config.json alone: fresh weights" if happens == "fresh" else f"starts from the {happens}"
+    assert ("--from-pretrained" in flags) == (says in printed), printed
     start = found.run.resume_from_checkpoint
     assert start == (happens.removeprefix("weights of ") if happens.startswith("weights") else None)
 
@@ -207,5 +218,7 @@ def test_what_nothing_would_read_is_refused_or_said(work, data, tmp_path, capsys
         assert text in error + printed, error + printed
     elif kind == "silent":
         assert text not in printed
+    elif kind.startswith("warms up"):
+        assert found[0].run.scheduler_warmup_steps == int(kind.split()[-1])
     else:
         assert str(states.choose_folder(found[1])) == happens.removeprefix("reads ")

@@ -310,6 +310,18 @@ def test_templates_with_names_come_along(layout, llama, tmp_path, monkeypatch):
     assert len(tokens) > 1 and len(tokens[0][0]) > len(tokens[0][1]), "the tools are to be seen"
 
 
+def test_what_is_left_of_a_merged_adapter_is_not_copied(llama, tmp_path, monkeypatch):
+    """Without peft, as there is nothing to merge."""
+    without(monkeypatch, "peft")
+    merged = shutil.copytree(llama, tmp_path / "merged")
+    (merged / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"})
+    )
+    copy = imported(merged, tmp_path / "out")
+    assert {path.name for path in copy.iterdir()} == {path.name for path in llama.iterdir()}
+    assert (copy / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+
+
 def test_a_folder_with_other_weights_is_not_copied_over(llama, tmp_path, capsys):
     """transformers would read the older file, which comes first."""
     sharded = tiny.write_target(tmp_path / "sharded", max_shard_size="200KB")

@@ -659,7 +659,7 @@ def test_offline_in_float32_is_online_bit_by_bit(work, tmp_path, online, no_targ
 
 @pytest.mark.parametrize("on_missing", ["skip", "warn"])
 def test_nothing_to_train_on_is_one_line(work, tmp_path, no_target, capsys, on_missing):
-    """A folder without a row, where rows that it lacks are left out."""
+    """A folder without a row, where missing rows are left out."""
     shutil.copytree(work / "float32", tmp_path / "empty")
     for path in (tmp_path / "empty").glob("*.safetensors"):
         path.unlink()
@@ -738,7 +738,7 @@ def test_generated_and_deleted_leaves_nothing(work, tmp_path, online):
 
 
 def without(work, folder, lacking):
-    """A copy of the float32 store that lacks some rows."""
+    """A copy of the float32 store without some rows."""
     shutil.copytree(work / "float32", folder)
     (shard,) = folder.glob("*.safetensors")
     with safe_open(shard, "pt") as file:
@@ -752,11 +752,23 @@ def without(work, folder, lacking):
     return folder
 
 
+@pytest.mark.parametrize("there", ["nothing", "a file", "an empty folder"])
+def test_a_folder_without_hidden_states(there, work, tmp_path, capsys):
+    folder = tmp_path / "states"
+    if there == "a file":
+        folder.touch()
+    if there == "an empty folder":
+        folder.mkdir()
+    line = refused(capsys, train, work, tmp_path / "out", *offline(folder))
+    assert line.startswith(f"{folder} has no hidden states") and "Errno" not in line
+    assert "give the folder that prepare_hidden_states.py has written" in line
+
+
 def test_what_is_missing_is_left_out_generated_or_an_error(work, tmp_path, online, capsys):
     lacking = ["train/2", "train/17", "validation/1"]
     folder, flags = without(work, tmp_path / "states", lacking), ("--draft_global_batch_size", 20, "--num_epochs", 3)
     line = refused(capsys, train, work, tmp_path / "raise", *offline(folder))
-    assert f"{folder} lacks 3 of 26 rows, such as train/2: write them with prepare_hidden_states.py" in line
+    assert f"{folder}: 3 of 26 rows are missing, such as train/2: write them with prepare_hidden_states.py" in line
     skipped = train(work, tmp_path / "skip", *offline(folder, "skip"), *flags)
     streams = capsys.readouterr()
     assert "is missing" not in streams.err and streams.out.count("validation rows missing 1 (left out)") == 3
@@ -798,7 +810,7 @@ def test_training_survives_damage(work, tmp_path, online, small_shards, capsys, 
     hidden_states.open_shard.cache_clear()
     line = refused(capsys, train, work, tmp_path / "raise", *offline(whole))
     if damage == "gone":
-        assert f"{whole} lacks {len(own)} of 26 rows" in line
+        assert f"{whole}: {len(own)} of 26 rows are missing" in line
     else:
         assert str(victim) in line and "is damaged: remove this file, write it with prepare_hidden_states.py" in line
     flags = offline(whole, "skip"), offline(whole, "warn")

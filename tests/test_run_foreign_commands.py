@@ -1,4 +1,4 @@
-"""Command lines of other trainers' documentation run as they are written, on a small target, in the order they have."""
+"""Command lines of other trainers' documentation run as they are written, on a small target."""
 
 import json
 import re
@@ -20,6 +20,11 @@ from helpers.vllm_server import HEADS, Model, open_server
 
 TEXT = (Path(__file__).parent / "foreign_commands.txt").read_text()
 COMMANDS = re.findall(r"^# (then )?(runs|runs twice|refused: .*)\n((?:[^#\n].*\n?)+)", TEXT, re.MULTILINE)
+SEQUENCES = []  # lists of (happens, command): one, and those that follow in its folder
+for then, *rest in COMMANDS:
+    if not then:
+        SEQUENCES.append([])
+    SEQUENCES[-1].append(rest)
 SCRIPTS = {"train": train_eagle3, "train_eagle3": train_eagle3, "build_vocab_mapping": build_vocab_mapping}
 SCRIPTS |= {"prepare_data": prepare_data, "prepare_hidden_states": prepare_hidden_states}
 SMALL = {"32000": "150", "128256": "400", "100": "1"}  # vocabularies, steps of the warm-up
@@ -67,24 +72,6 @@ def server(world, tmp_path_factory):
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def folders(world, tmp_path_factory):
-    """Where the command before was run, and how another command gets a folder: [folder]; new() and again()."""
-    here = []
-
-    def enter(then):
-        if then:
-            for path in here[-1].glob("checkpoints"):
-                path.rename(here[-1] / "before")
-        else:
-            here.append(tmp_path_factory.mktemp("run"))
-            for path in world.iterdir():
-                (here[-1] / path.name).symlink_to(path)
-        return here[-1]
-
-    return enter
-
-
 def words_of(command, server):
     """(script, its words) of a command line, with small numbers."""
     command = command.replace("\\\n", " ").replace("localhost:8000", f"127.0.0.1:{server.server_port}")
@@ -98,10 +85,20 @@ def value_of(words, *names, default=None):
     return next((words[words.index(name) + 1] for name in names if name in words), default)
 
 
-@pytest.mark.parametrize(("then", "happens", "command"), COMMANDS)
-def test_documented_command_lines_run(folders, server, capfd, monkeypatch, then, happens, command):
+@pytest.mark.parametrize("sequence", SEQUENCES, ids=[commands[0][1].split(" \\")[0] for commands in SEQUENCES])
+def test_documented_command_lines_run(sequence, world, server, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.chdir(folders(bool(then)))
+    monkeypatch.chdir(tmp_path)
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for number, (happens, command) in enumerate(sequence):
+        check(happens, command, server, capfd)
+        for path in tmp_path.glob("checkpoints"):
+            path.rename(tmp_path / f"before_{number}")
+
+
+def check(happens, command, server, capfd):
+    """A command does what stands above it, in the working folder."""
     script, words = words_of(command, server)
     if script is train_eagle3:
         words += ["--total_steps", "3"]  # one pass over the data
@@ -129,4 +126,4 @@ def test_documented_command_lines_run(folders, server, capfd, monkeypatch, then,
 def test_the_whole_file_is_run():
     """No command line of the file is missed, and the sequences are there."""
     assert len(COMMANDS) == len(re.findall(r"^(?!#).*\w+\.py", TEXT, re.MULTILINE)) >= 18
-    assert sum(bool(then) for then, *_ in COMMANDS) == 2 and "runs twice" in [happens for _, happens, _ in COMMANDS]
+    assert sorted(map(len, SEQUENCES))[-3:] == [1, 2, 2] and "runs twice" in [happens for _, happens, _ in COMMANDS]

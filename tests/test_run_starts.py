@@ -91,6 +91,7 @@ def runs(work, tmp_path_factory):
         (folder / "files" / name).write_text(str(target))
     (folder / "link_to_run").symlink_to("run")
     (folder / "empty").mkdir()
+    (folder / "files" / "nameless").write_text("\n")
     return folder
 
 
@@ -148,7 +149,7 @@ def test_checkpoint_of_an_older_version_is_not_continued(work, runs, tmp_path, c
         (folder / checkpoints.RANKS).unlink()
     line = training.refused(capsys, training.run, work, tmp_path / "out", "--resume", "--total_steps", 2)
     folder = tmp_path / "out" / "step_00000002"
-    assert line == f"{folder} was written by an older version: start from its weights without --resume"
+    assert line == f"{folder} was written by an earlier version: start from its weights without --resume"
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_noticed(work, runs, tmp_path, capsys):
@@ -218,7 +219,7 @@ def test_what_needs_data_is_said(work, tmp_path, capsys, flags, words):
     assert words in line and not (tmp_path / "out").exists()
 
 
-def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
+def test_new_start_moves_the_earlier_run_aside(work, runs, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(runs / "run", out, symlinks=True)
     (out / "notes.txt").write_text("mine")
@@ -226,7 +227,7 @@ def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
     before = {path.name: path.resolve().name for path in out.iterdir()}
     line = training.refused(capsys, training.run, work, out, "--total_steps", 1)
     assert "holds a run (final, metrics.jsonl, step_00000001)" in line
-    assert "put it aside with --no_resume_from_checkpoint" in line
+    assert "move it aside with --no_resume_from_checkpoint" in line
     line = training.refused(capsys, training.run, work, out, "--no_resume_from_checkpoint", "--tp_size", 3)
     assert {path.name: path.resolve().name for path in out.iterdir()} == before, f"moved for nothing: {line}"
     for flags in (["--no-resume-from-checkpoint"], ["--no-resume-from-checkpoint", "--resume"]):
@@ -241,12 +242,30 @@ def test_new_start_puts_the_earlier_run_aside(work, runs, tmp_path, capsys):
     assert (second / "step_00000001").exists() and (out / "notes.txt").read_text() == "mine"
 
 
-def test_new_start_from_the_weights_of_the_run_that_it_puts_aside(work, runs, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(runs / "run", out, symlinks=True)
-    flags = "--total_steps", 1, "--learning_rate", 0, "--no_resume_from_checkpoint", "--resume_from_checkpoint", out
-    training.run(work, out, *flags)
-    assert training.furthest(training.weights(out / "final"), training.weights(runs / "run" / "final")) == 0
+def test_new_start_from_the_weights_of_the_run_that_it_moves_aside(work, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs / "run", "out", symlinks=True)
+    flags = "--total_steps", 1, "--learning_rate", 0, "--no_resume_from_checkpoint", "--resume_from_checkpoint"
+    training.run(work, "out", *flags, "./out/../out")
+    assert training.furthest(training.weights("out/final"), training.weights(runs / "run" / "final")) == 0
+
+
+@pytest.mark.parametrize(("output", "draft", "found"), table("aside.txt"))
+def test_draft_in_what_is_moved_aside(output, draft, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/step_00000001", "out/step_00000002", "out/data", "elsewhere/final"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text(folder)
+    Path("link").symlink_to("out")
+    Path("out/latest").symlink_to("step_00000002")
+    Path("out/final").symlink_to("../elsewhere/final")
+    draft = draft.format(here=tmp_path)
+    holds = Path(draft, "config.json").read_text() if Path(draft).exists() else None
+    moved = checkpoints.move_aside(output.format(here=tmp_path), draft)
+    assert re.sub("earlier_[0-9_]+", "earlier", moved) == found.format(here=tmp_path)
+    assert holds is None or Path(moved, "config.json").read_text() == holds
+    line = training.refused(capsys, checkpoints.find_draft, "out")
+    assert "nor an output folder with a complete checkpoint; an earlier run is in out/earlier_" in line
 
 
 # ==================== Outputs ========================================================================================
@@ -335,13 +354,29 @@ def test_second_start_is_refused_while_the_first_one_lives(work, tmp_path, capsy
             line = training.refused(capsys, training.run, work, out, "--total_steps", 1, *flags)
             assert line == (
                 f"output_dir {out}: another process writes there (host {socket.gethostname()}, pid {first.pid}): "
-                "wait until it ends, or give another"
+                "wait for it to end, or give another folder"
             )
         assert [path.name for path in out.iterdir()] == [".writer"]
         first.kill()
         first.wait()
         training.run(work, out, "--total_steps", 1)  # at once
     assert not (out / ".writer").exists()
+
+
+@pytest.mark.parametrize("command", ["prepare_data", "prepare_hidden_states"])
+def test_two_that_prepare_into_one_folder(command, work, tmp_path, capsys):
+    words = next(words for name, _, words in OUTPUTS if name == command)
+    out = tmp_path / "out"
+    inputs = {"target": work / "target", "data": work / "data", "chats": work / "train.jsonl"}
+    argv = [word.replace("OUTPUT", str(out)) for word in words.format(**inputs).split()]
+    script = COMMANDS[command]
+    claim = (tmp_path, ".out.preparing") if command == "prepare_data" else (out,)
+    with tiny.other_writer(*claim) as first:
+        line = training.refused(capsys, script.main, script.parse_args(argv))
+        assert f"host {socket.gethostname()}, pid {first.pid}): wait for it to end" in line
+        assert not out.exists() or [path.name for path in out.iterdir()] == [".writer"]
+    script.main(script.parse_args(argv))
+    assert out.exists() and not list(tmp_path.glob(".*")) and not list(out.glob(".*"))
 
 
 @pytest.fixture
@@ -403,6 +438,21 @@ def test_writer_on_another_host(without_locks, end, tmp_path, capsys):
     finally:
         ended.set()
         thread.join()
+
+
+@pytest.mark.parametrize(("host", "drops", "taken"), [("b", True, True), ("b", False, False), ("", True, True)])
+def test_storage_that_keeps_the_lock_of_a_dead_writer(without_locks, host, drops, taken, tmp_path, monkeypatch, capsys):
+    """On another host, or on this one: it is waited for, but not without end."""
+    answers = [False, False, True]  # of try_lock, the last one from then on
+    monkeypatch.setattr(claims, "try_lock", lambda file: answers.pop(0) if answers[1:] else drops)
+    monkeypatch.setattr(claims, "PATIENCE", 1)
+    monkeypatch.setattr(claims, "LOCK_PATIENCE", 3)
+    entry = {"host": host or socket.gethostname(), "pid": 2**22 + 1, "started": 0, "beat": 0}
+    (tmp_path / ".writer").write_text(json.dumps(entry).ljust(claims.SIZE))
+    if taken:
+        assert claim(tmp_path)["pid"] == os.getpid() and not list(tmp_path.iterdir())
+    else:
+        assert f"host b, pid {entry['pid']}): wait for it to end" in training.refused(capsys, claim, tmp_path)
 
 
 def test_storage_that_gives_files_new_numbers(without_locks, tmp_path, monkeypatch):

@@ -238,7 +238,7 @@ def test_files_of_the_extractor_equal_the_target_in_memory(work, extracted, tmp_
     for path in (extracted / "validation").iterdir():
         path.unlink()
     error = refused(capsys, work, tmp_path / "lacks", *flags, "--on_missing", "raise")
-    assert "lacks 3 of 12 rows, such as validation/0" in error
+    assert ": 3 of 12 rows are missing, such as validation/0" in error
     assert "only read" in refused(capsys, work, tmp_path / "cache", *flags, "--on_generate", "cache")
     # Without them, an evaluation would be one of nothing, with a loss of 0.
     flags = (*flags, "--on_missing", "skip", "--save_best", "--best_metric", "loss")
