@@ -101,7 +101,7 @@ def encode(text, spans, encoder):
 def parse_row(raw):
     """The object in the bytes of a line. Raises Rejected."""
     try:
-        row = json.loads(raw.decode() or "{}")
+        row = json.loads(raw.decode())
         if b"\\u" in raw:  # half a surrogate pair is no text
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -455,7 +455,7 @@ def check_readable(path, member):
 
 
 def read_table(file, head):
-    """Yield the rows of Parquet or Arrow as dictionaries, without what is null in them.
+    """Yield the rows of Parquet or Arrow as dictionaries of all columns, without what is null inside a value.
 
     All rows of a table have the same keys: those that only other rows have, in the arguments of a call for example, are
     null in it.
@@ -473,7 +473,8 @@ def read_table(file, head):
         batches = pyarrow.ipc.open_stream(file)
     for batch in batches:
         table = datasets.Dataset(pyarrow.Table.from_batches([batch]))  # which knows columns of JSON
-        yield from map(without_nulls, table)
+        for row in table:
+            yield {column: without_nulls(value) for column, value in row.items()}
 
 
 def without_nulls(value):

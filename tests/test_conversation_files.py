@@ -235,15 +235,6 @@ def read(name, part="train", **flags):
     return list(conversation_files.open_source(str(name), part, flags).rows())
 
 
-def stops(capsys, function, *given, **options):
-    """The one line that a call ends with."""
-    with pytest.raises(SystemExit) as stop:
-        function(*given, **options)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 @pytest.mark.parametrize("chunk", [1 << 20, 7])
 @pytest.mark.parametrize(("name", "steps", "expected"), cases())
 def test_a_file_gives_its_rows_or_one_line_that_says_what_it_is(
@@ -256,7 +247,7 @@ def test_a_file_gives_its_rows_or_one_line_that_says_what_it_is(
     path = tmp_path / name
     path.write_bytes(data)
     if not expected[0].isdigit():
-        error = stops(capsys, read, path)
+        error = tiny.fails(capsys, read, path)
         assert expected in error and name in error
         return
     rows = read(path)
@@ -309,12 +300,14 @@ def test_a_local_copy_of_a_hub_data_set_gives_its_splits(tmp_path, capsys):
     assert ids(tmp_path, "validation") == ids(tmp_path, "prompt") == ids(tmp_path, train_split="test") == [2]
     assert ids(tmp_path, "validation", validation_split="train") == [0, 1]
     assert ids(tmp_path, dataset_config="other", train_split="b") == [1]
-    error = stops(capsys, read, tmp_path, dataset_config="other")
+    error = tiny.fails(capsys, read, tmp_path, dataset_config="other")
     assert "has the splits a, b, none of them is the usual one: choose one by --train_split" in error
-    assert "no c: choose one by --prompt_split" in stops(capsys, read, tmp_path, "prompt", prompt_split="c")
-    assert "Available: ['chats', 'other'] (--dataset_config)" in stops(capsys, read, tmp_path, dataset_config="none")
+    assert "no c: choose one by --prompt_split" in tiny.fails(capsys, read, tmp_path, "prompt", prompt_split="c")
+    assert "Available: ['chats', 'other'] (--dataset_config)" in tiny.fails(
+        capsys, read, tmp_path, dataset_config="none"
+    )
     (tmp_path / "README.md").write_text(README.replace("  default: true\n", ""))
-    assert "configs: ['chats', 'other'] (--dataset_config)" in stops(capsys, read, tmp_path)
+    assert "configs: ['chats', 'other'] (--dataset_config)" in tiny.fails(capsys, read, tmp_path)
 
 
 def test_a_folder_or_a_pattern_of_files_is_read_in_the_order_of_names(tmp_path, capsys):
@@ -327,16 +320,16 @@ def test_a_folder_or_a_pattern_of_files_is_read_in_the_order_of_names(tmp_path, 
     assert ids(f"{tmp_path}/shards/[ab].jsonl") == [0, 1]
     (tmp_path / "link").symlink_to(tmp_path / "shards")
     assert ids(tmp_path / "link") == ids(f"{tmp_path}/link/../shards") == [0, 1, 2]
-    assert "no file matches this pattern" in stops(capsys, read, tmp_path / "*.parquet")
+    assert "no file matches this pattern" in tiny.fails(capsys, read, tmp_path / "*.parquet")
     write_rows(tmp_path / "shards" / "more.parquet", ROWS)
-    assert "more.parquet would be left out, as no split has them: name the files" in stops(
+    assert "more.parquet would be left out, as no split has them: name the files" in tiny.fails(
         capsys, read, tmp_path / "shards"
     )
     assert ids(f"{tmp_path}/shards/[ab]*") + ids(f"{tmp_path}/shards/*.parquet") == [0, 1, 0, 1, 2]
     (tmp_path / "shards" / "more.parquet").unlink()
     write_rows(tmp_path / "shards" / "validation.jsonl", [ROWS[1]])
     (tmp_path / "shards" / "a.jsonl").rename(tmp_path / "shards" / "train.jsonl")
-    assert "b.jsonl, c.jsonl would be left out" in stops(capsys, read, tmp_path / "shards")
+    assert "b.jsonl, c.jsonl would be left out" in tiny.fails(capsys, read, tmp_path / "shards")
     (tmp_path / "shards" / "b.jsonl").unlink()
     (tmp_path / "shards" / "deep" / "er" / "c.jsonl").unlink()
     assert (ids(tmp_path / "shards"), ids(tmp_path / "shards", "validation")) == ([0], [1])
@@ -394,6 +387,10 @@ def test_a_table_gives_no_nulls_of_other_rows_and_texts_that_it_keeps_as_bytes(t
     found = [json.loads(row) for _, row in read(tmp_path / "rows.parquet")]
     assert [row["messages"][0]["arguments"] for row in found] == calls
     assert [row["b"] for row in found] == ["é", "é"]
+    pairs = pyarrow.Table.from_pylist([{"q": "one?", "a": None}, {"q": "two?", "a": "2"}])
+    pyarrow.parquet.write_table(pairs, tmp_path / "qa.parquet")
+    rows = [json.loads(row) for _, row in read(tmp_path / "qa.parquet", prompt_column="q", response_column="a")]
+    assert [row["messages"][1]["content"] for row in rows] == [None, "2"]  # a column is there though its first is null
 
 
 def test_a_hub_id_is_resolved_and_its_files_are_fetched(tmp_path, monkeypatch):
@@ -433,7 +430,7 @@ def test_names_of_nothing_end_with_one_line(tmp_path, capsys, monkeypatch):
         tmp_path / "pipe": "is a pipe or a device: write it to a file, which is read more than once",
         tmp_path / "link.jsonl": "no such file or folder",
     }.items():
-        assert expected in stops(capsys, read, name), name
+        assert expected in tiny.fails(capsys, read, name), name
 
 
 # --- columns ---
@@ -467,7 +464,7 @@ def test_columns_that_are_not_there_end_with_one_line(tmp_path, capsys):
         ({"response_column": "a"}, "give --prompt_column as well"),
         ({"prompt_column": "q"}, "give --response_column as well"),
     ):
-        assert expected in stops(capsys, prepare, **flags)
+        assert expected in tiny.fails(capsys, prepare, **flags)
     config = prepare(prompt_column="q", response_column="a", max_rejected_ratio=0.5)
     assert config["splits"]["train"]["rows"] == 1  # the second row has no answer
 
@@ -481,10 +478,10 @@ def test_flags_that_choose_are_refused_where_there_is_no_choice(tmp_path, capsys
         ("pydoc", "prompt_column", "is a preset, which knows its columns and splits: drop it"),
         ("pydoc", "dataset_config", "is a preset, which knows its columns and splits: drop it"),
     ):
-        assert f"{flag} x: {name} {expected}" in stops(capsys, read, name, **{flag: "x"})
+        assert f"{flag} x: {name} {expected}" in tiny.fails(capsys, read, name, **{flag: "x"})
     tiny.tokenizer().save_pretrained(tmp_path / "target")
     given = (path, tmp_path / "out", tmp_path / "target")
-    error = stops(capsys, prepare_data.prepare, *given, validation_split="test")
+    error = tiny.fails(capsys, prepare_data.prepare, *given, validation_split="test")
     assert "validation_split test: give --validation_dataset as well" in error
     prepare_data.prepare(*given, validation_dataset=path, num_proc=1)
     assert "validation_dataset has files of the training data" in capsys.readouterr().out
@@ -513,7 +510,7 @@ def test_a_folder_of_speculators_is_named_and_imported(tmp_path, capsys):
     rows = [{"input_ids": [5, 6, 7, 8], "loss_mask": mask, "seq_len": 4} for mask in ([0, 0, 1, 1], [0, 1, 1, 1])]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "theirs")
     torch.save({7: 2}, tmp_path / "theirs" / "token_freq.pt")
-    error = stops(capsys, dataloader.open_data, tmp_path / "theirs")
+    error = tiny.fails(capsys, dataloader.open_data, tmp_path / "theirs")
     assert f"python prepare_data.py --dataset {tmp_path}/theirs --target_model_path TARGET --output_path" in error
     tiny.tokenizer().save_pretrained(tmp_path / "target")
     prepare_data.prepare(tmp_path / "theirs", tmp_path / "out", tmp_path / "target", num_proc=1)
@@ -521,4 +518,4 @@ def test_a_folder_of_speculators_is_named_and_imported(tmp_path, capsys):
     assert data["train"]["input_ids"][:] == [row["input_ids"] for row in rows]
     assert data["train"]["loss_mask"][:] == [row["loss_mask"] for row in rows]
     assert config["splits"]["train"]["supervised_tokens"] == 5
-    assert "is prepared already" in stops(capsys, read, tmp_path / "out")
+    assert "is prepared already" in tiny.fails(capsys, read, tmp_path / "out")

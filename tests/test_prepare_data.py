@@ -63,15 +63,6 @@ def chat_row(*messages, **fields):
     return {"conversations": list(messages), **fields}
 
 
-def fails(capsys, function, *arguments, **options):
-    """The one line that a call ends with."""
-    with pytest.raises(SystemExit) as stop:
-        function(*arguments, **options)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
@@ -333,7 +324,7 @@ def test_unusable_files_end_with_one_line(tmp_path, target, capsys):
         path = tmp_path / "rows.jsonl"
         if content is not None:
             path.write_bytes(content)
-        return fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, **options)
+        return tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, **options)
 
     assert "no such file" in stop(None)
     assert "is empty" in stop(b"")
@@ -351,7 +342,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
 
     def stop(output="out", **options):
-        return fails(capsys, prepare_data.prepare, path, tmp_path / output, target, **options)
+        return tiny.fails(capsys, prepare_data.prepare, path, tmp_path / output, target, **options)
 
     assert "vicuna: known are llama3" in stop(chat_template="vicuna")
     assert "max_rejected_ratio 2 must" in stop(max_rejected_ratio=2)
@@ -368,7 +359,7 @@ def test_options_that_make_no_sense(tmp_path, target, capsys):
 
 def test_template_that_does_not_fit(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
-    error = fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, chat_template="qwen")
+    error = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, chat_template="qwen")
     assert r"'<|im_start|>assistant\n'" in error and r"<|begin_of_text|><|start_header_id|>user" in error
     assert "--chat_template llama3 or auto" in error
 
@@ -383,10 +374,10 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, chat_row(USER, REPLY)])
     rows = tiny.write_jsonl(tmp_path / "chats.jsonl", [chat_row(USER, REPLY), tokens])
     for name in ("phi3", "auto"):
-        error = fails(capsys, prepare_data.prepare, rows, tmp_path / "out", tmp_path / "bare", chat_template=name)
+        error = tiny.fails(capsys, prepare_data.prepare, rows, tmp_path / "out", tmp_path / "bare", chat_template=name)
         assert f"the tokenizer has none, and none for {name} in core/templates: --chat_template deep" in error
     missing = "no chat template in the tokenizer (first: line "
-    assert missing + "2: " in fails(
+    assert missing + "2: " in tiny.fails(
         capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="qwen"
     )
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens, {"text": text}])
@@ -396,7 +387,7 @@ def test_tokenizer_without_a_chat_template(tmp_path, capsys):
         ]
         > 5
     )
-    assert missing + "2: " in fails(
+    assert missing + "2: " in tiny.fails(
         capsys, prepare_data.prepare, path, tmp_path / "out", tmp_path / "bare", chat_template="auto"
     )
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", [tokens])
@@ -435,7 +426,9 @@ def test_a_given_limit_of_rejected_rows_wins_over_the_presets_own(ratio, enough,
     if enough:
         assert prepare_data.main(args)["splits"]["train"]["rows"] == 18
     else:
-        assert f"1 of 19 rows rejected (5.3%, max_rejected_ratio {ratio:g})" in fails(capsys, prepare_data.main, args)
+        assert f"1 of 19 rows rejected (5.3%, max_rejected_ratio {ratio:g})" in tiny.fails(
+            capsys, prepare_data.main, args
+        )
 
 
 def test_ultrachat_from_a_local_copy(tmp_path, target, capsys):
@@ -447,7 +440,7 @@ def test_ultrachat_from_a_local_copy(tmp_path, target, capsys):
     part("train_sft-00001-of-00002-0a1804bcb6ae68c6.parquet", 2)
     part("train_gen-00000-of-00001-a6c9fb894be3e50b.parquet", 7)
     options = {"dataset_path": tmp_path / "copy"}
-    assert "no data/test_sft-" in fails(
+    assert "no data/test_sft-" in tiny.fails(
         capsys, prepare_data.prepare, "ultrachat", tmp_path / "out", target, validation_dataset="ultrachat", **options
     )
     part("test_sft-00000-of-00001-f7dfac4afe5b93f4.parquet", 1)
@@ -457,8 +450,8 @@ def test_ultrachat_from_a_local_copy(tmp_path, target, capsys):
 
 
 def test_a_preset_without_hub_and_copy_ends_with_one_line(tmp_path, target, capsys):
-    assert "--dataset_path" in fails(capsys, prepare_data.prepare, "ultrachat", tmp_path / "out", target)
-    assert "no ShareGPT" in fails(
+    assert "--dataset_path" in tiny.fails(capsys, prepare_data.prepare, "ultrachat", tmp_path / "out", target)
+    assert "no ShareGPT" in tiny.fails(
         capsys, prepare_data.prepare, "sharegpt", tmp_path / "out", target, dataset_path=tmp_path
     )
 
@@ -540,7 +533,7 @@ def test_read_token_freq(tmp_path, capsys):
     for name, message in (("code", "not a plain dict"), ("negative", "negative"), ("none", "none in it"),
                           ("list", "not a plain dict"), ("junk", "not a plain dict"),
                           ("absent", "No such file")):  # fmt: skip
-        assert message in fails(capsys, vocabulary.read_token_freq, tmp_path / f"{name}.pt")
+        assert message in tiny.fails(capsys, vocabulary.read_token_freq, tmp_path / f"{name}.pt")
 
 
 def test_fingerprint_follows_every_ingredient(tmp_path, target, capsys):
@@ -595,14 +588,14 @@ def test_open_data_names_what_is_missing(name, tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
     prepare_data.prepare(path, tmp_path / "out", target)
     (tmp_path / "out" / name).rename(tmp_path / "elsewhere")
-    assert f"{name} is missing" in fails(capsys, dataloader.open_data, tmp_path / "out")
+    assert f"{name} is missing" in tiny.fails(capsys, dataloader.open_data, tmp_path / "out")
 
 
 def test_open_data_refuses_another_version(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
     config = prepare_data.prepare(path, tmp_path / "out", target)
     (tmp_path / "out" / "data_config.json").write_text(json.dumps({**config, "format_version": 0}))
-    assert "format version 0" in fails(capsys, dataloader.open_data, tmp_path / "out")
+    assert "format version 0" in tiny.fails(capsys, dataloader.open_data, tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -624,7 +617,7 @@ def test_flags(capsys):
         ([*required, "--num_samples", "0"], "num_samples is 0; it must be at least 1"),
         ([*required, "--num_proc", "-1"], "num_proc is -1; it must be at least 1"),
     ):
-        assert message in fails(capsys, prepare_data.parse_args, words)
+        assert message in tiny.fails(capsys, prepare_data.parse_args, words)
 
 
 def test_write_atomic_replaces_the_whole_file(tmp_path):
@@ -653,4 +646,4 @@ def test_a_tokenizer_that_has_only_tiktokens_file_is_refused(tmp_path, capsys):
     (tmp_path / "tiktoken.model").write_bytes(b"IQ== 0\n")
     target_files.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    assert "is a tiktoken.model: add a tokenizer.json" in fails(capsys, target_files.load_tokenizer, tmp_path)
+    assert "is a tiktoken.model: add a tokenizer.json" in tiny.fails(capsys, target_files.load_tokenizer, tmp_path)

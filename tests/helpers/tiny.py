@@ -116,3 +116,12 @@ def write_target(folder, seed=0, layers=8, vocab_size=400, max_shard_size="5GB",
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer(vocab_size).save_pretrained(folder)
     return Path(folder)
+
+
+def fails(capsys, function, *arguments, **options):
+    """The one line that a call ends with."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments, **options)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
