@@ -17,7 +17,6 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 
 import contextlib
 import copy
-import dataclasses
 import datetime
 import sys
 import time
@@ -700,8 +699,9 @@ def parse_args(argv=None):
     target_model.add_sharing_flags(parser)
     states.add_source_flags(parser)
     add_draft_flags(parser.add_argument_group("draft").add_argument)
-    add_optimizer_flags(parser.add_argument_group("objective and optimizer").add_argument)
-    add_batch_flags(parser.add_argument_group("length and batches").add_argument)
+    add_objective_flags(parser.add_argument_group("objective").add_argument)
+    optimization.add_flags(parser)
+    setup.add_batch_flags(parser.add_argument_group("length and batches").add_argument)
     setup.add_run_flags(parser.add_argument_group("run").add_argument)
     foreign = (foreign_flags.OF_TRAINERS, foreign_flags.ALIASES, foreign_flags.VALUES)
     args = foreign_flags.parse(parser, argv, *foreign)
@@ -737,103 +737,12 @@ def add_draft_flags(add):
     add("--dry_run", action=common.Switch, help="save the initial draft as step_00000000, and exit; needs no data")
 
 
-def add_optimizer_flags(add):
+def add_objective_flags(add):
     add("--ttt_length", type=POSITIVE, default=7, help="steps K of the training-time test")
     add("--ttt_step_loss_decay", type=NOT_NEGATIVE, default=0.8, help="step i weighs this to the power of i")
-    add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, help="peak")
-    add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="of AdamW")
-    add("--max_grad_norm", type=NOT_NEGATIVE, default=0.5, help="global norm; 0 = no clipping")
-    add("--warmup_ratio", type=NOT_NEGATIVE, default=0.015, help="share of the total steps")
-    schedules = ("cosine", "linear", "constant")
-    add("--scheduler_type", choices=schedules, default="cosine", help="learning rate after the warm-up")
-    add("--scheduler_warmup_steps", type=NATURAL, help="optimizer steps; none: from warmup_ratio")
-    add("--scheduler_total_steps", type=NATURAL, help="optimizer steps; none: the training's")
-    add("--scheduler_num_cosine_cycles", type=NOT_NEGATIVE, default=0.5, help="0.5 = once down")
-
-
-def add_batch_flags(add):
-    add("--num_epochs", type=POSITIVE, default=2, help="passes over the data")
-    add("--total_steps", type=int, default=-1, help="optimizer steps; positive: instead of num_epochs, data repeat")
-    add("--draft_global_batch_size", type=POSITIVE, default=8, help="sequences a step, all ranks")
-    add("--draft_micro_batch_size", type=POSITIVE, default=1, help="sequences a rank in one forward")
-    budget = "tokens of a micro-batch, instead of draft_micro_batch_size; 0 = off"
-    add("--total_seq_len", type=NATURAL, default=0, help=budget)
-    add("--draft_accumulation_steps", type=int, help="derived: global / (micro x ranks); another value is replaced")
-    add("--num_workers", type=NATURAL, default=2, help="processes per rank that read ahead; 0 = none")
-    add("--prefetch_factor", type=POSITIVE, default=4, help="optimizer steps that each reads ahead")
-    add("--gradient_checkpointing", action=common.Switch, help="recompute the draft's layer in the backward pass")
 
 
 # ==================== Main ===========================================================================================
-
-
-class Setup(NamedTuple):
-    """What rank 0 finds out for all ranks before a model loads."""
-
-    run: setup.Run
-    deepspeed_config: dict
-    draft_config: dict
-    layers: list  # auxiliary layers
-    data_folder: str | None  # none: a dry run without data
-    d2t: torch.Tensor  # [Vd]
-    state: dict | None  # trainer_state.json of the checkpoint that is continued
-
-
-def prepare_run(args):
-    """Everything that can go wrong before a model loads, on rank 0; the Setup of all ranks."""
-    # --- flags ---
-    world = dist.get_world_size()
-    default = vars(parse_args(["--target_model_path", args.target_model_path]))
-    holds_old = setup.check_output(args)
-    setup.check_flags(args)
-    setup.check_unread(args, default)
-    sharding = target_model.resolve_sharding(args, world)
-    micro = setup.micro_batch_size(args)
-    accumulation = setup.accumulation_steps(args, world)
-    deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
-    engine = checkpoints.engine_kind(deepspeed_config)
-    if "nvme" in engine["optimizer"]:
-        print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
-
-    # --- draft ---
-    start, state = checkpoints.find_start(args, engine, setup.DECISIVE)
-    checkpoint, source = setup.draft_source(args, start, state)
-    model_dir = target_files.resolve_target(args.target_model_path)
-    text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
-    target_model.check_heads(text_config, args.tp_size)
-    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
-    config, layers = setup.configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
-
-    # --- data ---
-    folder = args.data_path
-    if args.dataset_train_split:
-        folder = prepare_conversations(args)
-    data, data_config = dataloader.open_data(folder)
-    if folder:
-        setup.check_data(args, config, folder, data, data_config, world)
-        setup.check_validation(args, data, default)
-    d2t = setup.vocabulary_mapping(args, config, folder, checkpoint)
-    config["draft_vocab_size"] = len(d2t)
-
-    # --- run ---
-    schedule = setup.schedule(args, len(data.get("train", ())), default)
-    run = setup.Run(
-        dp_size=world // args.tp_size,
-        target_sharding=sharding,
-        draft_micro_batch_size=micro,
-        draft_accumulation_steps=accumulation,
-        engine=engine,
-        fingerprints={"data": data_config["fingerprint"], "target": target_files.hash_target(model_dir)},
-        resume_from_checkpoint=checkpoint,
-        **schedule._asdict(),
-    )
-    if state:
-        setup.check_resume(run.flags(args), run, folder, model_dir, state)
-    checkpoints.remove_leftovers(args.output_dir)
-    if holds_old:
-        moved = checkpoints.move_aside(args.output_dir, checkpoint)
-        run = dataclasses.replace(run, resume_from_checkpoint=moved)
-    return Setup(run, deepspeed_config, config, layers, folder, d2t, state)
 
 
 def prepare_conversations(args):
@@ -880,7 +789,8 @@ def start(args, device):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
-    prepared = ranks.on_first_rank(lambda: prepare_run(args))
+    default = vars(parse_args(["--target_model_path", args.target_model_path]))
+    prepared = ranks.on_first_rank(lambda: setup.prepare(args, default, prepare_conversations))
     run, deepspeed_config, config, layers, data_folder, d2t, state = prepared
     ranks.check_shared("output_dir", args.output_dir)
     data, data_config = dataloader.open_data(data_folder)

@@ -16,6 +16,27 @@ import torch.distributed as dist
 
 from core import common, ranks
 
+POSITIVE = common.at_least(int, 1)
+NATURAL = common.at_least(int, 0)
+NOT_NEGATIVE = common.at_least(float, 0)
+
+# ==================== Flags ==========================================================================================
+
+
+def add_flags(parser):
+    """The flags of the optimizer and the learning rate."""
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, help="peak")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="of AdamW")
+    add("--max_grad_norm", type=NOT_NEGATIVE, default=0.5, help="global norm; 0 = no clipping")
+    add("--warmup_ratio", type=NOT_NEGATIVE, default=0.015, help="share of the total steps")
+    schedules = ("cosine", "linear", "constant")
+    add("--scheduler_type", choices=schedules, default="cosine", help="learning rate after the warm-up")
+    add("--scheduler_warmup_steps", type=NATURAL, help="optimizer steps; none: from warmup_ratio")
+    add("--scheduler_total_steps", type=NATURAL, help="optimizer steps; none: the training's")
+    add("--scheduler_num_cosine_cycles", type=NOT_NEGATIVE, default=0.5, help="0.5 = once down")
+
+
 # ==================== The engine =====================================================================================
 
 

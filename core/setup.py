@@ -6,11 +6,12 @@ on: what is derived is a `Run` beside it.
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from core import (
     checkpoints,
@@ -19,9 +20,11 @@ from core import (
     dataloader,
     draft_config,
     draft_files,
+    optimization,
     slots,
     states,
     target_files,
+    target_model,
     vocabulary,
 )
 
@@ -56,6 +59,20 @@ class Run:
 
 
 # ==================== Flags ==========================================================================================
+
+
+def add_batch_flags(add):
+    """The flags of batches that every trainer has; add: the add_argument of their group."""
+    add("--num_epochs", type=POSITIVE, default=2, help="passes over the data")
+    add("--total_steps", type=int, default=-1, help="optimizer steps; positive: instead of num_epochs, data repeat")
+    add("--draft_global_batch_size", type=POSITIVE, default=8, help="sequences a step, all ranks")
+    add("--draft_micro_batch_size", type=POSITIVE, default=1, help="sequences a rank in one forward")
+    budget = "tokens of a micro-batch, instead of draft_micro_batch_size; 0 = off"
+    add("--total_seq_len", type=NATURAL, default=0, help=budget)
+    add("--draft_accumulation_steps", type=int, help="derived: global / (micro x ranks); another value is replaced")
+    add("--num_workers", type=NATURAL, default=2, help="processes per rank that read ahead; 0 = none")
+    add("--prefetch_factor", type=POSITIVE, default=4, help="optimizer steps that each reads ahead")
+    add("--gradient_checkpointing", action=common.Switch, help="recompute the draft's layer in the backward pass")
 
 
 def add_run_flags(add):
@@ -357,3 +374,77 @@ def check_resume(flags, run, folder, model_dir, state):
             changed.append(f"{name} {before} -> {now}")
     if changed:
         print(f"flags that differ from those of {checkpoint}: {', '.join(changed)}")
+
+
+# ==================== All of it =======================================================================================
+
+
+class Setup(NamedTuple):
+    """What rank 0 finds out for all ranks before a model loads."""
+
+    run: Run
+    deepspeed_config: dict
+    draft_config: dict
+    layers: list  # auxiliary layers
+    data_folder: str | None  # none: a dry run without data
+    d2t: torch.Tensor  # [Vd]
+    state: dict | None  # trainer_state.json of the checkpoint that is continued
+
+
+def prepare(args, default, prepare_conversations):
+    """Everything that can go wrong before a model loads, on rank 0; the Setup of all ranks.
+
+    default: {flag: its default}; prepare_conversations(args) -> the folder of prepared data.
+    """
+    # --- flags ---
+    world = dist.get_world_size()
+    holds_old = check_output(args)
+    check_flags(args)
+    check_unread(args, default)
+    sharding = target_model.resolve_sharding(args, world)
+    micro = micro_batch_size(args)
+    accumulation = accumulation_steps(args, world)
+    deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
+    engine = checkpoints.engine_kind(deepspeed_config)
+    if "nvme" in engine["optimizer"]:
+        print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
+
+    # --- draft ---
+    start, state = checkpoints.find_start(args, engine, DECISIVE)
+    checkpoint, source = draft_source(args, start, state)
+    model_dir = target_files.resolve_target(args.target_model_path)
+    text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
+    target_model.check_heads(text_config, args.tp_size)
+    target_model.check_weights(model_dir, target_config, args.trust_remote_code)
+    config, layers = configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
+
+    # --- data ---
+    folder = args.data_path
+    if args.dataset_train_split:
+        folder = prepare_conversations(args)
+    data, data_config = dataloader.open_data(folder)
+    if folder:
+        check_data(args, config, folder, data, data_config, world)
+        check_validation(args, data, default)
+    d2t = vocabulary_mapping(args, config, folder, checkpoint)
+    config["draft_vocab_size"] = len(d2t)
+
+    # --- run ---
+    steps = schedule(args, len(data.get("train", ())), default)
+    run = Run(
+        dp_size=world // args.tp_size,
+        target_sharding=sharding,
+        draft_micro_batch_size=micro,
+        draft_accumulation_steps=accumulation,
+        engine=engine,
+        fingerprints={"data": data_config["fingerprint"], "target": target_files.hash_target(model_dir)},
+        resume_from_checkpoint=checkpoint,
+        **steps._asdict(),
+    )
+    if state:
+        check_resume(run.flags(args), run, folder, model_dir, state)
+    checkpoints.remove_leftovers(args.output_dir)
+    if holds_old:
+        moved = checkpoints.move_aside(args.output_dir, checkpoint)
+        run = replace(run, resume_from_checkpoint=moved)
+    return Setup(run, deepspeed_config, config, layers, folder, d2t, state)

@@ -145,7 +145,9 @@ def places(work, tmp_path_factory):
 
 def prepared(argv):
     ranks.start_distributed(20)
-    return train_eagle3.prepare_run(train_eagle3.parse_args(argv))
+    args = train_eagle3.parse_args(argv)
+    default = vars(train_eagle3.parse_args(["--target_model_path", args.target_model_path]))
+    return setup.prepare(args, default, train_eagle3.prepare_conversations)
 
 
 @pytest.mark.parametrize(("flags", "happens"), table("draft_sources.txt"))
