@@ -113,17 +113,23 @@ class CachedDraft:
     def __init__(self, draft, d2t):
         self.draft = draft
         self.target_ids = vocabulary.target_ids(d2t)
-        self.keys = None  # [slots, G, D]
-        self.values = None
+        self.windows = draft_files.windows(draft.config)
+        self.cache = [None] * len(self.windows)  # of each layer: keys and values [slots, G, D]
+        self.length = 0  # slots
 
-    def _attend(self, q, k, v):
+    def _attend(self, layer, q, k, v):
         """Attention of n new slots, appended to the cache: each sees the cached slots and the new ones up to itself."""
-        self.keys = k if self.keys is None else torch.cat([self.keys, k])
-        self.values = v if self.values is None else torch.cat([self.values, v])
+        if self.cache[layer]:
+            before_k, before_v = self.cache[layer]
+            k = torch.cat([before_k, k])
+            v = torch.cat([before_v, v])
+        self.cache[layer] = (k, v)
         new = len(q)
-        slots = len(self.keys)
+        slots = len(k)
         mask = torch.ones(new, slots, dtype=torch.bool, device=q.device).tril(slots - new)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, self.keys, self.values))
+        if self.windows[layer]:
+            mask = mask.triu(slots - new - self.windows[layer] + 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
 
     def _step(self, tokens, feature, first):
@@ -139,7 +145,7 @@ class CachedDraft:
         position before each. Their slots stay in the cache, those of the chain are dropped.
         choose(logits [Vd]) -> index into the draft vocabulary. Returns target ids [count] and logits [count, Vd].
         """
-        slots = 0 if self.keys is None else len(self.keys)
+        slots = self.length
         feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
         feature, logits = self._step(tokens, feature, slots)
         kept = slots + len(tokens)
@@ -150,8 +156,8 @@ class CachedDraft:
             drafted.append(int(self.target_ids[choose(rows[-1])]))
             if position + 1 < count:
                 feature, logits = self._step(drafted[-1:], feature[-1:], kept + position)
-        self.keys = self.keys[:kept]
-        self.values = self.values[:kept]
+        self.cache = [(k[:kept], v[:kept]) for k, v in self.cache]
+        self.length = kept
         return drafted, torch.stack(rows)
 
 
@@ -325,7 +331,9 @@ def load_draft(config, tensors, target):
     tensors = dict(tensors)
     d2t = tensors.pop("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
     tensors.pop("t2d", None)
-    embedding = tensors.pop(draft_files.EMBEDDING, target.embedding)
+    embedding = target.embedding
+    if not draft_files.needs_embedding(config):
+        embedding = tensors.pop(draft_files.EMBEDDING, embedding)
     draft = train_eagle3.DraftModel(config, embedding.to(device, dtype))
     draft.load_state_dict(tensors)
     return draft.to(device, dtype).eval(), d2t.to(device)

@@ -91,29 +91,37 @@ class DraftHead(nn.Linear):
 
 
 class DraftLayer(nn.Module):
-    """One Llama layer whose attention reads the token's embedding beside the feature.
+    """One decoder layer. The first reads the token's embedding beside the feature, the others their input alone.
 
     What the embedding adds to q, k and v is the same in each ttt_step that reads the token: it is computed once a token
     (`token_parts`) and handed to every step. Sizes: H hidden, A heads, G key-value heads of D.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, is_first, window, head_norms):
+        """config: transformers' LlamaConfig; window: 0 = full attention; head_norms: q and k are normed per head."""
         super().__init__()
         size = config.hidden_size
         eps = config.rms_norm_eps
+        self.window = window
         self.head_dim = config.head_dim
         queries = self.head_dim * config.num_attention_heads
         keys = self.head_dim * config.num_key_value_heads
-        self.input_layernorm = nn.RMSNorm(size, eps)  # of the embedding
+        projection = HalfLinear if is_first else nn.Linear
+        width = 2 * size if is_first else size
+        if is_first:
+            self.input_layernorm = nn.RMSNorm(size, eps)  # of the embedding
         self.hidden_norm = nn.RMSNorm(size, eps)  # of the feature
         self.self_attn = nn.ModuleDict()
-        self.self_attn.q_proj = HalfLinear(2 * size, queries, bias=False)
-        self.self_attn.k_proj = HalfLinear(2 * size, keys, bias=False)
-        self.self_attn.v_proj = HalfLinear(2 * size, keys, bias=False)
+        self.self_attn.q_proj = projection(width, queries, bias=False)
+        self.self_attn.k_proj = projection(width, keys, bias=False)
+        self.self_attn.v_proj = projection(width, keys, bias=False)
         self.self_attn.o_proj = nn.Linear(queries, size, bias=False)
+        if head_norms:
+            self.self_attn.q_norm = nn.RMSNorm(self.head_dim, eps)
+            self.self_attn.k_norm = nn.RMSNorm(self.head_dim, eps)
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
         self.mlp = LlamaMLP(config)
-        self.norm_before_residual = getattr(config, "norm_before_residual", False)
+        self.norm_before_residual = is_first and getattr(config, "norm_before_residual", False)  # as vLLM serves it
         self.gradient_checkpointing = False
 
     def token_parts(self, embeds):
@@ -126,7 +134,7 @@ class DraftLayer(nn.Module):
 
     def forward(
         self,
-        parts,  # token parts of q [n, A·D], k and v [T, G·D]
+        parts,  # token parts of q [n, A·D], k and v [T, G·D]; None of a further layer
         feature,  # [T, H]
         cos,  # [T, D]
         sin,
@@ -137,23 +145,22 @@ class DraftLayer(nn.Module):
 
         attend(q [n, A, D], k [T, G, D], v [T, G, D]) -> [n, A, D] and anything, which is returned as well.
         """
-        q_part, k_part, v_part = parts
-        linears = self.self_attn
+        q_part, k_part, v_part = parts or (None, None, None)
         normed = self.hidden_norm(feature)
-        k = self.heads(linears.k_proj(normed, half=1, base=k_part))
-        v = self.heads(linears.v_proj(normed, half=1, base=v_part))
+        k = self.project("k", normed, k_part)
+        v = self.project("v", normed, v_part)
         k = rotate(k, cos, sin)
         if rows is not None:  # keys and values of all slots, queries of the live ones
             feature = feature.index_select(0, rows)
             normed = normed.index_select(0, rows)
             cos = cos.index_select(0, rows)
             sin = sin.index_select(0, rows)
-        q = self.heads(linears.q_proj(normed, half=1, base=q_part))
+        q = self.project("q", normed, q_part)
         q = rotate(q, cos, sin)
 
         mixed, keys = attend(q, k, v)
         residual = normed if self.norm_before_residual else feature
-        hidden = residual + linears.o_proj(mixed.flatten(1))
+        hidden = residual + self.self_attn.o_proj(mixed.flatten(1))
         if self.gradient_checkpointing:  # the caller recomputes all of the layer
             return hidden + self.normed_mlp(hidden), keys
         # Of the MLP only matrix products are kept for the backward pass: its activation, large, is cheap to recompute.
@@ -163,9 +170,14 @@ class DraftLayer(nn.Module):
             options["context_fn"] = keep_products
         return hidden + checkpoint(self.normed_mlp, hidden, **options), keys
 
-    def heads(self, x):
-        """[T, heads · D] -> [T, heads, D]"""
-        return x.unflatten(-1, (-1, self.head_dim))
+    def project(self, name, normed, part):
+        """q, k or v [T, heads, D] of normed features [T, H] and, in the first layer, their token parts."""
+        linear = self.self_attn[f"{name}_proj"]
+        x = linear(normed) if part is None else linear(normed, half=1, base=part)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if f"{name}_norm" in self.self_attn:
+            x = self.self_attn[f"{name}_norm"](x)
+        return x
 
     def normed_mlp(self, hidden):
         return self.mlp(self.post_attention_layernorm(hidden))
@@ -186,8 +198,9 @@ def keep_products():
 class DraftModel(nn.Module):
     """The EAGLE-3 draft; its parameters carry the names of the checkpoint. Sizes: H hidden, Vd draft vocabulary.
 
-    config: the flat config.json (core/draft_files.py). embedding [V, H]: the target's table, frozen; a plain attribute
+    config: the flat config.json (core/draft_files.py). embedding [V, Ht]: the target's table, frozen; a plain attribute
     and not a parameter, because the target holds it already and it must reach neither the engine nor the checkpoint.
+    A draft that needs one has its own, a parameter.
     """
 
     def __init__(self, config, embedding):
@@ -207,7 +220,15 @@ class DraftModel(nn.Module):
         if config.get("fc_norm"):
             self.fc_norm = nn.ModuleList(nn.RMSNorm(target_size, eps) for _ in range(count))
         self.fc = nn.Linear(count * target_size, size, bias=False)
-        self.midlayer = DraftLayer(llama)
+        self.embed_tokens = None
+        if draft_files.needs_embedding(config):
+            self.embed_tokens = nn.Embedding(config["vocab_size"], size)
+        windows = draft_files.windows(config)  # one a layer
+        head_norms = draft_files.has_head_norms(config)
+        self.midlayer = DraftLayer(llama, True, windows[0], head_norms)
+        self.layers = nn.ModuleDict()  # further ones
+        for n, window in enumerate(windows[1:], 1):
+            self.layers[str(n)] = DraftLayer(llama, False, window, head_norms)
         self.norm = nn.RMSNorm(size, eps)
         self.lm_head = DraftHead(size, config["draft_vocab_size"], bias=False)
         # Only the frequencies of transformers' rotary embedding are kept, and not as a buffer: DeepSpeed casts buffers
@@ -216,13 +237,19 @@ class DraftModel(nn.Module):
         self.frequencies = rotary.inv_freq.clone()  # [D/2]
         self.rotary_scale = rotary.attention_scaling
 
-    def initialise(self, head_rows):
-        """Linear layers normal with 0.02, norms one, the head the target's own rows [Vd, H] if the sizes allow it."""
+    def initialise(self, head_rows=None):
+        """Matrices normal with 0.02, norms one; where sizes allow it, the head is the target's own rows [Vd, Ht] of
+        its vocabulary, and a table of its own the target's."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        if head_rows.shape == self.lm_head.weight.shape:
+        if head_rows is not None and head_rows.shape == self.lm_head.weight.shape:
             self.lm_head.weight.data.copy_(head_rows)
+        if self.embed_tokens and self.embedding.shape == self.embed_tokens.weight.shape:
+            self.embed_tokens.weight.data.copy_(self.embedding)
+
+    def all_layers(self):
+        return [self.midlayer, *self.layers.values()]
 
     def features(self, auxiliary):
         """Auxiliary hidden states [T, n·Ht] -> features of step 0 [T, H]."""
@@ -246,22 +273,25 @@ class DraftModel(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
     def embed(self, tokens):
-        """The target's embeddings [T, H] of tokens [T], in the draft's dtype."""
-        embeds = F.embedding(tokens, self.embedding)
+        """Embeddings [T, H] of tokens [T], the draft's own or the target's, in the draft's dtype."""
+        embeds = self.embed_tokens(tokens) if self.embed_tokens else F.embedding(tokens, self.embedding)
         return embeds.to(self.fc.weight.dtype)
 
     def step(self, tokens, feature, positions, attend):
         """One ttt_step as served: tokens [T], feature [T, H], positions [T] -> next feature [T, H], logits [T, Vd].
 
-        attend(q [T, A, D], k [T, G, D], v [T, G, D]) -> [T, A, D].
+        attend(layer's number, q [T, A, D], k [T, G, D], v [T, G, D]) -> [T, A, D].
         """
         parts = self.midlayer.token_parts(self.embed(tokens))
         cos, sin = self.rotary(positions, feature.dtype)
+        hidden = feature
+        for n, layer in enumerate(self.all_layers()):
 
-        def attend_only(q, k, v):
-            return attend(q, k, v), None
+            def attend_only(q, k, v, n=n):
+                return attend(n, q, k, v), None
 
-        hidden, _ = self.midlayer(parts, feature, cos, sin, attend_only)
+            hidden, _ = layer(parts, hidden, cos, sin, attend_only)
+            parts = None
         normed = self.norm(hidden)
         return self.next_feature(hidden, normed), self.lm_head(normed)
 
@@ -331,22 +361,21 @@ def objective(
     Returns the loss summed over slots and steps (not yet divided by anything); the sums of each step, {name: float64
     [K]}, of "loss", the metrics, and the number of "slots"; and which predictions are right (bool [K, T]).
     """
-    layer = draft.midlayer
     dtype = draft.fc.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     live_slots = plan.live.split(plan.counts)  # K tensors [n_i]
     keeps = plan.keep.split(plan.counts)
-    tokens = layer.token_parts(draft.embed(input_ids))  # q [T, A·D], k and v [T, G·D]
+    tokens = draft.midlayer.token_parts(draft.embed(input_ids))  # q [T, A·D], k and v [T, G·D]
     feature = draft.features(auxiliary.to(dtype))  # [T, H]
-    keys = Keys()
+    keys = [Keys() for _ in draft.all_layers()]
     outputs = []
     weights = []
     for i, live in enumerate(live_slots):
         if i > 0 and len(live) < len(feature):  # some chains have ended
             feature = feature.index_select(0, keeps[i])
-            keys = keys.select(keeps[i])
+            keys = [seen.select(keeps[i]) for seen in keys]
         arguments = (draft, plan, position_ids, i, tokens, feature, keys)
-        if layer.gradient_checkpointing:
+        if draft.midlayer.gradient_checkpointing:
             hidden, keys = checkpoint(ttt_step, *arguments, **RECOMPUTED)
         else:
             hidden, keys = ttt_step(*arguments)  # [n_i, H]
@@ -372,7 +401,7 @@ def objective(
 
 
 class Keys(NamedTuple):
-    """Keys and values that slots attend to."""
+    """Keys and values that slots attend to, in one layer."""
 
     first: tuple = ()  # step 0's, of all slots: k, v [T, G, D]
     own: tuple = ()  # the live slots' own of steps 1 to i: k, v [n, G, i, D]
@@ -400,44 +429,67 @@ def ttt_step(
     i,
     tokens,  # token parts of q [T, A·D], k and v [T, G·D]
     feature,  # at step 0 [T, H] of all slots, later [n_i, H] of the live ones
-    keys,
+    keys,  # [Keys of each layer]
 ):
     """Step i of the training-time test: hidden states [n_i, H] of its live slots, and the Keys with those it adds."""
     live = plan.live.split(plan.counts)[i]  # [n_i]
-    read = live + 1 + i  # the token that each live slot reads
-    if i == 0:  # all slots have keys and values
-        q, k, v = tokens
-        q = q.index_select(0, read)
-        k = k.roll(-1, dims=0)
-        v = v.roll(-1, dims=0)
-        parts = (q, k, v)
-        positions = position_ids
-        rows = live
-    else:
-        parts = [x.index_select(0, read) for x in tokens]
-        positions = position_ids[live] + i
-        rows = None
-
-    def attend(q, k, v):
-        """q [n_i, A, D], the k and v that the step adds -> [n_i, A, D] and the Keys with them."""
-        seen = keys.add(k, v) if i > 0 else Keys(first=(k, v))
-        mixed = attend_slots(draft.attention_backend, plan, position_ids, i, live, q, seen)
-        return mixed, seen
-
+    positions = position_ids if i == 0 else position_ids[live] + i
     cos, sin = draft.rotary(positions, feature.dtype)
-    return draft.midlayer(parts, feature, cos, sin, attend, rows)
+    layers = draft.all_layers()
+    parts = None
+    found = []
+    for n, layer in enumerate(layers):
+        view = plan.views[layer.window]
+        rows = live if i == 0 else None  # step 0 has keys and values of all slots
+        queries = Queries(i, i, live)
+        if i == 0 and n + 1 < len(layers):  # and the outputs of all slots are the next layer's keys
+            rows = None
+            queries = Queries(i, -1, torch.arange(len(feature), device=live.device))
+        if n == 0:
+            parts = read_tokens(tokens, queries)
+
+        def attend(q, k, v, n=n, view=view, queries=queries):
+            """q [n, A, D], the k and v that the step adds -> [n, A, D] and the Keys with them."""
+            seen = keys[n].add(k, v) if i > 0 else Keys(first=(k, v))
+            return attend_slots(draft.attention_backend, view, position_ids, queries, q, seen), seen
+
+        feature, seen = layer(parts, feature, cos, sin, attend, rows)
+        found.append(seen)
+        parts = None
+    return feature, found
 
 
-def attend_slots(backend, plan, position_ids, i, live, q, keys):
-    """Attention [n_i, A, D] of step i's queries q over the step-0 keys up to their slot, and over the slot's own."""
+class Queries(NamedTuple):
+    """The slots that have a query in a layer."""
+
+    step: int  # ttt_step
+    entry: int  # theirs in a View
+    slots: torch.Tensor  # [n]
+
+
+def read_tokens(tokens, queries):
+    """Token parts of the tokens that queries read: q's, k's and v's; at step 0 k and v are those of all slots."""
+    q, k, v = tokens
+    read = queries.slots + 1 + queries.step
+    if queries.step == 0:
+        read = read.clamp(max=len(q) - 1)  # the last slot reads nothing, and nothing sees it
+        return q.index_select(0, read), k.roll(-1, dims=0), v.roll(-1, dims=0)
+    return [x.index_select(0, read) for x in tokens]
+
+
+def attend_slots(backend, view, position_ids, queries, q, keys):
+    """Attention [n, A, D] of queries q over the step-0 keys in their view up to their slot, and over the slot's own."""
     k, v = keys.first
-    if backend == "flex_attention" and len(live) > 0:
+    live = queries.slots
+    begin = None
+    if view.window or backend == "flex_attention":
         begin = live - position_ids[live]  # the first token of each slot's document
-        sizes = [slots.block_count(count) for count in plan.counts]
-        blocks = plan.blocks.split(sizes, dim=1)[i]
+        begin = slots.first_keys(begin, live, queries.step, view.window)
+    if backend == "flex_attention" and len(live) > 0:
+        blocks = view.blocks.split(view.sizes, dim=1)[queries.entry]
         return attention.flex_slots(q, k, v, keys.own, live, begin, blocks)
-    spans = plan.spans[i]
-    return attention.SlotAttention.apply(q, k, v, live, spans, *keys.own)
+    spans = view.spans[queries.entry]
+    return attention.SlotAttention.apply(q, k, v, live, begin, spans, *keys.own)
 
 
 def chain_lengths(correct):
@@ -463,14 +515,17 @@ def metric_values(sums, decay):
 # ==================== Batches ========================================================================================
 
 
-def batch_of(ttt_length):
-    """The `collate` of dataloader.read_steps: rows of a micro-batch -> Batch with its plan of slots."""
+def batch_of(ttt_length, windows=(0,)):
+    """The `collate` of dataloader.read_steps: rows of a micro-batch -> Batch with its plan of slots.
+
+    windows: of each layer of the draft.
+    """
 
     def collate(rows):
         fields = dataloader.concatenate(rows)
         lengths = fields["lengths"]
         supervised = slots.supervised_slots(fields["loss_mask"], slots.documents_of(lengths), ttt_length)
-        plan = slots.plan_slots(supervised, lengths)
+        plan = slots.plan_slots(supervised, lengths, windows)
         return dataloader.Batch(**fields, plan=plan, normaliser=plan.counts[0])
 
     return collate
@@ -510,7 +565,7 @@ def evaluate(engine, source, data, d2t, args):
     steps = dataloader.read_steps(
         data,
         source,
-        batch_of(args.ttt_length),
+        batch_of(args.ttt_length, draft_files.windows(engine.module.config)),
         device,
         name="validation",
         global_batch_size=args.batch_size * dist.get_world_size(),
@@ -557,7 +612,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
     steps = dataloader.read_steps(
         data["train"],
         source,
-        batch_of(args.ttt_length),
+        batch_of(args.ttt_length, draft_files.windows(engine.module.config)),
         engine.device,
         range(progress.step, run.total_steps),
         global_batch_size=args.draft_global_batch_size,
@@ -731,6 +786,19 @@ def add_draft_flags(add):
     add("--token_freq_path", help="token counts to choose them by; none: the prepared data's token_freq.pt")
     add("--d2t_path", help="mapping of build_vocab_mapping.py, with t2d_path; none: built from the counts")
     add("--t2d_path", help="the other half of the mapping")
+    kinds = tuple(draft_files.ARCHITECTURES)
+    add("--num_layers", type=POSITIVE, help="layers of the draft; none: draft_model_config's, or 1")
+    add("--draft_arch", choices=kinds, help="kind of its layers; qwen3 norms queries and keys, vLLM only; none: llama")
+    add("--draft_hidden_act", help="activation of its MLP; None: the target's; none: silu, which alone engines serve")
+    add("--sliding_window", type=POSITIVE, help="positions that a layer sees; none: all")
+    add("--sliding_window_indices", type=NATURAL, nargs="+", help="layers with the window, from 0; none: all")
+    add("--norm_before_residual", action=common.Switch, default=None, help="the residual is normed; vLLM only")
+    add("--norm_before_fc", action=common.Switch, default=None, help="norm the concatenated target states")
+    add("--fc_norm", action=common.Switch, default=None, help="norm the target states of each layer")
+    add("--norm_output", action=common.Switch, default=None, help="the next ttt_step reads the normed output")
+    add("--embed_requires_grad", action=common.Switch, default=None, help="train an embedding table; vLLM only")
+    add("--head_init", choices=("target", "random"), default="target", help="the draft's head at the start")
+    add("--freeze_head", action=common.Switch, help="the head stays as it starts")
     add("--target_layer_ids", type=int, nargs="+", help="auxiliary layers, i = after i layers; none: 2 L//2 L-3")
     backends = ("flex_attention", "sdpa")
     add("--attention_backend", choices=backends, default=backends[0], help="flex on GPUs only; same numbers")
@@ -770,8 +838,10 @@ def build_draft(args, config, target, d2t, checkpoint):
     draft.attention_backend = args.attention_backend
     if target.embedding.device.type == "cpu":  # FlexAttention has no backward pass there
         draft.attention_backend = "sdpa"
-    draft.midlayer.gradient_checkpointing = args.gradient_checkpointing
-    draft.initialise(target.head.weight[vocabulary.target_ids(d2t)])
+    for layer in draft.all_layers():
+        layer.gradient_checkpointing = args.gradient_checkpointing
+    draft.initialise(target.head.weight[vocabulary.target_ids(d2t)] if args.head_init == "target" else None)
+    draft.lm_head.requires_grad_(not args.freeze_head)
     if checkpoint:
         draft.load_state_dict(draft_files.read_parameters(checkpoint, target.embedding))
     # What a checkpoint can hold, so that continuing from a dry run is the same.

@@ -107,8 +107,9 @@ def merge_own(q, out, lse, own):
 class SlotAttention(torch.autograd.Function):
     """One softmax over the step-0 keys up to the slot in its document and over the slot's own keys of later steps.
 
-    q [n, A, D]; k, v [T, G, D]; live [n]: the slots; spans: of the plan; own: keys and values of i later steps,
-    [n, G, i, D] each. It runs in chunks of queries: nothing of n x T is kept.
+    q [n, A, D]; k, v [T, G, D]; live [n]: the slots; begin [n]: the first key of each, None where spans begin with it;
+    spans: of the plan; own: keys and values of i later steps, [n, G, i, D] each. It runs in chunks of queries: nothing
+    of n x T is kept.
     """
 
     @staticmethod
@@ -118,6 +119,7 @@ class SlotAttention(torch.autograd.Function):
         k,
         v,
         live,
+        begin,
         spans,
         *own,
     ):
@@ -126,19 +128,19 @@ class SlotAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:2], dtype=wide)
         for span in spans:
             queries, _ = slices(span)
-            inputs = span_inputs(q, k, v, live, span)
+            inputs = span_inputs(q, k, v, live, begin, span)
             part_out, part_lse = attend_keys(*inputs)
             out[queries] = ungrouped(part_out, queries)
             lse[queries] = ungrouped(part_lse, queries)
         if own:
             out, lse = merge_own(q, out, lse, own)
-        ctx.save_for_backward(q, k, v, live, out, lse, *own)
+        ctx.save_for_backward(q, k, v, live, begin, out, lse, *own)
         ctx.spans = spans
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, live, out, lse, *own = ctx.saved_tensors
+        q, k, v, live, begin, out, lse, *own = ctx.saved_tensors
         groups = k.shape[1]
         wide = lse.dtype
         dq = torch.empty_like(q)
@@ -146,7 +148,7 @@ class SlotAttention(torch.autograd.Function):
         dv = torch.zeros_like(v, dtype=wide)
         for span in ctx.spans:
             queries, keys = slices(span)
-            *inputs, mask = span_inputs(q, k, v, live, span)
+            *inputs, mask = span_inputs(q, k, v, live, begin, span)
             span_grad = grouped(grad[queries], groups)
             span_out = grouped(out[queries], groups)
             span_lse = grouped(lse[queries], groups)
@@ -164,7 +166,7 @@ class SlotAttention(torch.autograd.Function):
         if own:
             own_dq, *own_grads = own_backward(grad, q, out, lse, own)
             dq += own_dq
-        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, *own_grads
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, None, *own_grads
 
 
 def own_backward(grad, q, out, lse, own):
@@ -194,15 +196,17 @@ def slices(span):
     return slice(first, end), slice(first_key, end_key)
 
 
-def span_inputs(q, k, v, live, span):
+def span_inputs(q, k, v, live, begin, span):
     """q, k, v and the mask of a span as attend_keys takes them."""
     queries, keys = slices(span)
     groups = k.shape[1]
     shared = q.shape[1] // groups  # heads that share a key head
     tokens = torch.arange(keys.start, keys.stop, device=live.device)
-    later = tokens > live[queries, None]
-    mask = q.new_zeros(later.shape)
-    mask.masked_fill_(later, -math.inf)
+    unseen = tokens > live[queries, None]
+    if begin is not None:
+        unseen |= tokens < begin[queries, None]
+    mask = q.new_zeros(unseen.shape)
+    mask.masked_fill_(unseen, -math.inf)
     mask = mask.repeat(shared, 1)[None, None]
     q = grouped(q[queries], groups)
     k = k[None, keys].transpose(1, 2)
@@ -232,7 +236,7 @@ def flex_slots(
     v,
     own,
     live,  # [n]
-    begin,  # [n]: the first token of each slot's document
+    begin,  # [n]: the first key that each slot sees
     blocks,  # of the plan
 ):
     """What SlotAttention computes, with FlexAttention's kernel for the step-0 keys; n > 0.

@@ -503,9 +503,10 @@ def find_start(args, engine, decisive):
     if folder not in elsewhere:  # an interruption may have come before the links
         link_newest(folder, state["best"])
     for name in decisive:
-        if state["flags"][name] != getattr(args, name):
+        before = state["flags"].get(name, getattr(args, name))  # an earlier version did not have all of them
+        if before != getattr(args, name):
             common.fail(
-                f"{folder} was trained with {name} {state['flags'][name]}, not {getattr(args, name)}: it decides what "
+                f"{folder} was trained with {name} {before}, not {getattr(args, name)}: it decides what "
                 "the remaining steps are; give the same, or start from its weights without --resume"
             )
     check_engine(folder, state["flags"]["engine"], engine)

@@ -5,7 +5,6 @@ the speculators form, a plain Llama decoder's config.json. It is read from a pat
 """
 
 import difflib
-import json
 import math
 
 from core import common, draft_files, target_files
@@ -13,10 +12,14 @@ from core import common, draft_files, target_files
 # Keys that are read. Nothing else goes into the config.json of a new draft.
 READ = {
     *draft_files.REQUIRED, *draft_files.FLAGS, *draft_files.NEUTRAL, "rope_scaling", "target_hidden_size",
-    draft_files.AUXILIARY, "eagle_config", "num_aux_hidden_states",
+    draft_files.AUXILIARY, "eagle_config", "num_aux_hidden_states", *draft_files.WINDOW,
 }  # fmt: skip
 
-REMEDY = "The draft is one Llama layer with full attention and no biases: write these values, or drop the keys"
+REMEDY = "The draft has Llama or Qwen3 layers without biases: write these values, or drop the keys"
+
+# Flags that are keys of the configuration, under this name there.
+KEYS = {"num_layers": "num_hidden_layers", "draft_arch": "model_type", "draft_hidden_act": "hidden_act"}
+KEYS |= {name: name for name in draft_files.FLAGS}
 
 # ==================== Given ==========================================================================================
 
@@ -63,12 +66,42 @@ def name_unread(source, given):
 def name_replaced(source, given, config):
     """Print the given values in whose place the target's, or a flag's, are used."""
     replaced = []
-    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size"):
+    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size", *KEYS.values(), *draft_files.WINDOW):
         value = given.get(key)
-        if value is not None and value != config[key]:
+        if value is not None and value != config.get(key, value):
             replaced.append(f"{key} {value} -> {config[key]}")
     if replaced:
         print(f"{source}: replaced by what the target or a flag says: {', '.join(replaced)}")
+
+
+def with_flags(given, args, text_config):
+    """The given keys of a new draft, with those that flags name in their place; text_config: the target's."""
+    given = dict(given)
+    for flag, key in KEYS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            given[key] = value
+    if args.draft_arch:
+        given.pop("architectures", None)
+    if args.draft_hidden_act == "None":
+        names = ("hidden_act", "hidden_activation", "activation_function")
+        given["hidden_act"] = first_of((text_config,), *names, default="silu")
+    if args.sliding_window:
+        layers = range(given.get("num_hidden_layers") or 1)
+        chosen = args.sliding_window_indices or layers
+        if not set(chosen) <= set(layers):
+            common.fail(f"sliding_window_indices {list(chosen)}: the draft has the layers {list(layers)}")
+        given |= draft_files.window_keys(args.sliding_window, [n in chosen for n in layers])
+    return given
+
+
+def check_flags(args, text_config, checkpoint, config):
+    """End the program if flags say another draft than the checkpoint's, whose configuration this is."""
+    there = {**dict.fromkeys(draft_files.FLAGS, False), **config}
+    asked = with_flags({"num_hidden_layers": config["num_hidden_layers"]}, args, text_config)
+    differ = [f"{key} {value}, there {there.get(key)}" for key, value in asked.items() if value != there.get(key)]
+    if differ:
+        common.fail(f"flags do not say the draft of {checkpoint}: {', '.join(differ)}: drop them")
 
 
 # ==================== Derived ========================================================================================
@@ -153,6 +186,8 @@ def derive_config(text_config, config):
     dtype = first_of(configs, "dtype", default="bfloat16")
     return {
         **draft_files.FIXED,
+        "model_type": "llama",
+        "num_hidden_layers": 1,
         "hidden_size": text_config.hidden_size,
         **dense_layer(text_config, config),
         "rms_norm_eps": first_of(configs, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=1e-6),
@@ -181,11 +216,12 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     draft_config = _merge(derived, {key: value for key, value in given.items() if key in READ}, source)
     if draft_vocab_size:
         draft_config["draft_vocab_size"] = draft_vocab_size
+    draft_config = {"architectures": draft_files.architectures(draft_config), **draft_config}
     check_target(source, draft_config, text_config)
-    if draft_files.needs_embedding(draft_config):
-        keys = ("hidden_size", "target_hidden_size", "embed_requires_grad")
-        asked = json.dumps({key: draft_config[key] for key in keys if key in draft_config})
-        common.fail(f"{source}: {asked[1:-1]}: training an embedding table is not available yet")
+    count = draft_config["num_hidden_layers"]
+    most = text_config.num_hidden_layers
+    if count >= max(most, 2):
+        common.fail(f"{source}: num_hidden_layers {count}: a draft has fewer layers than its target, here {most}")
     columns = draft_config["draft_vocab_size"]
     rows = draft_config["vocab_size"]
     if not 0 < columns <= rows:
@@ -195,12 +231,13 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     default = target_files.default_layer_ids(text_config.num_hidden_layers)
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
     problems = draft_files.check_config(draft_config)
-    if draft_config["hidden_act"] != "silu" and not problems:
-        problems = [f'hidden_act is "{draft_config["hidden_act"]}": the engines serve "silu" alone']
     if problems:
         common.fail(f"{source}: {'; '.join(problems)}. {REMEDY}" if given else f"{source}: {'; '.join(problems)}")
     for key in draft_files.NEUTRAL:
         draft_config.pop(key, None)
+    if not any(draft_files.windows(draft_config)):
+        for key in draft_files.WINDOW:
+            draft_config.pop(key, None)
     return draft_config, layers
 
 

@@ -22,7 +22,7 @@ from core import common, target_files, vocabulary
 
 # ==================== Constants ======================================================================================
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}  # by model_type
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -46,19 +46,19 @@ SIZES = (
 
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
 
-# Keys with one allowed value. Each engine serves more layers differently, SGLang drops biases, and a tied head would be
-# the target's embeddings instead of the trained one.
-FIXED = {
-    "architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "attention_bias": False,
-    "tie_word_embeddings": False,
-}  # fmt: skip
+# Keys with one allowed value. SGLang drops biases, and a tied head would be the target's embeddings instead of the
+# trained one.
+FIXED = {"attention_bias": False, "tie_word_embeddings": False}
 
-# Keys with which an engine computes another layer, and the values that change nothing; null never does. Of a window the
-# two engines read layer_types and sliding_window.
+# Keys of a sliding window. vLLM reads layer_types, and sliding_window for the layers that have it; of a qwen3 draft
+# transformers drops sliding_window unless use_sliding_window is true.
+WINDOW = ("sliding_window", "layer_types", "use_sliding_window")
+
+# Keys with which an engine computes another layer, and the values that change nothing; null never does.
 NEUTRAL = {
     "mlp_bias": False, "qkv_bias": False, "bias": False, "partial_rotary_factor": 1, "is_causal": True,
-    "qk_norm": False, "use_qk_norm": False, "clip_qkv": None, "sliding_window": None, "use_sliding_window": False,
-    "layer_types": ["full_attention"], "attention_chunk_size": None, "attn_temperature_tuning": False,
+    "qk_norm": False, "use_qk_norm": False, "clip_qkv": None, "attention_chunk_size": None,
+    "attn_temperature_tuning": False,
     "attention_multiplier": None, "query_pre_attn_scalar": None, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "residual_multiplier": 1, "embedding_multiplier": 1, "logits_scaling": 1,
     "logit_scale": 1, "quantization_config": None, "parallel_drafting": False,
@@ -149,8 +149,33 @@ def needs_embedding(config):
     return bool(config.get("embed_requires_grad"))
 
 
+def architectures(config):
+    """The value of this key that fits the model_type."""
+    return [ARCHITECTURES.get(str(config.get("model_type")))]
+
+
+def has_head_norms(config):
+    """Whether queries and keys are normed per head."""
+    return config.get("model_type") == "qwen3"
+
+
+def window_keys(window, layers):
+    """The keys with which these of a draft's layers (a bool each) see the last `window` positions alone."""
+    kinds = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in layers]
+    return dict(zip(WINDOW, (window, kinds, True), strict=True))
+
+
+def windows(config):
+    """The window of each layer; 0: none."""
+    kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 1)
+    return [config["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds]
+
+
 def expected_tensors(config):
-    """{name: shape} of the flat form of a draft with this (complete) config."""
+    """{name: shape} of a draft with this (complete) config, by the names of the flat form: of one layer as written.
+
+    Of several layers `as_written` has the names in a file.
+    """
     hidden = config["hidden_size"]
     inner = config["intermediate_size"]
     draft = config["draft_vocab_size"]
@@ -162,18 +187,27 @@ def expected_tensors(config):
     shapes = {
         "fc.weight": (hidden, auxiliary * target_hidden),
         "midlayer.input_layernorm.weight": (hidden,),
-        "midlayer.hidden_norm.weight": (hidden,),
-        "midlayer.self_attn.q_proj.weight": (query, 2 * hidden),
-        "midlayer.self_attn.k_proj.weight": (key_value, 2 * hidden),
-        "midlayer.self_attn.v_proj.weight": (key_value, 2 * hidden),
-        "midlayer.self_attn.o_proj.weight": (hidden, query),
-        "midlayer.post_attention_layernorm.weight": (hidden,),
-        "midlayer.mlp.gate_proj.weight": (inner, hidden),
-        "midlayer.mlp.up_proj.weight": (inner, hidden),
-        "midlayer.mlp.down_proj.weight": (hidden, inner),
         "norm.weight": (hidden,),
         "lm_head.weight": (draft, hidden),
     }
+    for n in range(config["num_hidden_layers"]):
+        width = hidden if n else 2 * hidden
+        layer = {
+            "hidden_norm.weight": (hidden,),
+            "self_attn.q_proj.weight": (query, width),
+            "self_attn.k_proj.weight": (key_value, width),
+            "self_attn.v_proj.weight": (key_value, width),
+            "self_attn.o_proj.weight": (hidden, query),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+        if has_head_norms(config):
+            layer["self_attn.q_norm.weight"] = (config["head_dim"],)
+            layer["self_attn.k_norm.weight"] = (config["head_dim"],)
+        prefix = f"layers.{n}." if n else "midlayer."
+        shapes |= {prefix + name: shape for name, shape in layer.items()}
     if config.get("norm_before_fc"):
         shapes["input_norm.weight"] = (auxiliary * target_hidden,)
     if config.get("fc_norm"):
@@ -183,6 +217,25 @@ def expected_tensors(config):
     if draft < vocab:
         shapes |= {"d2t": (draft,), "t2d": (vocab,)}
     return shapes
+
+
+def first_norms(config):
+    """[(as vLLM reads it, as SGLang does)]: the names of the first norm of each layer behind the first.
+
+    The same vector is written under both: an engine leaves what it does not find at ones, without a word.
+    """
+    numbers = range(1, config["num_hidden_layers"])
+    return [(f"layers.{n}.input_layernorm.weight", f"layers.{n}.hidden_norm.weight") for n in numbers]
+
+
+def as_written(config, tensors):
+    """A draft's tensors by their names in the flat form: of several layers the first is layers.0 as well."""
+    if config["num_hidden_layers"] == 1:
+        return tensors
+    written = {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
+    for vllm, sglang in first_norms(config):
+        written[vllm] = written[sglang].clone()  # safetensors refuses tensors that share memory
+    return written
 
 
 # ==================== Checks =========================================================================================
@@ -285,7 +338,8 @@ def _value_problems(config):
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
-    for key, value in _neutral_values(config).items():
+    problems += _kind_problems(config) + _window_problems(config)
+    for key, value in NEUTRAL.items():
         if config.get(key) not in (None, value):
             problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
     for key in ("rms_norm_eps", "rope_theta"):
@@ -302,10 +356,35 @@ def _value_problems(config):
     return problems
 
 
-def _neutral_values(config):
-    """NEUTRAL without the keys of a window that is switched off."""
-    switched_off = config.get("use_sliding_window") is False or config.get("layer_types") == ["full_attention"]
-    return {key: value for key, value in NEUTRAL.items() if key != "sliding_window" or not switched_off}
+def _kind_problems(config):
+    """Those of model_type, and of architectures, which has to fit."""
+    kind = config.get("model_type", "llama")
+    if str(kind) not in ARCHITECTURES:
+        return [f"model_type is {json.dumps(kind)}, not {' or '.join(ARCHITECTURES)}"]
+    expected = architectures({"model_type": kind})
+    if config.get("architectures", expected) != expected:
+        return [f"architectures is {json.dumps(config['architectures'])}, not {json.dumps(expected)}, of {kind}"]
+    return []
+
+
+def _window_problems(config):
+    """Those of the keys of a sliding window: the engines have to understand the same by them."""
+    window, kinds, is_used = (config.get(key) for key in WINDOW)
+    count = config.get("num_hidden_layers", 1)
+    known = ("full_attention", "sliding_attention")
+    if kinds is None and window is not None and is_used is not False:
+        return [f"sliding_window is {window}, not null, without layer_types, which says what layers have it"]
+    if kinds is None:
+        return ["use_sliding_window is true, without sliding_window"] if is_used else []
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds) or len(kinds) != count:
+        return [f"layer_types is {json.dumps(kinds)}, not a list of {' or '.join(known)}, one for each layer: {count}"]
+    if "sliding_attention" not in kinds:
+        return []
+    if type(window) is not int or window <= 0:
+        return [f"sliding_window is {window!r}, not a positive integer"]
+    if has_head_norms(config) and is_used is not True:
+        return [f"use_sliding_window is {json.dumps(is_used)}, not true: vLLM would leave out the window of qwen3"]
+    return []
 
 
 def _relation_problems(config):
@@ -329,6 +408,14 @@ def serving_notes(config):
     notes = []
     if config.get("norm_before_residual"):
         notes.append("norm_before_residual: SGLang cannot serve this draft, vLLM can")
+    if has_head_norms(config):
+        notes.append("model_type qwen3: SGLang has no norms of queries and keys and cannot serve this draft, vLLM can")
+    if window := max(windows(config)):
+        notes.append(f"sliding_window {window}: vLLM reads it; SGLang needs --speculative-draft-window-size {window}")
+    if needs_embedding(config) and config.get("target_hidden_size", config["hidden_size"]) == config["hidden_size"]:
+        notes.append(
+            "embed_requires_grad: SGLang drafts with the target's table in the place of this draft's, vLLM not"
+        )
     if config["torch_dtype"] == "float32":
         notes.append("torch_dtype float32: SGLang serves it as float16 unless started with --dtype")
     if config["hidden_act"] != "silu":
@@ -464,7 +551,8 @@ def with_two_rope_keys(config):
 def _complete(raw, tensors):
     """The flat config of a foreign config: what it leaves out is filled in where that has one meaning only."""
     config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
-    config = {**LLAMA_DEFAULTS, **with_two_rope_keys(config), "architectures": [ARCHITECTURE]}
+    config = {**LLAMA_DEFAULTS, **with_two_rope_keys(config)}
+    config["architectures"] = architectures(config)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -472,6 +560,7 @@ def _complete(raw, tensors):
         config.setdefault("draft_vocab_size", len(tensors["lm_head.weight"]))
     if tensors and not any(name.startswith("layers.1.") for name in tensors):  # some keep their target's number
         config["num_hidden_layers"] = 1
+    config.setdefault("num_hidden_layers", 1)
     dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
     if dtype:
         config.setdefault("torch_dtype", dtype)
@@ -541,6 +630,7 @@ def load(folder, strict):
         return Loaded(None, None, problems)
     nested = is_speculators(raw)
     renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
+    several = any(n.startswith("layers.1.") for n in tensors)
     if renamed:
         tensors = {re.sub(r"\Alayers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
     if not strict:  # older releases keep the rotary table, which follows from the config
@@ -553,16 +643,33 @@ def load(folder, strict):
         config = _complete(raw, tensors)
     if strict and nested and EMBEDDING not in tensors:
         problems.append(f"{EMBEDDING} is missing")
-    if strict and renamed and not nested:
+    if strict and renamed and not nested and not several:
         problems.append("the tensors are named layers.0.*; the flat form names them midlayer.*")
     if config_problems := check_config(config):
         return Loaded(None, None, [f"config.json: {problem}" for problem in config_problems] + problems)
+    norm_problems = _merge_first_norms(config, tensors, strict)
     if not strict:
         config, tensors = _as_ours(config, tensors)
-    problems += check_tensors(config, tensors)
-    if renamed and nested:  # named as the file names them
+    problems += check_tensors(config, tensors) + norm_problems
+    if renamed and (nested or several):  # named as the file names them
         problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
     return Loaded(config, tensors, problems)
+
+
+def _merge_first_norms(config, tensors, strict):
+    """Keep the first norm of further layers under one name; the problems of the two names in a file."""
+    problems = []
+    for vllm, sglang in first_norms(config):
+        names = [name for name in (vllm, sglang) if name in tensors]
+        pair = [tensors.pop(name) for name in names]
+        if len(pair) == 2 and not torch.equal(*pair):
+            problems.append(f"{vllm}, which vLLM reads, differs from {sglang}, which SGLang reads")
+        elif len(pair) == 1 and strict:
+            missing, engine = (sglang, "SGLang") if vllm in names else (vllm, "vLLM")
+            problems.append(f"{missing} is missing: {engine} would leave this norm at ones")
+        if pair:
+            tensors[sglang] = pair[0]
+    return problems
 
 
 def _as_ours(config, tensors):
@@ -651,7 +758,8 @@ def write_draft(folder, config, tensors):
     Ends the program, with nothing written, unless config and tensors are exactly a complete draft. The file is read
     back and compared before it replaces the old one.
     """
-    _write(folder, config, _cast_complete(config, tensors))
+    tensors = _cast_complete(config, tensors)
+    _write(folder, config, as_written(config, tensors))
 
 
 def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=5):
@@ -670,7 +778,7 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
     # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
     rope = config.get("rope_scaling") or {}
     layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
-    layer["architectures"] = ["LlamaForCausalLM"]
+    layer["architectures"] = [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]]
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": speculative_tokens,
@@ -695,7 +803,8 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
         },
         "transformer_layer_config": layer,
     }
-    return speculators, {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    tensors = as_written(config, tensors)
+    return speculators, {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
 
 
 def write_speculators(folder, config, tensors, **target):
@@ -732,9 +841,11 @@ def read_parameters(folder, embedding):
 
     Ends the program if the draft is not complete or belongs to another target.
     """
-    _, tensors = read_draft(folder)
-    check_embedding(folder, tensors, embedding)
-    return {name: tensor for name, tensor in tensors.items() if name not in (EMBEDDING, *MAPPING)}
+    config, tensors = read_draft(folder)
+    if not needs_embedding(config):
+        check_embedding(folder, tensors, embedding)
+        tensors.pop(EMBEDDING, None)
+    return {name: tensor for name, tensor in tensors.items() if name not in MAPPING}
 
 
 def check_embedding(folder, tensors, embedding):
@@ -743,6 +854,7 @@ def check_embedding(folder, tensors, embedding):
     if own is None or embedding is None or own.shape != embedding.shape or is_embedding(own, embedding):
         return
     common.fail(
-        f"{folder} was made for another target, or with a trained embedding table, which is not available yet: its "
-        f"{EMBEDDING} is not this target's; without that tensor the draft starts from this target's"
+        f"{folder} was made for another target, or with a trained embedding table: its {EMBEDDING} is not this "
+        "target's; without that tensor the draft starts from this target's, and with embed_requires_grad true in its "
+        "config.json from its own"
     )

@@ -83,7 +83,9 @@ class HeadLoss(torch.autograd.Function):
         token_loss, token_metrics = functions
         learns = ctx.needs_input_grad[0]  # not while evaluating
         hidden = hidden.detach()  # each row is replaced by its gradient once it has been read
-        weight_grad = torch.zeros_like(weight, dtype=row_weights.dtype) if learns else None
+        weight_grad = None  # of a frozen head
+        if learns and ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=row_weights.dtype)
         most = max((stop - row for _, _, row, stop in plan.chunks), default=0)
         buffer = hidden.new_empty(most, len(weight))
         in_vocabulary = teacher.in_vocabulary()
@@ -113,6 +115,7 @@ class HeadLoss(torch.autograd.Function):
                 scale = row_weights[rows] * learnable
                 scale = scale[:, None].to(x.dtype)
                 hidden[rows] = (logits @ weight).mul_(scale)
+            if weight_grad is not None:
                 add_product(weight_grad, logits.T, x.mul_(scale))
 
         ctx.grads = (hidden, weight_grad)
@@ -123,7 +126,9 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight = ctx.grads
         ctx.grads = None  # or autograd would copy what is still referred to here
-        return hidden.mul_(grad), weight.mul_(grad).to(hidden.dtype), None, None, None, None, None
+        if weight is not None:
+            weight = weight.mul_(grad).to(hidden.dtype)
+        return hidden.mul_(grad), weight, None, None, None, None, None
 
 
 def compare(

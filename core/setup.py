@@ -120,6 +120,8 @@ def check_flags(args):
         given := [name for name, value in conversation_files.read_flags(args).items() if value is not None]
     ):
         common.fail(f"{given[0]} is for conversations, data_path is prepared already: drop it")
+    if args.sliding_window_indices and not args.sliding_window:
+        common.fail("sliding_window_indices are the layers that have the sliding_window: give that too")
     for name in PATHS:
         path = getattr(args, name)
         if path and not Path(path).exists():
@@ -218,6 +220,8 @@ def draft_source(args, checkpoint, state):
     if args.draft_model_config:
         common.fail(f"resume_from_checkpoint {checkpoint} has a draft's configuration: drop draft_model_config")
     if draft_files.has_weights(checkpoint):
+        if args.head_init == "random":
+            common.fail(f"head_init random: the draft {checkpoint} brings its head: drop it")
         print(f"the training starts from the weights of {checkpoint}")
         return checkpoint, None
     print(f"{checkpoint} has a config.json alone: fresh weights")
@@ -236,7 +240,8 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
     if not checkpoint:
         flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
         given = draft_config.read(flag, source) if source else {}
-        configured, layers = configure(given, source, args.draft_vocab_size)
+        shaped = draft_config.with_flags(given, args, text_config)
+        configured, layers = configure(shaped, source, args.draft_vocab_size)
         draft_config.name_replaced(source, given, configured)
         return configured, layers
     given, _ = draft_files.read_draft(checkpoint, model_dir)
@@ -244,11 +249,22 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
     if args.target_layer_ids and len(args.target_layer_ids) != count:
         common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")
     configured, layers = configure(given, checkpoint, None)  # a checkpoint's mapping decides
+    draft_config.check_flags(args, text_config, checkpoint, configured)
     if args.draft_model_config:  # the command line of a training that is continued
         path = args.draft_model_config
-        again, _ = configure(draft_config.read("draft_model_config", path), path, None)
+        again = draft_config.with_flags(draft_config.read("draft_model_config", path), args, text_config)
+        again, _ = configure(again, path, None)
         check_same_draft(path, again, checkpoint, configured)
     return configured, layers
+
+
+def check_shape(args, config):
+    """End the program if a chain outgrows the draft's window; print what an engine cannot serve."""
+    window = max(draft_files.windows(config))
+    if 0 < window < args.ttt_length:
+        common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
+    for note in draft_files.serving_notes(config):
+        print(f"note: {note}")
 
 
 def check_same_draft(path, config, checkpoint, continued):
@@ -347,7 +363,7 @@ def schedule(args, rows, default):
 # ==================== A training that is continued ===================================================================
 
 # Flags that have to stay: they decide what the remaining steps of a training are.
-DECISIVE = ("seed", "draft_global_batch_size", "ttt_length")
+DECISIVE = ("seed", "draft_global_batch_size", "ttt_length", "freeze_head")
 # Flags that may differ between the starts of one training without a word.
 FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine")
 
@@ -417,6 +433,7 @@ def prepare(args, default, prepare_conversations):
     target_model.check_heads(text_config, args.tp_size)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     config, layers = configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
+    check_shape(args, config)
 
     # --- data ---
     folder = args.data_path

@@ -123,6 +123,18 @@ def check_slots(name, split):
 # ==================== The plan of a micro-batch ======================================================================
 
 
+class View(NamedTuple):
+    """Which step-0 keys queries see: one entry for the live slots of each ttt_step.
+
+    A further entry is for all slots at step 0: of a layer whose outputs are the next layer's keys.
+    """
+
+    window: int  # 0: none
+    spans: list  # lists of (first query, end query, first key, end key): at most QUERY_CHUNK queries of one document
+    blocks: torch.Tensor  # [4, sum of sizes]: a query block's first key block, first full one, their end, end
+    sizes: list  # blocks of queries in each entry
+
+
 class Plan(NamedTuple):
     """Where the live slots of a micro-batch are, for K ttt_steps.
 
@@ -132,16 +144,18 @@ class Plan(NamedTuple):
     counts: list  # K ints n_i: live slots of each step
     live: torch.Tensor  # [R]: the slots, ascending in each step
     keep: torch.Tensor  # [R]: their places among the slots of the step before, at step 0 among all
-    spans: list  # K lists of (first query, end query, first key, end key): at most QUERY_CHUNK queries of one document
-    blocks: torch.Tensor  # [4, sum ceil(n_i / BLOCK)]: a query block's first key block, first full one, their end, end
+    views: dict  # {window: View}; window 0: all keys of the document
     teachers: torch.Tensor  # [U]: the tokens whose teacher is read, ascending
     order: torch.Tensor  # [R]: rows sorted by the token of their teacher
     places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
     chunks: list  # (first teacher, end teacher, first row, end row): what the head computes at a time
 
 
-def plan_slots(supervised, lengths):
-    """The Plan of concatenated documents of `lengths` tokens; supervised bool [K, T], by any rule that only shrinks."""
+def plan_slots(supervised, lengths, windows=(0,)):
+    """The Plan of concatenated documents of `lengths` tokens; supervised bool [K, T], by any rule that only shrinks.
+
+    windows: of each layer of the draft, 0 = none.
+    """
     bounds = [0, *itertools.accumulate(lengths)]
     starts = torch.tensor(bounds)
     live = [row.nonzero().flatten() for row in supervised]
@@ -151,12 +165,14 @@ def plan_slots(supervised, lengths):
     tokens = torch.cat([slots + 1 + i for i, slots in enumerate(live)])
     tokens, order = tokens.sort(stable=True)
     teachers, places = tokens.unique_consecutive(return_inverse=True)
+    queries = list(enumerate(live))
+    if len(windows) > 1:
+        queries.append((0, torch.arange(bounds[-1])))
     return Plan(
         counts=[len(slots) for slots in live],
         live=torch.cat(live),
         keep=torch.cat(keep),
-        spans=[cut_spans(slots, starts) for slots in live],
-        blocks=torch.cat([find_blocks(slots, starts) for slots in live], dim=1),
+        views={window: view_keys(queries, starts, window) for window in set(windows)},
         teachers=teachers,
         order=order,
         places=places,
@@ -164,29 +180,48 @@ def plan_slots(supervised, lengths):
     )
 
 
-def cut_spans(slots, starts):
+def first_keys(begin, slots, i, window):
+    """The first step-0 key that each of slots [n] sees at ttt_step i; begin [n]: the first token of its document.
+
+    A window holds the last `window` positions up to the query's own, j + i: it moves on with the chain.
+    """
+    return torch.maximum(begin, slots + (i + 1 - window)) if window else begin
+
+
+def view_keys(queries, starts, window):
+    """The View of queries [(ttt_step, slots [n])]; starts [documents + 1]: documents' first tokens, and the end."""
+    spans = []
+    blocks = []
+    for i, slots in queries:
+        begin = starts[torch.searchsorted(starts, slots, right=True) - 1]
+        begin = first_keys(begin, slots, i, window)
+        spans.append(cut_spans(slots, starts, begin))
+        blocks.append(find_blocks(slots, begin))
+    return View(window, spans, torch.cat(blocks, dim=1), [part.shape[1] for part in blocks])
+
+
+def cut_spans(slots, starts, begin):
     """Queries in chunks of one document: [(first query, end query, first key, end key)].
 
-    slots [n] ascending; starts [documents + 1]: the first token of each document, and the end.
+    slots [n] ascending; starts [documents + 1]; begin [n]: the first key that each slot sees.
     """
     spans = []
     borders = torch.searchsorted(slots, starts).tolist()
-    for first_key, (first, end) in zip(starts.tolist(), itertools.pairwise(borders), strict=False):
+    for first, end in itertools.pairwise(borders):
         for at in range(first, end, QUERY_CHUNK):
             stop = min(at + QUERY_CHUNK, end)
-            spans.append((at, stop, first_key, int(slots[stop - 1]) + 1))
+            spans.append((at, stop, int(begin[at]), int(slots[stop - 1]) + 1))
     return spans
 
 
-def find_blocks(slots, starts):
+def find_blocks(slots, begin):
     """[4, ceil(n / BLOCK)]: per block of queries its first key block, its full key blocks' first and end, its end.
 
-    A key block is full if every query of the block sees all of it: it begins after the document of the last query
-    begins, and ends before the first query.
+    A key block is full if every query of the block sees all of it: it begins after what the last query sees begins,
+    and ends before the first query. begin [n] ascends as slots do.
     """
     head = torch.arange(0, len(slots), BLOCK)  # first query of each block
     tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)  # last query
-    begin = starts[torch.searchsorted(starts, slots, right=True) - 1]  # first token of each slot's document
     first = begin[head] // BLOCK
     end = slots[tail] // BLOCK + 1
     full = torch.minimum((begin[tail] + BLOCK - 1) // BLOCK, end)

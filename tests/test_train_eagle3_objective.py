@@ -23,7 +23,31 @@ OPTIONS = {
     "norm_before_residual": {"norm_before_residual": True},
     "two layers": draft_files.with_auxiliary_layers({}, [2, 5]),
     "four layers with norms": draft_files.with_auxiliary_layers({"fc_norm": True}, [1, 2, 4, 6]),
-}
+    "gelu": {"hidden_act": "gelu"},
+    "qwen3": {"model_type": "qwen3"},
+    "a window": draft_files.window_keys(6, [True]),
+    "a window as short as a chain": draft_files.window_keys(STEPS, [True]),
+    "its own embedding": {"embed_requires_grad": True},
+    "draft of two layers": {"num_hidden_layers": 2},
+    "three layers, the second with a window": {"num_hidden_layers": 3}
+    | draft_files.window_keys(7, [False, True, False]),
+    "two layers, the first with a window": {"num_hidden_layers": 2, "norm_before_residual": True}
+    | draft_files.window_keys(9, [True, False]),
+    "two qwen3 layers with a window and 3.1's norms": {
+        "num_hidden_layers": 2, "model_type": "qwen3", "fc_norm": True, "norm_output": True,
+        **draft_files.window_keys(8, [True, True]),
+    },
+    "two layers with all that vLLM serves": {
+        "num_hidden_layers": 2, "model_type": "qwen3", "norm_before_residual": True, "norm_before_fc": True,
+        "embed_requires_grad": True,
+    },
+}  # fmt: skip
+SHAPING = {
+    *draft_files.FLAGS,
+    "hidden_act",
+    "model_type",
+    *draft_files.WINDOW,
+}  # keys without which the loss is another
 
 
 def draft_config(rope="default", **options):
@@ -66,8 +90,8 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options
     return draft, embedding, documents, draft_ids
 
 
-def inputs(documents, draft_ids, dtype, steps=STEPS):
-    """The objective's arguments for documents put behind one another."""
+def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,)):
+    """The objective's arguments for documents put behind one another; windows: of each layer of the draft."""
     joined = {
         name: torch.cat([document[name] for document in documents]) for name in ("ids", "mask", "auxiliary", "last")
     }
@@ -79,7 +103,7 @@ def inputs(documents, draft_ids, dtype, steps=STEPS):
         "auxiliary": joined["auxiliary"].to(dtype),
         "last": joined["last"].to(dtype),
         "head": target_model.Head(documents[0]["head"].to(dtype)),
-        "plan": slots.plan_slots(slots.supervised_slots(joined["mask"], document_ids, steps), lengths),
+        "plan": slots.plan_slots(slots.supervised_slots(joined["mask"], document_ids, steps), lengths, windows),
         "d2t": draft_ids - torch.arange(len(draft_ids)),
         "decay": DECAY,
     }
@@ -147,7 +171,8 @@ def compare_with_statement(case, dtype, tolerance):
     if expected.requires_grad:
         expected.backward()
 
-    loss, sums, correct = train_eagle3.objective(draft, **inputs(documents, draft_ids, dtype))
+    windows = draft_files.windows(draft.config)
+    loss, sums, correct = train_eagle3.objective(draft, **inputs(documents, draft_ids, dtype, windows=windows))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
     found = zip(*(sums[name].tolist() for name in ("loss", "acc", "accept", "slots")), strict=True)
@@ -173,9 +198,9 @@ def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
 def test_objective_and_gradients_with_an_option_equal_the_statement(option):
     draft, embedding, documents, draft_ids = case(**OPTIONS[option])
     expected, _ = compare_with_statement((draft, embedding, documents, draft_ids), torch.float64, 1e-6)
-    flags = set(draft_files.FLAGS) & set(OPTIONS[option])
+    flags = (SHAPING - {"embed_requires_grad"}) & set(OPTIONS[option])
     if flags:  # the comparison can fail: without the option the loss is another
-        without = {key: value for key, value in draft.config.items() if key not in flags}
+        without = {key: value for key, value in draft.config.items() if key not in flags} | {"hidden_act": "silu"}
         weights = {name: p.detach() for name, p in draft.named_parameters()}
         loss = statement.run(without, weights, embedding, documents, draft_ids.tolist(), STEPS, DECAY)[0]
         assert abs(float(loss) / expected - 1) > 1e-4
@@ -210,30 +235,37 @@ def test_every_backend_with_ragged_spans_equals_the_statement(spans, backend, ch
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_backend_with_options_and_checkpointing_equals_the_statement(option, backend):
     draft, *rest = case("llama3", **OPTIONS[option])
-    draft.attention_backend, draft.midlayer.gradient_checkpointing = backend, True
+    draft.attention_backend = backend
+    for layer in draft.all_layers():
+        layer.gradient_checkpointing = True
     compare_with_statement((draft, *rest), torch.float64, 1e-6)
 
 
-def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(monkeypatch):
+@pytest.mark.parametrize("windows", [(0,), (0, 140)])
+def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(windows, monkeypatch):
     """Forward only, which CPUs have; lengths of several blocks of the real size, several documents, ragged spans."""
     torch.manual_seed(0)
     lengths = (150, 7, 300, 129)
     mask = torch.cat([(torch.rand(n) < 0.9).long() for n in lengths])
     document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    plan = slots.plan_slots(slots.supervised_slots(mask, document_ids, 3), lengths)
+    plan = slots.plan_slots(slots.supervised_slots(mask, document_ids, 3), lengths, windows)
     position_ids = torch.cat([torch.arange(n) for n in lengths])
     k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(2))
-    blocks = plan.blocks.split([-(-n // slots.BLOCK) for n in plan.counts], dim=1)
-    for live, spans, block in zip(plan.live.split(plan.counts), plan.spans, blocks, strict=True):
-        q, own = torch.randn(len(live), 4, 16), [torch.randn(len(live), 2, 3, 16) for _ in range(2)]
-        begin = live - position_ids[live]
-        results = []
-        for flex in (flex_attention, flex_in_plain_torch):
-            monkeypatch.setattr(attention, "flex_attention", flex)
-            results.append(attention.flex_slots(q, k, v, own, live, begin, block))
-        results.append(attention.SlotAttention.apply(q, k, v, live, spans, *own))
-        assert torch.allclose(results[0], results[1], atol=1e-5)
-        assert torch.allclose(results[2], results[1], atol=1e-5)
+    queries = [*enumerate(plan.live.split(plan.counts)), (0, torch.arange(sum(lengths)))]
+    for window, view in plan.views.items():
+        blocks = view.blocks.split([-(-len(live) // slots.BLOCK) for _, live in queries[: len(view.spans)]], dim=1)
+        for (i, live), spans, block in zip(queries, view.spans, blocks, strict=len(windows) > 1):
+            q, own = torch.randn(len(live), 4, 16), [torch.randn(len(live), 2, 3, 16) for _ in range(2)]
+            begin = live - position_ids[live]
+            if window:
+                begin = begin.maximum(live + i + 1 - window)
+            results = []
+            for flex in (flex_attention, flex_in_plain_torch):
+                monkeypatch.setattr(attention, "flex_attention", flex)
+                results.append(attention.flex_slots(q, k, v, own, live, begin, block))
+            results.append(attention.SlotAttention.apply(q, k, v, live, begin, spans, *own))
+            assert torch.allclose(results[0], results[1], atol=1e-5)
+            assert torch.allclose(results[2], results[1], atol=1e-5)
 
 
 def test_the_token_loss_and_metrics_compile_to_the_same_numbers():

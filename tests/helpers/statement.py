@@ -63,6 +63,58 @@ def supervised(loss_mask, slot, step):
     return all(t < len(loss_mask) and loss_mask[t] == 1 for t in wanted)
 
 
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+}
+
+
+def window_of(config, n):
+    """How many of the last positions, its own among them, a query of layer n sees; no config.json limits it more."""
+    kinds = config.get("layer_types")
+    return config["sliding_window"] if kinds and kinds[n] == "sliding_attention" else 10**9
+
+
+class Layer:
+    """Layer n: the first reads [embedding, feature], the others their input alone."""
+
+    def __init__(self, config, weights, n):
+        prefix = f"layers.{n}." if n else "midlayer."
+        self.w = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        self.config, self.n, self.window = config, n, window_of(config, n)
+        self.freqs = frequencies(config)
+
+    def project(self, embedded, feature, position):
+        """q [A, D], k and v [G, D] of one token at one position."""
+        eps, dim = self.config["rms_norm_eps"], self.config["head_dim"]
+        x = rms(feature, self.w["hidden_norm.weight"], eps)
+        if self.n == 0:
+            x = torch.cat([rms(embedded, self.w["input_layernorm.weight"], eps), x])
+        q, k, v = ((self.w[f"self_attn.{name}_proj.weight"] @ x).view(-1, dim) for name in "qkv")
+        if self.config.get("model_type") == "qwen3":
+            q = torch.stack([rms(head, self.w["self_attn.q_norm.weight"], eps) for head in q])
+            k = torch.stack([rms(head, self.w["self_attn.k_norm.weight"], eps) for head in k])
+        return rotate(q, position, *self.freqs), rotate(k, position, *self.freqs), v
+
+    def output(self, feature, q, position, keys):
+        """Hidden state [H] of one query; keys: [(position, k, v)] of all tokens up to it."""
+        config, eps = self.config, self.config["rms_norm_eps"]
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        seen = [(k, v) for at, k, v in keys if position - self.window < at <= position]
+        mixed = []
+        for head in range(heads):
+            group = head // (heads // kv_heads)
+            scores = torch.stack([q[head] @ k[group] for k, _ in seen]) / math.sqrt(config["head_dim"])
+            mixed.append(sum(p * v[group] for p, (_, v) in zip(scores.softmax(0), seen, strict=True)))
+        residual = feature
+        if config.get("norm_before_residual") and self.n == 0:
+            residual = rms(feature, self.w["hidden_norm.weight"], eps)
+        hidden = residual + self.w["self_attn.o_proj.weight"] @ torch.cat(mixed)
+        x = rms(hidden, self.w["post_attention_layernorm.weight"], eps)
+        gate = ACTIVATIONS[config["hidden_act"]](self.w["mlp.gate_proj.weight"] @ x)
+        return hidden + self.w["mlp.down_proj.weight"] @ (gate * (self.w["mlp.up_proj.weight"] @ x))
+
+
 def run(config, weights, embedding, documents, draft_ids, steps, decay):
     """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
     auxiliary [S, n·Ht], logits [S, V].
@@ -70,61 +122,48 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
     Returns loss (summed over slots, steps weighted, not normalised), sums [K][cross-entropy, correct, accept, count],
     and per document the number n_j of leading correct steps of every slot.
     """
-    eps, dim = config["rms_norm_eps"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    freqs, scale = frequencies(config)
-    layer = {name.removeprefix("midlayer."): w for name, w in weights.items() if name.startswith("midlayer.")}
+    eps = config["rms_norm_eps"]
+    layers = [Layer(config, weights, n) for n in range(config.get("num_hidden_layers", 1))]
+    embedding = weights.get("embed_tokens.weight", embedding)
     sums, loss, accepted = [[0.0] * 4 for _ in range(steps)], 0.0, []
-
-    def project(token, feature, position):
-        x = torch.cat(
-            [
-                rms(embedding[token], layer["input_layernorm.weight"], eps),
-                rms(feature, layer["hidden_norm.weight"], eps),
-            ]
-        )
-        q, k, v = ((layer[f"self_attn.{n}_proj.weight"] @ x).view(-1, dim) for n in "qkv")
-        return rotate(q, position, freqs, scale), rotate(k, position, freqs, scale), v
 
     def first_feature(a):
         """fc of one position's auxiliary hidden states [n·Ht], behind the norms that the configuration asks for."""
         if config.get("norm_before_fc"):
             a = rms(a, weights["input_norm.weight"], eps)
         if config.get("fc_norm"):
-            layers, norms = config.get("num_aux_hidden_states", 3), []
-            size = len(a) // layers
-            for n in range(layers):
+            chunks, norms = config.get("num_aux_hidden_states", 3), []
+            size = len(a) // chunks
+            for n in range(chunks):
                 norms.append(rms(a[n * size : (n + 1) * size], weights[f"fc_norm.{n}.weight"], eps))
             a = torch.cat(norms)
         return weights["fc.weight"] @ a
 
     for document in documents:
         ids, mask, last = document["ids"], document["mask"], len(document["ids"]) - 1
-        features = [first_feature(a) for a in document["auxiliary"]]
-        first = [project(ids[j + 1], features[j], j) for j in range(last)]
+        inputs = [first_feature(a) for a in document["auxiliary"]][:last]
+        first = []  # of each layer: what each slot adds at step 0, and reads
+        for layer in layers:
+            parts = [layer.project(embedding[ids[j + 1]], inputs[j], j) for j in range(last)]
+            keys = [(j, k, v) for j, (_, k, v) in enumerate(parts)]
+            first.append((parts, keys, inputs))
+            if layer is not layers[-1]:
+                inputs = [layer.output(inputs[j], parts[j][0], j, keys) for j in range(last)]
         accepted.append([0] * len(ids))
         for j in range(last):
-            feature, own, alive = features[j], [], True
+            feature, own, alive = None, [[] for _ in layers], True
             for i in range(steps):
                 if not supervised(mask, j, i):
                     break
-                q, k, v = project(ids[j + 1 + i], feature, j + i)
-                if i > 0:
-                    own.append((k, v))
-                seen = [part[1:] for part in first[: j + 1]] + own
-                mixed = []
-                for head in range(heads):
-                    group = head // (heads // kv_heads)
-                    scores = torch.stack([q[head] @ key[group] for key, _ in seen]) / math.sqrt(dim)
-                    mixed.append(sum(p * value[group] for p, (_, value) in zip(scores.softmax(0), seen, strict=True)))
-                residual = feature
-                if config.get("norm_before_residual"):
-                    residual = rms(feature, layer["hidden_norm.weight"], eps)
-                hidden = residual + layer["self_attn.o_proj.weight"] @ torch.cat(mixed)
-                x = rms(hidden, layer["post_attention_layernorm.weight"], eps)
-                gate = layer["mlp.gate_proj.weight"] @ x
-                up = layer["mlp.up_proj.weight"] @ x
-                hidden = hidden + layer["mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+                hidden = feature
+                for n, layer in enumerate(layers):
+                    parts, keys, inputs = first[n]
+                    if i == 0:
+                        hidden, q = inputs[j], parts[j][0]
+                    else:
+                        q, k, v = layer.project(embedding[ids[j + 1 + i]], hidden, j + i)
+                        own[n].append((j + i, k, v))
+                    hidden = layer.output(hidden, q, j + i, keys[: j + 1] + own[n])
                 normed = rms(hidden, weights["norm.weight"], eps)
                 logits = weights["lm_head.weight"] @ normed
                 z = document["logits"][j + 1 + i]
