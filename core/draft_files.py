@@ -409,17 +409,25 @@ def serving_notes(config):
     if config.get("norm_before_residual"):
         notes.append("norm_before_residual: SGLang cannot serve this draft, vLLM can")
     if has_head_norms(config):
-        notes.append("model_type qwen3: SGLang has no norms of queries and keys and cannot serve this draft, vLLM can")
-    if window := max(windows(config)):
-        notes.append(f"sliding_window {window}: vLLM reads it; SGLang needs --speculative-draft-window-size {window}")
-    if needs_embedding(config) and config.get("target_hidden_size", config["hidden_size"]) == config["hidden_size"]:
+        notes.append("model_type qwen3: SGLang has no such draft and cannot serve this one, vLLM can")
+    of_layers = set(windows(config))
+    if len(of_layers) > 1:
         notes.append(
-            "embed_requires_grad: SGLang drafts with the target's table in the place of this draft's, vLLM not"
+            "layer_types mixes full and sliding attention: SGLang cannot serve this draft, vLLM's V1 runner not"
         )
+    elif window := max(of_layers):  # of SGLang's window the query is not a part
+        notes.append(
+            f"sliding_window {window}: SGLang needs --speculative-draft-window-size {window - 1}, vLLM nothing"
+        )
+    if (
+        config.get("embed_requires_grad")
+        and config.get("target_hidden_size", config["hidden_size"]) == config["hidden_size"]
+    ):
+        notes.append("embed_requires_grad: SGLang puts the target's table in the place of the draft's, vLLM does not")
     if config["torch_dtype"] == "float32":
         notes.append("torch_dtype float32: SGLang serves it as float16 unless started with --dtype")
     if config["hidden_act"] != "silu":
-        notes.append(f"hidden_act {config['hidden_act']}: the engines know silu only")
+        notes.append(f"hidden_act {config['hidden_act']}: the engines know silu only and do not start with this draft")
     return notes
 
 
@@ -773,8 +781,8 @@ def to_speculators(config, tensors, target_model_path, target_architectures, emb
             common.fail(f"the speculators form needs {EMBEDDING}: pass the target's embeddings")
         tensors = {**tensors, EMBEDDING: embed_tokens}
     tensors = _cast_complete(config, tensors)
-    outer = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "num_aux_hidden_states"}
-    layer = {key: value for key, value in config.items() if key not in outer | {"target_hidden_size"}}
+    outer = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "target_hidden_size"}
+    layer = {key: value for key, value in config.items() if key not in outer}  # vLLM counts the auxiliary states there
     # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
     rope = config.get("rope_scaling") or {}
     layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}

@@ -98,12 +98,7 @@ def is_harmless(foreign, name, value):
 
 
 PREPARE = "prepare the conversations with prepare_data.py"
-ONE_LAYER = "the draft is one Llama layer: the engines serve further layers in different ways"
-ARCHITECTURE = "the draft is a Llama layer, which fits every target: SGLang does not serve norms of queries and keys"
 EAGLE3 = "EAGLE-3 drafts are what is trained here"
-SILU = "the engines serve silu alone: drop it"
-RESIDUAL = 'write "norm_before_residual": true into the JSON of --draft_model_config: vLLM serves it, SGLang does not'
-IN_DRAFT_CONFIG = "write it into the JSON of --draft_model_config"
 PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see bf16 in --deepspeed_config"
 ADAMW = "the optimizer is AdamW, with --learning_rate and --weight_decay"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
@@ -137,6 +132,7 @@ ALIASES = {  # {another trainer's name: ours}
     "per_device_train_batch_size": "draft_micro_batch_size", "num_train_epochs": "num_epochs",
     "warmup_steps": "scheduler_warmup_steps", "lr_scheduler_type": "scheduler_type", "logging_steps": "log_steps",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
+    "no_norm_before_residual": "norm_before_residual=false", "no_embed_requires_grad": "embed_requires_grad=false",
 }  # fmt: skip
 
 VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
@@ -144,14 +140,8 @@ VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
 }
 
 OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
-    Foreign("num_layers", "1", ONE_LAYER),
-    Foreign("draft_arch", "llama", ARCHITECTURE),
     Foreign("speculator_type", "eagle3", EAGLE3),
-    Foreign("draft_hidden_act", "silu", SILU),
-    Foreign("sliding_window(_indices)?|mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
-    Foreign("norm_before_residual", "false", RESIDUAL),
-    Foreign("norm_before_fc|norm_output", "false", IN_DRAFT_CONFIG),
-    Foreign("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
+    Foreign("mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
     Foreign("optimizer", "adamw", ADAMW),
     Foreign("muon_.*", "", ADAMW),
     Foreign("noise_std", r"0(\.0*)?", "hidden states are used as they are, without noise: drop it"),

@@ -75,10 +75,16 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     args = train_eagle3.parse_args(arguments(work, tmp_path / "out"))
     target = work / "target"
     configs = target_files.read_target_config(target)
-    found, error, printed = outcome(capsys, lambda: setup.configure_draft(args, target, *configs, None, str(path)))
+
+    def configure():
+        found = setup.configure_draft(args, target, *configs, None, str(path))
+        setup.check_shape(args, found[0])
+        return found
+
+    found, error, printed = outcome(capsys, configure)
     kind, _, text = says.partition(": ")
     assert bool(error) == (kind == "refused"), error
-    assert text in error + printed and (not error or "draft.json" in error), error + printed
+    assert text in error + printed and (not error or "draft.json" in error or "ttt_length" in error), error + printed
     if error:
         return
     written, _ = found
@@ -89,14 +95,41 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     assert draft_files.check_config(written) == []
 
 
-def test_a_draft_with_a_window_is_not_complete_either():
-    """What was trained without it, by an older version, is found by --check."""
-    text = LlamaConfig(vocab_size=400, **{**SIZES, "num_hidden_layers": 8})
-    config, _ = draft_config.configure(text, text)
-    window = {"sliding_window": 128, "layer_types": ["sliding_attention"]}
-    problems = draft_files.check_config(config | window)
-    assert len(problems) == 2 and 'layer_types is ["sliding_attention"]' in problems[1]
-    assert draft_files.check_config(config) == []
+# --- flags ---
+
+
+@pytest.mark.parametrize(("given", "flags", "says", "config"), table("draft_flags.txt"))
+def test_flags_shape_a_draft_as_keys_do(work, tmp_path, capsys, given, flags, says, config):
+    """`given`: keys of --draft_model_config, or "weights": of a checkpoint with these keys, whose weights are read."""
+    argv = flags.split()
+    args = train_eagle3.parse_args(arguments(work, tmp_path / "out", *argv))
+    target = work / "target"
+    configs = target_files.read_target_config(target)
+    is_checkpoint = given.startswith("weights")
+    keys = json.loads(given.removeprefix("weights"))
+    path = tmp_path / "draft"
+    path.mkdir()
+    if is_checkpoint:
+        complete = draft_config.configure(*configs, keys, "a draft")[0]
+        shapes = draft_files.expected_tensors(complete)
+        draft_files.write_draft(path, complete, {name: torch.ones(shape) for name, shape in shapes.items()})
+    elif keys:
+        (path / "config.json").write_text(json.dumps(keys))
+
+    def configure():
+        setup.check_flags(args)
+        where = (str(path), None) if is_checkpoint else (None, str(path) if keys else None)
+        found = setup.configure_draft(args, target, *configs, *where)
+        setup.check_shape(args, found[0])
+        return found
+
+    found, error, printed = outcome(capsys, configure)
+    kind, _, text = says.partition(": ")
+    assert bool(error) == (kind == "refused"), error
+    assert text in error + printed
+    if not error:
+        assert draft_files.check_config(found[0]) == []
+        assert {key: found[0].get(key) for key in json.loads(config)} == json.loads(config)
 
 
 # --- where it is ---

@@ -5,11 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 import prepare_data
 import prepare_hidden_states
 import train_eagle3
-from core import foreign_flags
+from core import draft_config, foreign_flags
 from helpers.commands import flags_of
 
 HERE = Path(__file__).parent
@@ -120,6 +121,8 @@ def test_defaults_that_differ_are_in_one_table_of_the_docs():
     """Each documented default of others is ours, or in the table with theirs and ours; and nothing else is there."""
     ours = vars(train_eagle3.parse_args(["--target_model_path", "M"]))
     ours["chat_template"] = prepare_data.Options.chat_template  # what none means
+    derived = draft_config.derive_config(LlamaConfig(), LlamaConfig())
+    ours |= {flag: derived.get(key, False) for flag, key in draft_config.KEYS.items()}
     table = {}
     for line in re.findall(r"^\| `--.*\|$", PAGE, re.MULTILINE):
         flag, *cells = [cell.strip() for cell in line.strip("|").split("|")]
