@@ -40,6 +40,7 @@ from core import (
     common,
     conversation_files,
     dataloader,
+    draft_config,
     draft_files,
     foreign_flags,
     losses,
@@ -441,30 +442,22 @@ def ttt_step(
     for n, layer in enumerate(layers):
         view = plan.views[layer.window]
         rows = live if i == 0 else None  # step 0 has keys and values of all slots
-        queries = Queries(i, i, live)
+        queries = slots.Queries(i, i, live)
         if i == 0 and n + 1 < len(layers):  # and the outputs of all slots are the next layer's keys
             rows = None
-            queries = Queries(i, -1, torch.arange(len(feature), device=live.device))
+            queries = slots.Queries(i, -1, torch.arange(len(feature), device=live.device))
         if n == 0:
             parts = read_tokens(tokens, queries)
 
         def attend(q, k, v, n=n, view=view, queries=queries):
             """q [n, A, D], the k and v that the step adds -> [n, A, D] and the Keys with them."""
             seen = keys[n].add(k, v) if i > 0 else Keys(first=(k, v))
-            return attend_slots(draft.attention_backend, view, position_ids, queries, q, seen), seen
+            return attention.attend_slots(draft.attention_backend, view, position_ids, queries, q, seen), seen
 
         feature, seen = layer(parts, feature, cos, sin, attend, rows)
         found.append(seen)
         parts = None
     return feature, found
-
-
-class Queries(NamedTuple):
-    """The slots that have a query in a layer."""
-
-    step: int  # ttt_step
-    entry: int  # theirs in a View
-    slots: torch.Tensor  # [n]
 
 
 def read_tokens(tokens, queries):
@@ -475,21 +468,6 @@ def read_tokens(tokens, queries):
         read = read.clamp(max=len(q) - 1)  # the last slot reads nothing, and nothing sees it
         return q.index_select(0, read), k.roll(-1, dims=0), v.roll(-1, dims=0)
     return [x.index_select(0, read) for x in tokens]
-
-
-def attend_slots(backend, view, position_ids, queries, q, keys):
-    """Attention [n, A, D] of queries q over the step-0 keys in their view up to their slot, and over the slot's own."""
-    k, v = keys.first
-    live = queries.slots
-    begin = None
-    if view.window or backend == "flex_attention":
-        begin = live - position_ids[live]  # the first token of each slot's document
-        begin = slots.first_keys(begin, live, queries.step, view.window)
-    if backend == "flex_attention" and len(live) > 0:
-        blocks = view.blocks.split(view.sizes, dim=1)[queries.entry]
-        return attention.flex_slots(q, k, v, keys.own, live, begin, blocks)
-    spans = view.spans[queries.entry]
-    return attention.SlotAttention.apply(q, k, v, live, begin, spans, *keys.own)
 
 
 def chain_lengths(correct):
@@ -753,7 +731,9 @@ def parse_args(argv=None):
     add_data_flags(parser.add_argument_group("target and data").add_argument)
     target_model.add_sharing_flags(parser)
     states.add_source_flags(parser)
-    add_draft_flags(parser.add_argument_group("draft").add_argument)
+    draft = parser.add_argument_group("draft").add_argument
+    add_draft_flags(draft)
+    draft_config.add_flags(draft)
     add_objective_flags(parser.add_argument_group("objective").add_argument)
     optimization.add_flags(parser)
     setup.add_batch_flags(parser.add_argument_group("length and batches").add_argument)
@@ -786,19 +766,6 @@ def add_draft_flags(add):
     add("--token_freq_path", help="token counts to choose them by; none: the prepared data's token_freq.pt")
     add("--d2t_path", help="mapping of build_vocab_mapping.py, with t2d_path; none: built from the counts")
     add("--t2d_path", help="the other half of the mapping")
-    kinds = tuple(draft_files.ARCHITECTURES)
-    add("--num_layers", type=POSITIVE, help="layers of the draft; none: draft_model_config's, or 1")
-    add("--draft_arch", choices=kinds, help="kind of its layers; qwen3 norms queries and keys, vLLM only; none: llama")
-    add("--draft_hidden_act", help="activation of its MLP; None: the target's; none: silu, which alone engines serve")
-    add("--sliding_window", type=POSITIVE, help="positions that a layer sees; none: all")
-    add("--sliding_window_indices", type=NATURAL, nargs="+", help="layers with the window, from 0; none: all")
-    add("--norm_before_residual", action=common.Switch, default=None, help="the residual is normed; vLLM only")
-    add("--norm_before_fc", action=common.Switch, default=None, help="norm the concatenated target states")
-    add("--fc_norm", action=common.Switch, default=None, help="norm the target states of each layer")
-    add("--norm_output", action=common.Switch, default=None, help="the next ttt_step reads the normed output")
-    add("--embed_requires_grad", action=common.Switch, default=None, help="train an embedding table; vLLM only")
-    add("--head_init", choices=("target", "random"), default="target", help="the draft's head at the start")
-    add("--freeze_head", action=common.Switch, help="the head stays as it starts")
     add("--target_layer_ids", type=int, nargs="+", help="auxiliary layers, i = after i layers; none: 2 L//2 L-3")
     backends = ("flex_attention", "sdpa")
     add("--attention_backend", choices=backends, default=backends[0], help="flex on GPUs only; same numbers")

@@ -311,3 +311,21 @@ def block_mask(blocks, rows, lengths, visible):
         seq_lengths=lengths,
         mask_mod=visible,
     )
+
+
+# ==================== Either way =====================================================================================
+
+
+def attend_slots(backend, view, position_ids, queries, q, keys):
+    """Attention [n, A, D] of queries q over the step-0 keys in their view up to their slot, and over the slot's own."""
+    k, v = keys.first
+    live = queries.slots
+    begin = None
+    if view.window or backend == "flex_attention":
+        begin = live - position_ids[live]  # the first token of each slot's document
+        begin = slots.first_keys(begin, live, queries.step, view.window)
+    if backend == "flex_attention" and len(live) > 0:
+        blocks = view.blocks.split(view.sizes, dim=1)[queries.entry]
+        return flex_slots(q, k, v, keys.own, live, begin, blocks)
+    spans = view.spans[queries.entry]
+    return SlotAttention.apply(q, k, v, live, begin, spans, *keys.own)

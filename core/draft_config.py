@@ -74,6 +74,31 @@ def name_replaced(source, given, config):
         print(f"{source}: replaced by what the target or a flag says: {', '.join(replaced)}")
 
 
+# ==================== Flags ==========================================================================================
+
+
+def add_flags(add):
+    """The flags that shape a new draft; add: the add_argument of their group."""
+    kinds = tuple(draft_files.ARCHITECTURES)
+    add("--num_layers", type=common.at_least(int, 1), help="layers of the draft; none: draft_model_config's, or 1")
+    add("--draft_arch", choices=kinds, help="kind of its layers; qwen3 norms queries and keys, vLLM only; none: llama")
+    add("--draft_hidden_act", help="activation of its MLP; None: the target's; none: silu, which alone engines serve")
+    add("--sliding_window", type=common.at_least(int, 1), help="positions that a layer sees; none: all")
+    add(
+        "--sliding_window_indices",
+        type=common.at_least(int, 0),
+        nargs="+",
+        help="layers with the window, from 0; none: all",
+    )
+    add("--norm_before_residual", action=common.Switch, default=None, help="the residual is normed; vLLM only")
+    add("--norm_before_fc", action=common.Switch, default=None, help="norm the concatenated target states")
+    add("--fc_norm", action=common.Switch, default=None, help="norm the target states of each layer")
+    add("--norm_output", action=common.Switch, default=None, help="the next ttt_step reads the normed output")
+    add("--embed_requires_grad", action=common.Switch, default=None, help="train an embedding table; vLLM only")
+    add("--head_init", choices=("target", "random"), default="target", help="the draft's head at the start")
+    add("--freeze_head", action=common.Switch, help="the head stays as it starts")
+
+
 def with_flags(given, args, text_config):
     """The given keys of a new draft, with those that flags name in their place; text_config: the target's."""
     given = dict(given)

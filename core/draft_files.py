@@ -618,6 +618,8 @@ def from_speculators(raw, tensors=None):
             config.setdefault(key, raw[key])
     flags = {"norm_before_residual": True, **raw}  # vLLM's reading of an absent key
     config |= {key: flags[key] for key in FLAGS if flags.get(key)}
+    if "sliding_attention" in (config.get("layer_types") or []):
+        config["use_sliding_window"] = True  # not read there, but of qwen3 in the flat form
     return _complete(config, tensors or {})
 
 

@@ -151,6 +151,14 @@ class Plan(NamedTuple):
     chunks: list  # (first teacher, end teacher, first row, end row): what the head computes at a time
 
 
+class Queries(NamedTuple):
+    """The slots that have a query in a layer."""
+
+    step: int  # ttt_step
+    entry: int  # theirs in a View; -1: of all slots
+    slots: torch.Tensor  # [n]
+
+
 def plan_slots(supervised, lengths, windows=(0,)):
     """The Plan of concatenated documents of `lengths` tokens; supervised bool [K, T], by any rule that only shrinks.
 
