@@ -127,8 +127,14 @@ def supervised_of(masks, steps, tree=None):
 
 
 def place(plan, device):
-    """The plan's tensors on a device."""
-    return type(plan)(*(x.to(device) if torch.is_tensor(x) else x for x in plan))
+    """The plan's tensors on a device; a part of it may be a dictionary of such parts."""
+    if torch.is_tensor(plan):
+        return plan.to(device)
+    if isinstance(plan, dict):
+        return {key: place(part, device) for key, part in plan.items()}
+    if hasattr(plan, "_fields"):
+        return type(plan)(*(place(part, device) for part in plan))
+    return plan
 
 
 def make_draft(args, config, embedding):
