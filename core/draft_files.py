@@ -234,7 +234,8 @@ def as_written(config, tensors):
         return tensors
     written = {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
     for vllm, sglang in first_norms(config):
-        written[vllm] = written[sglang].clone()  # safetensors refuses tensors that share memory
+        if sglang in written:
+            written[vllm] = written[sglang].clone()  # safetensors refuses tensors that share memory
     return written
 
 
@@ -674,9 +675,10 @@ def _merge_first_norms(config, tensors, strict):
         pair = [tensors.pop(name) for name in names]
         if len(pair) == 2 and not torch.equal(*pair):
             problems.append(f"{vllm}, which vLLM reads, differs from {sglang}, which SGLang reads")
-        elif len(pair) == 1 and strict:
-            missing, engine = (sglang, "SGLang") if vllm in names else (vllm, "vLLM")
-            problems.append(f"{missing} is missing: {engine} would leave this norm at ones")
+        elif strict and vllm not in names:
+            problems.append(f"{vllm} is missing: vLLM would leave this norm at ones")
+        elif strict and sglang not in names:
+            problems.append(f"{sglang} is missing: SGLang would leave this norm at ones")
         if pair:
             tensors[sglang] = pair[0]
     return problems

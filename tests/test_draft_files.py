@@ -37,6 +37,7 @@ CONFIG = {
     "bos_token_id": 0,
     "eos_token_id": [3, 4],
 }
+QWEN3 = {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}
 # Every option that changes the tensors, on top of CONFIG.
 VARIANTS = {
     "plain": {},
@@ -48,7 +49,14 @@ VARIANTS = {
     "own embeddings": {"embed_requires_grad": True},
     "vllm only": {"norm_before_residual": True},
     "float32": {"torch_dtype": "float32", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-}
+    "qwen3": QWEN3,
+    "a window": draft_files.window_keys(8, [True]),
+    "two layers": {"num_hidden_layers": 2},
+    "three qwen3 layers with all norms and two windows": {
+        **QWEN3, "num_hidden_layers": 3, "norm_before_fc": True, "fc_norm": True, "norm_output": True,
+        **draft_files.window_keys(8, [True, False, True]),
+    },
+}  # fmt: skip
 SCALINGS = [
     None,
     {"rope_type": "linear", "factor": 2.0},
@@ -111,7 +119,12 @@ def run(*argv):
 
 
 NAMES = list(draft()[1])
-ALL_NAMES = [(variant, name) for variant, changes in VARIANTS.items() for name in draft(**changes)[1]]
+ALL_NAMES = [
+    (variant, name)
+    for variant, changes in VARIANTS.items()
+    for name in draft(**changes)[1]
+    if "num_hidden_layers" not in changes  # of several layers see below: they have other names in a file
+]
 
 
 # ---------------------------------------------------------------------- what a draft consists of
@@ -151,6 +164,19 @@ def test_what_options_add():
     assert added(target_hidden_size=16) == {}
     assert added(embed_requires_grad=True) == {"embed_tokens.weight": (40, 16)}
     assert added(**VARIANTS["four layers"]) == {"fc.weight": (16, 64)}
+    assert added(**QWEN3) == {f"midlayer.self_attn.{name}_norm.weight": (6,) for name in "qk"}
+    assert added(**VARIANTS["a window"]) == {}
+    assert added(num_hidden_layers=2) == {
+        "layers.1.hidden_norm.weight": (16,),
+        "layers.1.self_attn.q_proj.weight": (24, 16),
+        "layers.1.self_attn.k_proj.weight": (12, 16),
+        "layers.1.self_attn.v_proj.weight": (12, 16),
+        "layers.1.self_attn.o_proj.weight": (16, 24),
+        "layers.1.post_attention_layernorm.weight": (16,),
+        "layers.1.mlp.gate_proj.weight": (24, 16),
+        "layers.1.mlp.up_proj.weight": (24, 16),
+        "layers.1.mlp.down_proj.weight": (16, 24),
+    }
 
 
 def test_auxiliary_layers_are_written_twice_or_not_at_all():
@@ -192,7 +218,7 @@ def test_flat_to_speculators_to_flat(variant, tmp_path):
     same(read_tensors, {"embed_tokens.weight": written["embed_tokens.weight"], **tensors})
     run(tmp_path / "s", "--format", "flat", "--output", tmp_path / "f")
     assert json.loads((tmp_path / "f" / "config.json").read_text()) == config
-    same(load_file(tmp_path / "f" / "model.safetensors"), tensors)
+    same(load_file(tmp_path / "f" / "model.safetensors"), draft_files.as_written(config, tensors))
 
 
 def test_floats_are_cast_and_the_rest_is_kept(tmp_path):
@@ -252,6 +278,52 @@ def test_each_fault_in_the_speculators_form_is_named_as_the_file_names_it(name, 
         assert any(problem.startswith(f"{name} has ") for problem in draft_files.check_draft(tmp_path))
     if name not in ("embed_tokens.weight", "t2d"):  # another trainer may leave these out: they are known without
         assert f"{name} is missing" in fails(capsys, draft_files.read_draft, put(tmp_path, config, without))
+
+
+NORMS = ["layers.1.input_layernorm.weight", "layers.1.hidden_norm.weight"]  # as vLLM reads it, as SGLang does
+
+
+def test_several_layers_are_written_as_both_engines_read_them(tmp_path):
+    config, tensors = draft(num_hidden_layers=3)
+    draft_files.write_draft(tmp_path, config, tensors)
+    written = load_file(tmp_path / "model.safetensors")
+    assert not any(name.startswith("midlayer") for name in written)
+    assert torch.equal(written["layers.0.hidden_norm.weight"], tensors["midlayer.hidden_norm.weight"])
+    for layer in ("layers.1.", "layers.2."):
+        assert torch.equal(written[f"{layer}input_layernorm.weight"], written[f"{layer}hidden_norm.weight"])
+    assert len(written) == len(tensors) + 2
+
+
+@pytest.mark.parametrize("form", ["flat", "speculators"])
+def test_each_fault_of_two_layers_is_named_as_the_file_names_it(form, tmp_path, capsys):
+    config, tensors = draft(num_hidden_layers=2)
+    written, table = draft_files.as_written(config, tensors), {}
+    if form == "speculators":
+        table = {"embed_tokens.weight": embeddings()}
+        config, written = draft_files.to_speculators(config, tensors, embed_tokens=embeddings(), **TARGET)
+    assert draft_files.check_draft(put(tmp_path, config, written)) == []
+    for name, tensor in written.items():
+        others = {key: part for key, part in written.items() if key != name}
+        problems = draft_files.check_draft(put(tmp_path, config, others))
+        assert len(problems) == 1 and problems[0].startswith(f"{name} is missing"), problems
+        if name in NORMS:  # which the other name has
+            same(draft_files.read_draft(tmp_path)[1], tensors | table)
+        elif name not in ("t2d", "embed_tokens.weight"):
+            assert f"{name} is missing" in fails(capsys, draft_files.read_draft, tmp_path)
+        put(tmp_path, config, {**others, name: tensor[:-1].contiguous()})
+        assert any(name in problem for problem in draft_files.check_draft(tmp_path)), name
+    without = {key: part for key, part in written.items() if key not in NORMS}
+    assert len(draft_files.check_draft(put(tmp_path, config, without))) == 2
+    assert "layers.1.hidden_norm.weight is missing" in fails(capsys, draft_files.read_draft, tmp_path)
+
+
+def test_a_norm_of_two_values_is_named(tmp_path, capsys):
+    config, tensors = draft(num_hidden_layers=2)
+    written = draft_files.as_written(config, tensors)
+    written[NORMS[0]] = written[NORMS[0]] + 1
+    problem = f"{NORMS[0]}, which vLLM reads, differs from {NORMS[1]}, which SGLang reads"
+    assert draft_files.check_draft(put(tmp_path, config, written)) == [problem]
+    assert problem in fails(capsys, draft_files.read_draft, tmp_path)
 
 
 def test_a_mapping_that_is_none_is_named(tmp_path, capsys):
@@ -433,6 +505,22 @@ def test_notes_about_what_one_engine_cannot_serve():
     assert "SGLang cannot" in draft_files.serving_notes({**CONFIG, "norm_before_residual": True})[0]
     assert "float16" in draft_files.serving_notes({**CONFIG, "torch_dtype": "float32"})[0]
     assert "silu" in draft_files.serving_notes({**CONFIG, "hidden_act": "gelu"})[0]
+    assert "SGLang has no such draft" in draft_files.serving_notes({**CONFIG, **QWEN3})[0]
+    window = draft_files.window_keys(8, [True])
+    assert "--speculative-draft-window-size 7" in draft_files.serving_notes({**CONFIG, **window})[0]
+    mixed = {"num_hidden_layers": 2, **draft_files.window_keys(8, [True, False])}
+    assert "SGLang cannot serve this draft" in draft_files.serving_notes({**CONFIG, **mixed})[0]
+    assert "SGLang puts the target's table" in draft_files.serving_notes({**CONFIG, "embed_requires_grad": True})[0]
+    narrow = {"embed_requires_grad": True, "target_hidden_size": 20}  # then SGLang keeps the draft's
+    assert draft_files.serving_notes({**CONFIG, **narrow}) == []
+    assert draft_files.serving_notes({**CONFIG, **VARIANTS["two layers"]}) == []
+
+
+def test_the_speculators_form_says_how_many_states_fc_reads():
+    """vLLM's Llama class looks for it among the layer's keys alone; it would make an fc for three."""
+    config, tensors = draft(**VARIANTS["four layers"])
+    spec, _ = draft_files.to_speculators(config, tensors, embed_tokens=embeddings(), **TARGET)
+    assert spec["transformer_layer_config"]["num_aux_hidden_states"] == 4
 
 
 def test_float16_overflow_is_not_written(tmp_path, capsys):
