@@ -697,7 +697,7 @@ def _as_ours(config, tensors):
     # weights, nor is a table in the target's dtype beside weights in another.
     config = {key: value for key, value in config.items() if key != "auto_map"}  # code that is not copied
     config["torch_dtype"] = _common_dtype(tensors) or config["torch_dtype"]
-    if EMBEDDING in tensors and not needs_embedding(config):
+    if EMBEDDING in tensors:
         tensors[EMBEDDING] = tensors[EMBEDDING].to(getattr(torch, config["torch_dtype"]))
     return config, tensors
 

@@ -352,7 +352,6 @@ def unfit(work):
     """{name: (changes of SpecForge's configuration, tensors, words of the reason)} of drafts not for this target."""
     whole, ones = weights(), torch.ones(HIDDEN // HEADS).to(HALF)
     table = load_file(work / "other" / "model.safetensors")["model.embed_tokens.weight"]
-    narrow = weights(hidden=32) | {"embed_tokens.weight": torch.ones(VOCABULARY, 32).to(HALF)}
     offsets = whole["d2t"]
     return {
         "hidden size": ({"hidden_size": 32, "head_dim": 8}, weights(hidden=32, features=32),
@@ -362,8 +361,6 @@ def unfit(work):
         "vocabulary": ({"vocab_size": 500}, {**whole, "t2d": torch.cat([whole["t2d"], torch.zeros(100) > 0])},
                        "was made for another target: its vocab_size is 500, this target's 400"),
         "embeddings": ({}, {**whole, "embed_tokens.weight": table}, "its embed_tokens.weight is not this target's"),
-        "width of its own": ({"hidden_size": 32, "head_dim": 8, "target_hidden_size": HIDDEN}, narrow,
-                             '"hidden_size": 32, "target_hidden_size": 64: training an embedding table is not'),
         "layers": (layers(1, 3, 8), whole, "auxiliary layers [2, 4, 9]: they must ascend within 1..8"),
         "order of layers": (layers(6, 1, 3), whole, "auxiliary layers [7, 2, 4]: they must ascend"),
         "number of layers": (layers(1, 3), whole, "fc.weight has shape [64, 192], expected [64, 128]"),
@@ -371,7 +368,8 @@ def unfit(work):
         "no norms": ({"fc_norm": True}, whole, "fc_norm.0.weight is missing"),
         "norms of layers": ({}, {**whole, "fc_norm.0.weight": torch.ones(HIDDEN)}, "fc_norm.0.weight is not a tensor"),
         "norms of heads": ({}, {**whole, "midlayer.self_attn.q_norm.weight": ones}, "q_norm.weight is not a tensor of"),
-        "two layers": ({"num_hidden_layers": 2}, {**whole, "layers.1.norm.weight": ones}, "num_hidden_layers is 2"),
+        "two layers": ({"num_hidden_layers": 2}, {**whole, "layers.1.norm.weight": ones},
+                       "layers.1.hidden_norm.weight is missing"),
         "half heads turn": ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
                             whole, "partial_rotary_factor is 0.5"),
         "ids for offsets": ({}, {**whole, "d2t": offsets + torch.arange(DRAFT)}, "outside the vocabulary of 400"),
@@ -388,8 +386,6 @@ def test_a_draft_for_another_target_is_refused_before_the_target_is_loaded(work,
     table = load_file(work / "other" / "model.safetensors")["model.embed_tokens.weight"]
     cases = {name: ({**SPECFORGE, **change}, *rest) for name, (change, *rest) in unfit(work).items()}
     cases["speculators' embeddings"] = config, {**tensors, "embed_tokens.weight": table}, cases["embeddings"][2]
-    trained = {**tensors, "embed_tokens.weight": tensors["embed_tokens.weight"].float()}
-    cases["trained embeddings"] = {**config, "embed_requires_grad": True}, trained, "training an embedding table is not"
     cases["speculators without fc"] = config, without(tensors, "fc.weight"), "fc.weight is missing"
     for name, (config, tensors, reason) in cases.items():
         put(tmp_path / name, config, tensors)

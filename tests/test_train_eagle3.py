@@ -232,7 +232,7 @@ def test_aliases_and_kebab_case():
     assert (args.target_model_path, args.dataset_train_split, args.learning_rate) == ("M", "T.jsonl", 3e-4)
     assert (args.num_epochs, args.ttt_length, args.output_dir, args.total_steps) == (5, 4, "o", 9)
     assert args.report_to == ["tensorboard", "swanlab"] and args.resume is False
-    assert set(foreign_flags.ALIASES.values()) <= set(vars(args))
+    assert {name.removesuffix("=false") for name in foreign_flags.ALIASES.values()} <= set(vars(args))
 
 
 def test_learning_rate_follows_the_well_known_schedules():
