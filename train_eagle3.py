@@ -731,9 +731,7 @@ def parse_args(argv=None):
     add_data_flags(parser.add_argument_group("target and data").add_argument)
     target_model.add_sharing_flags(parser)
     states.add_source_flags(parser)
-    draft = parser.add_argument_group("draft").add_argument
-    add_draft_flags(draft)
-    draft_config.add_flags(draft)
+    add_draft_flags(parser.add_argument_group("draft").add_argument)
     add_objective_flags(parser.add_argument_group("objective").add_argument)
     optimization.add_flags(parser)
     setup.add_batch_flags(parser.add_argument_group("length and batches").add_argument)
@@ -766,6 +764,7 @@ def add_draft_flags(add):
     add("--token_freq_path", help="token counts to choose them by; none: the prepared data's token_freq.pt")
     add("--d2t_path", help="mapping of build_vocab_mapping.py, with t2d_path; none: built from the counts")
     add("--t2d_path", help="the other half of the mapping")
+    draft_config.add_flags(add)
     add("--target_layer_ids", type=int, nargs="+", help="auxiliary layers, i = after i layers; none: 2 L//2 L-3")
     backends = ("flex_attention", "sdpa")
     add("--attention_backend", choices=backends, default=backends[0], help="flex on GPUs only; same numbers")

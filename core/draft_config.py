@@ -79,17 +79,14 @@ def name_replaced(source, given, config):
 
 def add_flags(add):
     """The flags that shape a new draft; add: the add_argument of their group."""
+    positive = common.at_least(int, 1)
+    natural = common.at_least(int, 0)
     kinds = tuple(draft_files.ARCHITECTURES)
-    add("--num_layers", type=common.at_least(int, 1), help="layers of the draft; none: draft_model_config's, or 1")
+    add("--num_layers", type=positive, help="layers of the draft; none: draft_model_config's, or 1")
     add("--draft_arch", choices=kinds, help="kind of its layers; qwen3 norms queries and keys, vLLM only; none: llama")
     add("--draft_hidden_act", help="activation of its MLP; None: the target's; none: silu, which alone engines serve")
-    add("--sliding_window", type=common.at_least(int, 1), help="positions that a layer sees; none: all")
-    add(
-        "--sliding_window_indices",
-        type=common.at_least(int, 0),
-        nargs="+",
-        help="layers with the window, from 0; none: all",
-    )
+    add("--sliding_window", type=positive, help="positions that a layer sees; none: all")
+    add("--sliding_window_indices", type=natural, nargs="+", help="layers with the window, from 0; none: all")
     add("--norm_before_residual", action=common.Switch, default=None, help="the residual is normed; vLLM only")
     add("--norm_before_fc", action=common.Switch, default=None, help="norm the concatenated target states")
     add("--fc_norm", action=common.Switch, default=None, help="norm the target states of each layer")
