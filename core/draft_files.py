@@ -414,17 +414,16 @@ def serving_notes(config):
     of_layers = set(windows(config))
     if len(of_layers) > 1:
         notes.append(
-            "layer_types mixes full and sliding attention: SGLang cannot serve this draft, vLLM's V1 runner not"
+            "layer_types mixes full and sliding attention: SGLang cannot serve this draft, vLLM's V1 runner needs "
+            "--disable-hybrid-kv-cache-manager"
         )
-    elif window := max(of_layers):  # of SGLang's window the query is not a part
-        notes.append(
-            f"sliding_window {window}: SGLang needs --speculative-draft-window-size {window - 1}, vLLM nothing"
-        )
-    if (
-        config.get("embed_requires_grad")
-        and config.get("target_hidden_size", config["hidden_size"]) == config["hidden_size"]
-    ):
+    elif window := max(of_layers):  # the query is not a part of SGLang's window
+        notes.append(f"sliding_window {window}: SGLang needs --speculative-draft-window-size {window - 1}")
+    has_targets_width = config.get("target_hidden_size", config["hidden_size"]) == config["hidden_size"]
+    if config.get("embed_requires_grad") and has_targets_width:
         notes.append("embed_requires_grad: SGLang puts the target's table in the place of the draft's, vLLM does not")
+    if num_auxiliary(config) == 1 and has_targets_width:
+        notes.append("one auxiliary layer as wide as the draft: SGLang leaves out fc and cannot serve this draft")
     if config["torch_dtype"] == "float32":
         notes.append("torch_dtype float32: SGLang serves it as float16 unless started with --dtype")
     if config["hidden_act"] != "silu":

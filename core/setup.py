@@ -258,13 +258,19 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
     return configured, layers
 
 
-def check_shape(args, config):
+def check_shape(args, config, text_config):
     """End the program if a chain outgrows the draft's window; print what an engine cannot serve."""
     window = max(draft_files.windows(config))
     if 0 < window < args.ttt_length:
         common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
     for note in draft_files.serving_notes(config):
         print(f"note: {note}")
+    targets = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]
+    if targets and targets != window and set(kinds) == {"sliding_attention"}:
+        print(
+            f"note: vLLM gives this draft the window of its target, {targets}: train it with --sliding_window {targets}"
+        )
 
 
 def check_same_draft(path, config, checkpoint, continued):
@@ -433,7 +439,7 @@ def prepare(args, default, prepare_conversations):
     target_model.check_heads(text_config, args.tp_size)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     config, layers = configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
-    check_shape(args, config)
+    check_shape(args, config, text_config)
 
     # --- data ---
     folder = args.data_path

@@ -78,7 +78,7 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
 
     def configure():
         found = setup.configure_draft(args, target, *configs, None, str(path))
-        setup.check_shape(args, found[0])
+        setup.check_shape(args, found[0], configs[0])
         return found
 
     found, error, printed = outcome(capsys, configure)
@@ -120,7 +120,7 @@ def test_flags_shape_a_draft_as_keys_do(work, tmp_path, capsys, given, flags, sa
         setup.check_flags(args)
         where = (str(path), None) if is_checkpoint else (None, str(path) if keys else None)
         found = setup.configure_draft(args, target, *configs, *where)
-        setup.check_shape(args, found[0])
+        setup.check_shape(args, found[0], configs[0])
         return found
 
     found, error, printed = outcome(capsys, configure)
@@ -130,6 +130,23 @@ def test_flags_shape_a_draft_as_keys_do(work, tmp_path, capsys, given, flags, sa
     if not error:
         assert draft_files.check_config(found[0]) == []
         assert {key: found[0].get(key) for key in json.loads(config)} == json.loads(config)
+
+
+def test_a_target_whose_layers_all_have_a_window_hands_it_to_its_draft(capsys):
+    """In vLLM, to a draft's layer without one of its own."""
+    args = train_eagle3.parse_args(["--target_model_path", "M"])
+    for keys, window, says in (
+        ({"sliding_window": 64}, 0, True),
+        ({"sliding_window": 64}, 64, False),
+        ({"sliding_window": 64, "layer_types": ["sliding_attention"] * 8}, 0, True),
+        ({"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"] * 4}, 0, False),
+        ({}, 0, False),
+    ):
+        text = LlamaConfig(vocab_size=400, **{**SIZES, "num_hidden_layers": 8}, **keys)
+        config, _ = draft_config.configure(text, text, draft_files.window_keys(window, [True]) if window else {})
+        capsys.readouterr()
+        setup.check_shape(args, config, text)
+        assert ("train it with --sliding_window 64" in capsys.readouterr().out) == says, (keys, window)
 
 
 # --- where it is ---

@@ -510,6 +510,8 @@ def test_notes_about_what_one_engine_cannot_serve():
     assert "--speculative-draft-window-size 7" in draft_files.serving_notes({**CONFIG, **window})[0]
     mixed = {"num_hidden_layers": 2, **draft_files.window_keys(8, [True, False])}
     assert "SGLang cannot serve this draft" in draft_files.serving_notes({**CONFIG, **mixed})[0]
+    one = draft_files.with_auxiliary_layers(CONFIG, [4])
+    assert "SGLang leaves out fc" in draft_files.serving_notes(one)[0]
     assert "SGLang puts the target's table" in draft_files.serving_notes({**CONFIG, "embed_requires_grad": True})[0]
     narrow = {"embed_requires_grad": True, "target_hidden_size": 20}  # then SGLang keeps the draft's
     assert draft_files.serving_notes({**CONFIG, **narrow}) == []

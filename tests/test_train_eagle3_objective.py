@@ -333,6 +333,19 @@ def test_another_token_loss_is_differentiated_chunk_by_chunk(monkeypatch):
         assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_a_frozen_head_gets_no_gradient_and_costs_none(monkeypatch):
+    draft, _, documents, draft_ids = case()
+    arguments = inputs(documents, draft_ids, torch.float64)
+    train_eagle3.objective(draft, **arguments)[0].backward()
+    expected = gradients(draft)
+    draft.lm_head.requires_grad_(False)
+    monkeypatch.setattr(losses, "add_product", None)  # which the head's gradient is added up by
+    train_eagle3.objective(draft, **arguments)[0].backward()
+    assert draft.lm_head.weight.grad is None or not draft.lm_head.weight.grad.any()
+    for name, parameter in draft.named_parameters():
+        assert name == "lm_head.weight" or torch.equal(parameter.grad, expected[name]), name
+
+
 def test_statement_tells_ropes_and_alignment_apart():
     """The comparison above can fail: another rope type, a shifted mask and a shifted teacher each change the loss."""
     draft, embedding, documents, draft_ids = case()
