@@ -317,29 +317,64 @@ def llama_config(config):
 # ==================== The loss =======================================================================================
 
 
-def token_loss(logits, p, mass):
-    """Soft cross-entropy -Σ p log q of each prediction: [N].
+# A token loss takes logits [N, Vd] of the draft; p [N, Vd]: the target's distribution, renormalised over the draft
+# vocabulary; mass [N]: the share of the target's probability that lies in it; all in fp32 at least. It returns [N].
+# Autograd differentiates it. On GPUs it is compiled as one graph: no .item(), no print, no boolean indexing.
 
-    logits [N, Vd] of the draft; p [N, Vd]: the target's distribution, renormalised over the draft vocabulary; mass [N]:
-    the share of the target's probability that lies in it. All in fp32 at least. Autograd differentiates
-    this function. On GPUs it is compiled as one graph: no .item(), no print, no boolean indexing.
-    """
+
+def cross_entropy(logits, p, mass):
+    """-Σ p log q."""
     log_q = logits.log_softmax(dim=-1)
     return -(p * log_q).sum(dim=-1)
+
+
+def divergence(logits, p, mass):
+    """KL(p || q): the cross-entropy without the entropy of p, which has no gradient; zero for a perfect draft."""
+    return cross_entropy(logits, p, mass) - torch.special.entr(p).sum(dim=-1)
+
+
+def acceptance(logits, p, mass):
+    """Σ min(p, q), p not renormalised: the share that speculative sampling accepts (arXiv 2211.17192)."""
+    p_full = p * mass[:, None]  # the rest is rejected for certain
+    return torch.minimum(p_full, logits.softmax(dim=-1)).sum(dim=-1)
+
+
+def total_variation(logits, p, mass):
+    """1 - acceptance."""
+    return 1 - acceptance(logits, p, mass)
+
+
+def lk(logits, p, mass):
+    """-log acceptance (LK, arXiv 2602.23881)."""
+    return -acceptance(logits, p, mass).clamp(min=1e-5).log()
+
+
+def lk_hybrid(logits, p, mass):
+    """The divergence first, total variation the more is accepted (LK, arXiv 2602.23881, η = 3)."""
+    accepted = acceptance(logits, p, mass)
+    share = torch.exp(-3 * accepted.detach())
+    return share * divergence(logits, p, mass) + (1 - share) * (1 - accepted)
+
+
+LOSSES = {  # --loss
+    "ce": cross_entropy,
+    "kl": divergence,
+    "tv": total_variation,
+    "lk": lk,
+    "lk_hybrid": lk_hybrid,
+}
 
 
 def token_metrics(logits, p, mass, best, draft_ids):
     """What is logged of each prediction: {name: [N]}. Each becomes NAME_0 ... NAME_{K-1} in metrics.jsonl.
 
-    Arguments as in token_loss; best [N]: the target's argmax over its full vocabulary; draft_ids [Vd]: target ids of
+    Arguments as of a token loss; best [N]: the target's argmax over its full vocabulary; draft_ids [Vd]: target ids of
     the draft vocabulary. "acc" is also what chain lengths are counted by.
     """
-    q = logits.softmax(dim=-1)
-    p_full = p * mass[:, None]  # not renormalised: the rest is rejected for certain
     predicted = draft_ids[logits.argmax(dim=-1)]
     return {
         "acc": predicted == best,
-        "accept": torch.minimum(p_full, q).sum(dim=-1),  # the share that speculative sampling accepts
+        "accept": acceptance(logits, p, mass),
     }
 
 

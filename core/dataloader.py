@@ -201,6 +201,7 @@ class Batch:
     loss_mask: torch.Tensor  # [T], 1 = produced by the assistant
     lengths: list  # tokens of each sequence
     rows: list  # the row number of each sequence; -1: four unsupervised tokens that stand for nothing
+    epoch: int  # what is random in a row depends on the seed, the epoch and the row alone: see `generator`
     plan: object  # the trainer's own: what its `collate` adds
     normaliser: int  # what the loss sum of this batch counts, and is divided by over the optimizer step
     states: object = None  # what the source of hidden states fetched for it
@@ -210,7 +211,7 @@ class Batch:
         return unpack(pack_tensors([self]), device)[0]
 
 
-def concatenate(rows):
+def concatenate(rows, epoch=0):
     """The fields of a Batch that rows [(number, input_ids [S], loss_mask [S])] give, as a dictionary."""
     numbers, input_ids, masks = zip(*rows, strict=True)
     lengths = [len(ids) for ids in input_ids]
@@ -220,7 +221,14 @@ def concatenate(rows):
         "loss_mask": torch.cat(masks),
         "lengths": lengths,
         "rows": list(numbers),
+        "epoch": epoch,
     }
+
+
+def generator(seed, epoch, row, device="cpu"):
+    """The random numbers of a row in an epoch, whatever the ranks, the workers and the batches are."""
+    mixed = np.random.SeedSequence([seed % 2**32, epoch, row + 1])
+    return torch.Generator(device).manual_seed(int(mixed.generate_state(1)[0]))
 
 
 class TensorSlot(NamedTuple):
@@ -313,7 +321,7 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step):
         batches = []
         for rows, states in self.fetch(self, self.assigned(step)):
-            batch = self.collate(rows)
+            batch = self.collate(rows, step // len(self))
             batch.states = states
             batches.append(batch)
         return pack_tensors(batches)
@@ -353,8 +361,8 @@ def read_steps(
 ):
     """Yield this rank's batches of each of `steps` (a range; default: an epoch), read ahead by num_workers processes.
 
-    source: states.Online or Stored, whose `fetch` runs in the workers; collate(rows) -> Batch; name: of the
-    split.
+    source: states.Online or Stored, whose `fetch` runs in the workers; collate(rows, epoch) -> Batch; name: of
+    the split.
     """
     data = Steps(
         split,

@@ -209,8 +209,8 @@ def fetch(data, assigned):
         yield [data.row(number) for number in numbers], None
 
 
-def collate(rows):
-    return dataloader.Batch(**dataloader.concatenate(rows), plan=None, normaliser=0)
+def collate(rows, epoch):
+    return dataloader.Batch(**dataloader.concatenate(rows, epoch), plan=None, normaliser=0)
 
 
 def steps_of(split, seed, size, rank, world, micro_batch_size, total_seq_len=0):
