@@ -17,13 +17,12 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 
 import contextlib
 import copy
-import datetime
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -83,12 +82,11 @@ class HalfLinear(nn.Linear):
 
 
 class DraftHead(nn.Linear):
-    """Logits or, with what `losses.head_loss` takes, the loss: ZeRO-3 gathers weights for a module's call only."""
+    """Logits, or what a function makes of the weight: ZeRO-3 gathers weights for a module's call only."""
 
-    def forward(self, hidden, *teaching):
-        if teaching:
-            return losses.head_loss(hidden, self.weight, *teaching)
-        return super().forward(hidden)
+    def forward(self, hidden, function=F.linear, *args):
+        """function(hidden, weight, *args)"""
+        return function(hidden, self.weight, *args)
 
 
 class DraftLayer(nn.Module):
@@ -387,7 +385,7 @@ def objective(
     head,  # target_model.Head
     plan,  # slots.Plan
     d2t,  # [Vd] int64 offsets
-    decay,  # step i weighs decay^i
+    args,  # flags: loss, ttt_step_loss_decay, step_weights, chain_sampling_min, use_off_policy_tokens
 ):
     """The training-time test over concatenated documents, for live slots only.
 
@@ -399,76 +397,81 @@ def objective(
     """
     dtype = draft.fc.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    live_slots = plan.live.split(plan.counts)  # K tensors [n_i]
-    keeps = plan.keep.split(plan.counts)
+    teacher = losses.Teacher(head, last, vocabulary.target_ids(d2t))
     tokens = draft.midlayer.token_parts(draft.embed(input_ids))  # q [T, A·D], k and v [T, G·D]
     feature = draft.features(auxiliary.to(dtype))  # [T, H]
-    keys = [Keys() for _ in draft.all_layers()]
-    outputs = []
-    weights = []
-    for i, live in enumerate(live_slots):
-        if i > 0 and len(live) < len(feature):  # some chains have ended
-            feature = feature.index_select(0, keeps[i])
-            keys = [seen.select(keeps[i]) for seen in keys]
-        arguments = (draft, plan, position_ids, i, tokens, feature, keys)
-        if draft.midlayer.gradient_checkpointing:
-            hidden, keys = checkpoint(ttt_step, *arguments, **RECOMPUTED)
-        else:
-            hidden, keys = ttt_step(*arguments)  # [n_i, H]
-        del arguments  # the keys before these
-        normed = draft.norm(hidden)
-        outputs.append(normed)  # [n_i, H]
-        weights.append(torch.full_like(live, decay**i, dtype=wide))  # [n_i]
-        feature = draft.next_feature(hidden, normed)
+    keys = [attention.Keys() for _ in draft.all_layers()]
+    own = None  # [n]: the tokens that the live slots drafted, where these are read
+    survival = torch.ones(plan.counts[0], dtype=wide, device=feature.device)
+    total = 0.0
+    found = []
+    while plan is not None:  # one plan of all steps, or one of each step
+        outputs = []
+        weights = []
+        live_slots = plan.live.split(plan.counts)
+        keeps = plan.keep.split(plan.counts)
+        for entry, live in enumerate(live_slots):
+            i = plan.first + entry
+            if i > 0 and len(live) < len(feature):  # some chains have ended
+                feature = feature.index_select(0, keeps[entry])
+                keys = [seen.select(keeps[entry]) for seen in keys]
+                own = own if own is None else own[keeps[entry]]
+            arguments = (draft, plan, position_ids, entry, tokens, own, feature, keys)
+            if draft.midlayer.gradient_checkpointing:
+                hidden, keys = checkpoint(ttt_step, *arguments, **RECOMPUTED)
+            else:
+                hidden, keys = ttt_step(*arguments)  # [n_i, H]
+            del arguments  # the keys before these
+            normed = draft.norm(hidden)
+            outputs.append(normed)  # [n_i, H]
+            weight = args.ttt_step_loss_decay**i if plan.chains is None else 1.0
+            weights.append(torch.full_like(live, weight, dtype=wide))  # [n_i]
+            feature = draft.next_feature(hidden, normed)
+            if not args.use_off_policy_tokens:
+                own = teacher.draft_ids[draft.lm_head(normed.detach(), losses.best_columns)]
 
-    hidden = torch.cat(outputs)  # [R, H]
-    outputs.clear()  # twice the memory otherwise
-    weights = torch.cat(weights)  # [R]
-    teacher = losses.Teacher(head, last, vocabulary.target_ids(d2t))
-    loss, values = draft.lm_head(hidden, weights, teacher, plan, token_loss, token_metrics)
+        hidden = torch.cat(outputs)  # [R, H]
+        outputs.clear()  # twice the memory otherwise
+        weights = torch.cat(weights)  # [R]
+        if plan.chains and plan.chains.draws is None:
+            weights = survival
+        functions = (LOSSES[args.loss], token_metrics)
+        loss, values = draft.lm_head(hidden, losses.head_loss, weights, teacher, plan, *functions)
+        total = total + loss
+        found.append((plan, values))
+        if plan.chains:
+            survival = survival * values["accept"].clamp(min=args.chain_sampling_min)
+        plan, survival = slots.plan_next(plan, survival)
+    return total, *sum_metrics(found, total, len(input_ids))
 
-    sums = {name: losses.sums_of_steps(value, plan.counts) for name, value in values.items()}
-    sums["slots"] = torch.stack([sums["loss"].new_full((), count) for count in plan.counts])
-    correct = input_ids.new_zeros(len(live_slots), len(input_ids), dtype=torch.bool)
-    rights = values["acc"].split(plan.counts)
-    for row, live, right in zip(correct, live_slots, rights, strict=True):
-        row[live] = right > 0
-    return loss, sums, correct
 
-
-class Keys(NamedTuple):
-    """Keys and values that slots attend to, in one layer."""
-
-    first: tuple = ()  # step 0's, of all slots: k, v [T, G, D]
-    own: tuple = ()  # the live slots' own of steps 1 to i: k, v [n, G, i, D]
-
-    def select(self, places):
-        """The Keys of the slots at these places [n'] among the live ones."""
-        own = tuple(x.index_select(0, places) for x in self.own)
-        return Keys(self.first, own)
-
-    def add(self, k, v):
-        """The Keys with those [n, G, D] that the live slots add in a further step."""
-        k = k[:, :, None]
-        v = v[:, :, None]
-        if self.own:
-            before_k, before_v = self.own
-            k = torch.cat([before_k, k], dim=2)
-            v = torch.cat([before_v, v], dim=2)
-        return Keys(self.first, (k, v))
+def sum_metrics(found, total, length):
+    """(sums, correct) as objective returns them; found: [(Plan, {name: [R]})], total: the loss."""
+    counts = [count for plan, _ in found for count in plan.counts]
+    values = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
+    sums = {name: losses.sums_of_steps(value, counts) for name, value in values.items()}
+    sums["slots"] = torch.stack([sums["loss"].new_full((), count) for count in counts])
+    sums["total"] = total.detach().double()
+    live = torch.cat([plan.live for plan, _ in found]).split(counts)
+    correct = torch.zeros(len(counts), length, dtype=torch.bool, device=total.device)
+    for row, at, right in zip(correct, live, values["acc"].split(counts), strict=True):
+        row[at] = right > 0
+    return sums, correct
 
 
 def ttt_step(
     draft,
     plan,
     position_ids,
-    i,
+    entry,  # the step's in the plan
     tokens,  # token parts of q [T, A·D], k and v [T, G·D]
+    own,  # None, or the tokens [n_i] that the live slots read in the place of the data's
     feature,  # at step 0 [T, H] of all slots, later [n_i, H] of the live ones
     keys,  # [Keys of each layer]
 ):
-    """Step i of the training-time test: hidden states [n_i, H] of its live slots, and the Keys with those it adds."""
-    live = plan.live.split(plan.counts)[i]  # [n_i]
+    """A step of the training-time test: hidden states [n_i, H] of its live slots, and the Keys with those it adds."""
+    i = plan.first + entry
+    live = plan.live.split(plan.counts)[entry]  # [n_i]
     positions = position_ids if i == 0 else position_ids[live] + i
     cos, sin = draft.rotary(positions, feature.dtype)
     layers = draft.all_layers()
@@ -477,16 +480,18 @@ def ttt_step(
     for n, layer in enumerate(layers):
         view = plan.views[layer.window]
         rows = live if i == 0 else None  # step 0 has keys and values of all slots
-        queries = slots.Queries(i, i, live)
+        queries = slots.Queries(i, entry, live)
         if i == 0 and n + 1 < len(layers):  # and the outputs of all slots are the next layer's keys
             rows = None
             queries = slots.Queries(i, -1, torch.arange(len(feature), device=live.device))
-        if n == 0:
+        if n == 0 and own is None:
             parts = read_tokens(tokens, queries)
+        elif n == 0:
+            parts = layer.token_parts(draft.embed(own))
 
         def attend(q, k, v, n=n, view=view, queries=queries):
             """q [n, A, D], the k and v that the step adds -> [n, A, D] and the Keys with them."""
-            seen = keys[n].add(k, v) if i > 0 else Keys(first=(k, v))
+            seen = keys[n].add(k, v) if i > 0 else attention.Keys(first=(k, v))
             return attention.attend_slots(draft.attention_backend, view, position_ids, queries, q, seen), seen
 
         feature, seen = layer(parts, feature, cos, sin, attend, rows)
@@ -511,42 +516,55 @@ def chain_lengths(correct):
     return alive.sum(dim=0)
 
 
-def metric_values(sums, decay):
-    """Metrics by name, as floats, from sums over slots {"loss": [K], "acc": [K], ..., "slots": [K], "chains"}."""
+def metric_values(sums):
+    """Metrics by name, as floats, from sums over slots {"loss": [K], "acc": [K], ..., "slots": [K], "total", "chains"}.
+
+    A step that no slot has reached has none.
+    """
     steps = dict(sums)
+    counts = steps.pop("slots")
+    slots_of_all = max(counts[0], 1.0)
+    values = {"loss": steps.pop("total") / slots_of_all}
     chains = steps.pop("chains")
-    counts = [max(count, 1.0) for count in steps.pop("slots")]
-    loss = sum(decay**i * total for i, total in enumerate(steps["loss"]))
-    values = {"loss": loss / counts[0]}
     for name, totals in steps.items():
         for i, total in enumerate(totals):
-            values[f"{name}_{i}"] = total / counts[i]
-    values["chain_length"] = 1 + chains / counts[0]
+            values[f"{name}_{i}"] = total / max(counts[i], 1.0)
+    values["chain_length"] = 1 + chains / slots_of_all
     return values
 
 
 # ==================== Batches ========================================================================================
 
 
-def batch_of(ttt_length, windows=(0,)):
+def batch_of(args, windows=(0,), trains=False):
     """The `collate` of dataloader.read_steps: rows of a micro-batch -> Batch with its plan of slots.
 
-    windows: of each layer of the draft.
+    windows: of each layer of the draft. Evaluation runs all steps of all chains, and weighs them by decay^i.
     """
 
-    def collate(rows):
-        fields = dataloader.concatenate(rows)
+    def collate(rows, epoch):
+        fields = dataloader.concatenate(rows, epoch)
         lengths = fields["lengths"]
-        supervised = slots.supervised_slots(fields["loss_mask"], slots.documents_of(lengths), ttt_length)
-        plan = slots.plan_slots(supervised, lengths, windows)
+        supervised = slots.supervised_slots(fields["loss_mask"], slots.documents_of(lengths), args.ttt_length)
+        draws = None
+        if args.chain_sampling:
+            random = dataloader.random_of(args.seed, epoch, fields["rows"])
+            draws = np.concatenate([numbers.random(length) for numbers, length in zip(random, lengths, strict=True)])
+            draws = torch.from_numpy(draws)
+        if trains and (args.chain_sampling or args.step_weights == "survival"):
+            plan = slots.plan_chains(supervised, lengths, windows, draws)
+        else:
+            plan = slots.plan_slots(supervised, lengths, windows)
         return dataloader.Batch(**fields, plan=plan, normaliser=plan.counts[0])
 
     return collate
 
 
-def run_draft(draft, batch, states, target, d2t, decay):
+def run_draft(draft, batch, states, target, d2t, args):
     """The objective of one micro-batch: loss sum, {name: sums}, and the accepted drafts n_j of each slot [T]."""
     auxiliary, last = states
+    if args.noise_std and draft.training:
+        auxiliary = with_noise(auxiliary, batch, args)
     loss, sums, correct = draft(
         batch.input_ids,
         batch.position_ids,
@@ -555,11 +573,22 @@ def run_draft(draft, batch, states, target, d2t, decay):
         target.head,
         batch.plan,
         d2t,
-        decay,
+        args,
     )
     accepted = chain_lengths(correct)
     sums["chains"] = accepted.sum().double()
     return loss, sums, accepted
+
+
+def with_noise(auxiliary, batch, args):
+    """Auxiliary states [T, n·Ht] with uniform noise of width noise_std, as in EAGLE (arXiv 2401.15077)."""
+    noisy = []
+    random = dataloader.random_of(args.seed, batch.epoch, batch.rows)
+    for part, numbers in zip(auxiliary.split(batch.lengths), random, strict=True):
+        generator = torch.Generator(part.device).manual_seed(int(numbers.integers(2**63)))
+        noise = torch.rand(part.shape, generator=generator, device=part.device, dtype=part.dtype) - 0.5
+        noisy.append(part + args.noise_std * noise)
+    return torch.cat(noisy)
 
 
 # ==================== Evaluation =====================================================================================
@@ -578,7 +607,7 @@ def evaluate(engine, source, data, d2t, args):
     steps = dataloader.read_steps(
         data,
         source,
-        batch_of(args.ttt_length, draft_files.windows(engine.module.config)),
+        batch_of(args, draft_files.windows(engine.module.config)),
         device,
         name="validation",
         global_batch_size=args.batch_size * dist.get_world_size(),
@@ -588,9 +617,7 @@ def evaluate(engine, source, data, d2t, args):
     with contextlib.closing(steps):
         for batches in steps:
             for batch, states in zip(batches, source.states(batches), strict=True):
-                _, found, accepted = run_draft(
-                    engine.module, batch, states, source.target, d2t, args.ttt_step_loss_decay
-                )
+                _, found, accepted = run_draft(engine.module, batch, states, source.target, d2t, args)
                 optimization.add_sums(sums, found)
                 passes = slots.walk_replies(accepted, batch.loss_mask, batch.lengths)
                 sums["tokens"] += sum(passes) + len(passes)
@@ -601,7 +628,7 @@ def evaluate(engine, source, data, d2t, args):
     passes = sums.pop("passes")
     if not sums["slots"][0]:  # on_missing leaves rows out
         return None
-    values = metric_values(sums, args.ttt_step_loss_decay)
+    values = metric_values(sums)
     return values | {"acceptance_length": tokens / max(passes, 1.0), "passes": int(passes)}
 
 
@@ -616,7 +643,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
     """
 
     def forward(draft, batch, states):
-        loss, sums, _ = run_draft(draft, batch, states, source.target, d2t, args.ttt_step_loss_decay)
+        loss, sums, _ = run_draft(draft, batch, states, source.target, d2t, args)
         return loss, sums
 
     start = time.monotonic() - progress.seconds
@@ -625,7 +652,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
     steps = dataloader.read_steps(
         data["train"],
         source,
-        batch_of(args.ttt_length, draft_files.windows(engine.module.config)),
+        batch_of(args, draft_files.windows(engine.module.config), trains=True),
         engine.device,
         range(progress.step, run.total_steps),
         global_batch_size=args.draft_global_batch_size,
@@ -643,7 +670,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
             sums, problem = optimization.optimizer_step(engine, batches, source.states(batches), forward)
             if problem and not progress.bad:
                 last_good = copy.deepcopy(progress)
-            count_step(progress, engine, batches, sums, problem)
+            progress.count(engine, batches, sums, problem)
             if problem:
                 record.line(f"step {step} is left out, it is not finite: {problem}")
             too_old = 0 < 60 * args.save_minutes < time.monotonic() - saved_at
@@ -653,17 +680,17 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
             progress.seconds = now - start
             progress.spent += now - mark
             if progress.bad == args.max_bad_steps:
-                end_badly(record, progress.bad, save(last_good))
+                record.end_badly(progress.bad, save(last_good))
             record.advance()
 
             # --- what is due ---
             last = step == run.total_steps
-            save_due = stop or too_old or is_due(run, step, args.save_interval, args.save_steps)
-            evaluation_due = "validation" in data and is_due(run, step, args.eval_interval, args.eval_steps)
+            save_due = stop or too_old or run.is_due(step, args.save_interval, args.save_steps)
+            evaluation_due = "validation" in data and run.is_due(step, args.eval_interval, args.eval_steps)
 
             # --- log: the values cover all steps since the last line ---
             if last or step % args.log_steps == 0:
-                log(args, run, record, progress, rate)
+                run_record.log_steps(record, run, progress, rate, metric_values)
 
             # --- evaluate and save: never a skipped step, --resume tries those again ---
             best_before = progress.best
@@ -691,35 +718,6 @@ def loader_options(args):
     return {"seed": args.seed, "num_workers": args.num_workers, "prefetch_factor": args.prefetch_factor}
 
 
-def count_step(progress, engine, batches, sums, problem):
-    """Count an optimizer step in the Progress: its sums, tokens and gradient norm, or that it is skipped."""
-    tokens = sum(len(batch.input_ids) for batch in batches)
-    sums["tokens"] = torch.full((), tokens, dtype=torch.float64, device=engine.device)
-    if problem:
-        progress.bad += 1
-        sums = {name: torch.zeros_like(value) for name, value in sums.items()}
-    else:
-        progress.bad = 0
-        progress.norms.append(engine.get_global_grad_norm())  # None under ZeRO stage 0
-    progress.add(sums)
-
-
-def is_due(run, step, epochs, steps):
-    """Whether something is due after `step`: at the end, every `epochs` epochs, every `steps` steps (0 = never)."""
-    if step == run.total_steps or step % (epochs * run.steps_per_epoch) == 0:
-        return True
-    return steps > 0 and step % steps == 0
-
-
-def end_badly(record, count, folder):
-    """End the program after `count` skipped steps in a row; folder: the checkpoint of the last good state, or None."""
-    record.close(2)
-    ranks.fail_together(
-        f"{count} steps in a row are not finite, the last good state is {folder or 'not saved'}: look at the rows "
-        "named above"
-    )
-
-
 def evaluate_now(args, run, engine, source, data, d2t, record, progress):
     """Evaluate, write a row and a line; returns [value, step, metric, loss] if it is the best so far, else None."""
     progress.evaluation_due = True  # until it is done: a server may fail
@@ -734,28 +732,6 @@ def evaluate_now(args, run, engine, source, data, d2t, record, progress):
         f"acceptance_length {values['acceptance_length']:.3f}"
     )
     return checkpoints.better(values, progress.best, progress.step, args.best_metric)
-
-
-def log(args, run, record, progress, rate):
-    """A row and a line about the steps since the last ones."""
-    step = progress.step
-    sums = optimization.reduce_sums(progress.sums)
-    tokens = sums.pop("tokens")
-    norms = [float(norm) for norm in progress.norms if norm is not None]
-    values = metric_values(sums, args.ttt_step_loss_decay) | {
-        "lr": rate,
-        "grad_norm": sum(norms) / len(norms) if norms else None,
-        "tokens_per_second": tokens / progress.spent,
-        "seconds": progress.seconds,
-    }
-    progress.restart()
-    record.row("train", step, step / run.steps_per_epoch, values)
-    left = datetime.timedelta(seconds=round(progress.seconds / step * (run.total_steps - step)))
-    norm = f"{values['grad_norm']:.3f}" if norms else "-"
-    record.line(
-        f"step {step}/{run.total_steps} {step / run.total_steps:.0%} | {run_record.metrics_line(values)} | "
-        f"lr {rate:.2e} | grad_norm {norm} | {values['tokens_per_second']:.0f} tokens/s | left {left}"
-    )
 
 
 # ==================== Flags ==========================================================================================
@@ -808,7 +784,24 @@ def add_draft_flags(add):
 
 def add_objective_flags(add):
     add("--ttt_length", type=POSITIVE, default=7, help="steps K of the training-time test")
+    add("--loss", choices=list(LOSSES), default="ce", help="of a prediction; lk and tv: for sampling")
     add("--ttt_step_loss_decay", type=NOT_NEGATIVE, default=0.8, help="step i weighs this to the power of i")
+    weights = ("decay", "survival")
+    add("--step_weights", choices=weights, default=weights[0], help="survival: the chance that serving gets there")
+    add("--chain_sampling", action=common.Switch, help="a chain goes on with that chance, instead of the weight")
+    add(
+        "--chain_sampling_min",
+        type=common.at_least(float, 0, 1),
+        default=0.2,
+        help="least chance of a further step, in both",
+    )
+    add(
+        "--use_off_policy_tokens",
+        action=common.Switch,
+        default=True,
+        help="later steps read the data's tokens; false: the draft's own",
+    )
+    add("--noise_std", type=NOT_NEGATIVE, default=0.0, help="width of uniform noise on the auxiliary states")
 
 
 # ==================== Main ===========================================================================================

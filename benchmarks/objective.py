@@ -44,8 +44,11 @@ class Tree(NamedTuple):
 
 
 def call_objective(draft, case):
+    import train_eagle3
+
     names = ("input_ids", "position_ids", "auxiliary", "last", "head", "plan", "d2t")
-    return draft(*(case[name] for name in names), DECAY)[0]
+    args = train_eagle3.parse_args(["--target_model_path", "-", "--ttt_step_loss_decay", str(DECAY)])
+    return draft(*(case[name] for name in names), args)[0]
 
 
 def core_tree():

@@ -6,6 +6,7 @@ GPUs. Sizes: n slots, T tokens, A heads, G key-value heads, D of a head.
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,31 @@ def compiled(function):
 def upcast(x):
     """x in fp32 at least: half-precision inputs are normalised and summed in fp32, float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ==================== Keys ==============================================================================================
+
+
+class Keys(NamedTuple):
+    """Keys and values that slots attend to, in one layer."""
+
+    first: tuple = ()  # step 0's, of all slots: k, v [T, G, D]
+    own: tuple = ()  # the live slots' own of steps 1 to i: k, v [n, G, i, D]
+
+    def select(self, places):
+        """The Keys of the slots at these places [n'] among the live ones."""
+        own = tuple(x.index_select(0, places) for x in self.own)
+        return Keys(self.first, own)
+
+    def add(self, k, v):
+        """The Keys with those [n, G, D] that the live slots add in a further step."""
+        k = k[:, :, None]
+        v = v[:, :, None]
+        if self.own:
+            before_k, before_v = self.own
+            k = torch.cat([before_k, k], dim=2)
+            v = torch.cat([before_v, v], dim=2)
+        return Keys(self.first, (k, v))
 
 
 # ==================== A part of the keys =============================================================================

@@ -65,6 +65,18 @@ class Progress:
         """Add one step's sums {name: tensor}."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
 
+    def count(self, engine, batches, sums, problem):
+        """Count an optimizer step beside it: its sums, tokens and gradient norm, or that it is skipped."""
+        tokens = sum(len(batch.input_ids) for batch in batches)
+        sums["tokens"] = torch.full((), tokens, dtype=torch.float64, device=engine.device)
+        if problem:
+            self.bad += 1
+            sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        else:
+            self.bad = 0
+            self.norms.append(engine.get_global_grad_norm())  # None under ZeRO stage 0
+        self.add(sums)
+
     def restart(self):
         """Begin a new interval between two log lines."""
         self.sums = {}

@@ -1,4 +1,4 @@
-"""What all modules share: errors in one line, command lines, atomic files, hashes."""
+"""What all modules share: errors in one line, command lines, atomic files, hashes, parts of containers."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -239,3 +240,18 @@ def download(repo, patterns, repo_type="model", revision=None, flag=None):
         if constants.HF_HUB_OFFLINE:
             reason = f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not have it"
         fail(f"{flag} {repo}: give a local copy, or another name: {reason}")
+
+
+def map_parts(value, kind, replace):
+    """value with every part of type `kind` replaced, in one order; containers and dataclasses are built anew."""
+    if isinstance(value, kind):
+        return replace(value)
+    if is_dataclass(value):
+        parts = {field.name: map_parts(getattr(value, field.name), kind, replace) for field in fields(value)}
+        return type(value)(**parts)
+    if isinstance(value, dict):
+        return {key: map_parts(part, kind, replace) for key, part in value.items()}
+    if isinstance(value, list | tuple) and not all(type(part) is int for part in value):
+        parts = [map_parts(part, kind, replace) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import signal
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,10 +225,9 @@ def concatenate(rows, epoch=0):
     }
 
 
-def generator(seed, epoch, row, device="cpu"):
-    """The random numbers of a row in an epoch, whatever the ranks, the workers and the batches are."""
-    mixed = np.random.SeedSequence([seed % 2**32, epoch, row + 1])
-    return torch.Generator(device).manual_seed(int(mixed.generate_state(1)[0]))
+def random_of(seed, epoch, rows):
+    """A NumPy generator for each row: its numbers in an epoch, whatever the ranks, workers and batches are."""
+    return [np.random.default_rng([seed % 2**32, epoch, row + 1]) for row in rows]
 
 
 class TensorSlot(NamedTuple):
@@ -236,21 +235,6 @@ class TensorSlot(NamedTuple):
 
     dtype: torch.dtype
     shape: torch.Size
-
-
-def map_parts(value, kind, replace):
-    """value with every part of type `kind` replaced, in one order; containers and dataclasses are built anew."""
-    if isinstance(value, kind):
-        return replace(value)
-    if is_dataclass(value):
-        parts = {field.name: map_parts(getattr(value, field.name), kind, replace) for field in fields(value)}
-        return type(value)(**parts)
-    if isinstance(value, dict):
-        return {key: map_parts(part, kind, replace) for key, part in value.items()}
-    if isinstance(value, list | tuple) and not all(type(part) is int for part in value):
-        parts = [map_parts(part, kind, replace) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 def pack_tensors(batches):
@@ -264,7 +248,7 @@ def pack_tensors(batches):
         taken.setdefault(tensor.dtype, []).append(tensor.flatten())
         return TensorSlot(tensor.dtype, tensor.shape)
 
-    batches = map_parts(batches, torch.Tensor, take)
+    batches = common.map_parts(batches, torch.Tensor, take)
     return batches, {dtype: torch.cat(parts) for dtype, parts in taken.items()}
 
 
@@ -280,7 +264,7 @@ def unpack(packed, device):
         used[slot.dtype] = end
         return tensors[slot.dtype][start:end].view(slot.shape)
 
-    return map_parts(batches, TensorSlot, put_back)
+    return common.map_parts(batches, TensorSlot, put_back)
 
 
 class Steps(torch.utils.data.Dataset):

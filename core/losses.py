@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from core import attention, target_model
+from core import attention, slots, target_model
 
 PIECE_ROWS = 16  # rows compared at a time on a CPU: they stay in the cache of a core
 
@@ -164,6 +164,12 @@ def compare(
         values = [loss.detach(), *metrics.values()]
         pieces.append([value.to(p.dtype) for value in values])
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
+def best_columns(hidden, weight):
+    """The argmax [N] over the draft vocabulary of each row of hidden [N, H]; few logits exist at a time."""
+    best = [(rows @ weight.T).argmax(dim=-1) for rows in hidden.split(slots.HEAD_ROWS)]
+    return torch.cat(best)
 
 
 def add_product(total, a, b):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from core import common, ranks, target_model
+from core import common, optimization, ranks, target_model
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors", "accelerate")
 
@@ -422,6 +422,14 @@ class Record:
             atexit.register(leave, code)
         sys.stdin = self.stdin
 
+    def end_badly(self, count, folder):
+        """End the program after `count` skipped steps in a row; folder: of the last good state, or None."""
+        self.close(2)
+        ranks.fail_together(
+            f"{count} steps in a row are not finite, the last good state is {folder or 'not saved'}: look at the rows "
+            "named above"
+        )
+
     def draw(self):
         """Write curves.png; no picture is worth a run, and without matplotlib there is none."""
         path = Path(self.file.name).with_name("curves.png")
@@ -451,6 +459,28 @@ def metrics_line(values):
     """The part of a printed line that training and evaluation share."""
     accuracy = " ".join(f"{x:.3f}" for name, x in values.items() if re.fullmatch(r"acc_\d+", name))
     return f"loss {values['loss']:.4f} | acc {accuracy} | chain_length {values['chain_length']:.3f}"
+
+
+def log_steps(record, run, progress, rate, metric_values):
+    """A row and a line about the steps since the last ones; metric_values(sums over ranks) -> {name: number}."""
+    step = progress.step
+    sums = optimization.reduce_sums(progress.sums)
+    tokens = sums.pop("tokens")
+    norms = [float(norm) for norm in progress.norms if norm is not None]
+    values = metric_values(sums) | {
+        "lr": rate,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+        "tokens_per_second": tokens / progress.spent,
+        "seconds": progress.seconds,
+    }
+    progress.restart()
+    record.row("train", step, step / run.steps_per_epoch, values)
+    left = datetime.timedelta(seconds=round(progress.seconds / step * (run.total_steps - step)))
+    norm = f"{values['grad_norm']:.3f}" if norms else "-"
+    record.line(
+        f"step {step}/{run.total_steps} {step / run.total_steps:.0%} | {metrics_line(values)} | "
+        f"lr {rate:.2e} | grad_norm {norm} | {values['tokens_per_second']:.0f} tokens/s | left {left}"
+    )
 
 
 def read_metrics(path):

@@ -57,6 +57,12 @@ class Run:
         """The flags as run.json and checkpoints keep them: what is derived in the place of what was given."""
         return vars(args) | asdict(self)
 
+    def is_due(self, step, epochs, steps):
+        """Whether something is due after `step`: at the end, every `epochs` epochs, every `steps` steps (0 = never)."""
+        if step == self.total_steps or step % (epochs * self.steps_per_epoch) == 0:
+            return True
+        return steps > 0 and step % steps == 0
+
 
 # ==================== Flags ==========================================================================================
 

@@ -135,12 +135,22 @@ class View(NamedTuple):
     sizes: list  # blocks of queries in each entry
 
 
-class Plan(NamedTuple):
-    """Where the live slots of a micro-batch are, for K ttt_steps.
+class Chains(NamedTuple):
+    """What the Plan of a further ttt_step is made of, where each step decides which chains go on."""
 
-    Rows are the live slots of step 0, then of step 1, and so on: R in all.
+    supervised: torch.Tensor  # bool [K, T]
+    starts: list  # the first token of each document, and the end
+    windows: tuple
+    draws: torch.Tensor | None  # [T] in [0, 1): a chain goes on while its survival is above; None: all go on
+
+
+class Plan(NamedTuple):
+    """Where the live slots of a micro-batch are, for K ttt_steps or, with `chains`, for one.
+
+    Rows are the live slots of its first step, then of the next one, and so on: R in all.
     """
 
+    first: int  # ttt_step
     counts: list  # K ints n_i: live slots of each step
     live: torch.Tensor  # [R]: the slots, ascending in each step
     keep: torch.Tensor  # [R]: their places among the slots of the step before, at step 0 among all
@@ -149,6 +159,7 @@ class Plan(NamedTuple):
     order: torch.Tensor  # [R]: rows sorted by the token of their teacher
     places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
     chunks: list  # (first teacher, end teacher, first row, end row): what the head computes at a time
+    chains: Chains | None = None  # None: the plan has all steps
 
 
 class Queries(NamedTuple):
@@ -164,23 +175,55 @@ def plan_slots(supervised, lengths, windows=(0,)):
 
     windows: of each layer of the draft, 0 = none.
     """
-    bounds = [0, *itertools.accumulate(lengths)]
-    starts = torch.tensor(bounds)
+    starts = [0, *itertools.accumulate(lengths)]
     live = [row.nonzero().flatten() for row in supervised]
     keep = [live[0]]
     for before, now in itertools.pairwise(live):
         keep.append(torch.searchsorted(before, now))
-    tokens = torch.cat([slots + 1 + i for i, slots in enumerate(live)])
+    return make_plan(0, live, keep, starts, windows)
+
+
+def plan_chains(supervised, lengths, windows=(0,), draws=None):
+    """The Plan of step 0 for chains that `plan_next` carries on; arguments as of plan_slots and Chains."""
+    plan = plan_slots(supervised[:1], lengths, windows)
+    starts = [0, *itertools.accumulate(lengths)]
+    return plan._replace(chains=Chains(supervised, starts, windows, draws))
+
+
+def plan_next(plan, survival):
+    """(Plan of the next step or None, survival [n] of its slots); survival [n] of the slots of `plan`.
+
+    It waits for the device: the plan is made on the CPU.
+    """
+    chains = plan.chains
+    i = plan.first + 1
+    if chains is None or i == len(chains.supervised):
+        return None, None
+    goes_on = chains.supervised[i, plan.live]
+    if chains.draws is not None:
+        goes_on &= chains.draws[plan.live] < survival
+    places = goes_on.nonzero().flatten()
+    device = places.device
+    following = make_plan(i, [plan.live[places].cpu()], [places], chains.starts, chains.windows)
+    following = common.map_parts(following, torch.Tensor, lambda tensor: tensor.to(device))
+    return following._replace(chains=chains), survival[places]
+
+
+def make_plan(first, live, keep, starts, windows):
+    """The Plan of the live slots [n_i] of the ttt_steps from `first` on; keep: as in Plan, step by step."""
+    queries = list(enumerate(live, first))
+    tokens = torch.cat([slots + 1 + i for i, slots in queries])
     tokens, order = tokens.sort(stable=True)
     teachers, places = tokens.unique_consecutive(return_inverse=True)
-    queries = list(enumerate(live))
-    if len(windows) > 1:
-        queries.append((0, torch.arange(bounds[-1])))
+    if first == 0 and len(windows) > 1:
+        queries.append((0, torch.arange(starts[-1])))
+    views = {window: view_keys(queries, torch.tensor(starts), window) for window in set(windows)}
     return Plan(
+        first=first,
         counts=[len(slots) for slots in live],
         live=torch.cat(live),
         keep=torch.cat(keep),
-        views={window: view_keys(queries, starts, window) for window in set(windows)},
+        views=views,
         teachers=teachers,
         order=order,
         places=places,

@@ -12,7 +12,7 @@ import evaluate_draft
 import prepare_data
 import train_eagle3
 from core import dataloader, draft_config, draft_files, slots, target_files, target_model
-from helpers import dense, tiny
+from helpers import dense, tiny, training
 from helpers.chat_templates import family_tokenizer
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -88,7 +88,7 @@ def objective_inputs(target, d2t, texts, steps, draft=None):
         "head": target.head,
         "plan": slots.plan_slots(supervised, lengths, windows),
         "d2t": d2t,
-        "decay": 0.8,
+        "args": training.flags(),
     }, masks
 
 

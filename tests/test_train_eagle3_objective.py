@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
 import train_eagle3
 from core import attention, draft_files, losses, slots, target_model
-from helpers import statement
+from helpers import statement, training
 
 ROPES = {
     "default": None,
@@ -106,7 +106,7 @@ def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,)):
         "head": target_model.Head(documents[0]["head"].to(dtype)),
         "plan": slots.plan_slots(slots.supervised_slots(joined["mask"], document_ids, steps), lengths, windows),
         "d2t": draft_ids - torch.arange(len(draft_ids)),
-        "decay": DECAY,
+        "args": training.flags("--ttt_step_loss_decay", DECAY),
     }
 
 
@@ -279,7 +279,8 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(windo
             assert torch.allclose(results[2], results[1], atol=1e-5)
 
 
-def test_the_token_loss_and_metrics_compile_to_the_same_numbers():
+@pytest.mark.parametrize("loss", train_eagle3.LOSSES)
+def test_each_loss_and_the_metrics_compile_to_the_same_numbers(loss):
     """On GPUs each is compiled into one kernel, forward and backward; the compiler takes the same code here."""
     torch.manual_seed(0)
     draft_ids = torch.arange(300)
@@ -287,7 +288,7 @@ def test_the_token_loss_and_metrics_compile_to_the_same_numbers():
     results = []
     for compiled in (attention.compiled, lambda function: function):
         logits = (4 * torch.randn(5, 300, generator=torch.Generator().manual_seed(1))).requires_grad_()
-        loss = compiled(train_eagle3.token_loss)(logits, p, mass)
+        loss = compiled(train_eagle3.LOSSES[loss])(logits, p, mass)
         loss.sum().backward()
         metrics = compiled(train_eagle3.token_metrics)(logits.detach(), p, mass, best, draft_ids)
         results.append([loss.detach(), logits.grad, *(value.float() for value in metrics.values())])
@@ -423,10 +424,9 @@ def test_acceptance_walk_by_hand():
 
 
 def test_metric_values_are_sums_over_sums():
-    values = train_eagle3.metric_values(
-        {"loss": [8.0, 6.0], "acc": [2.0, 1.0], "accept": [3.0, 0.5], "slots": [4.0, 2.0], "chains": 5.0}, 0.5
-    )
-    assert values["loss"] == pytest.approx((8 + 0.5 * 6) / 4)
+    sums = {"loss": [8.0, 6.0], "acc": [2.0, 1.0], "accept": [3.0, 0.5], "slots": [4.0, 2.0], "chains": 5.0}
+    values = train_eagle3.metric_values(sums | {"total": 11.0})
+    assert values["loss"] == 11 / 4
     assert (values["loss_1"], values["acc_0"], values["accept_1"]) == (3.0, 0.5, 0.25)
     assert values["chain_length"] == 1 + 5 / 4
 

@@ -38,6 +38,11 @@ def arguments(work, output, *flags, data=True):
     return [str(part) for part in (*argv, *flags)]
 
 
+def flags(*given):
+    """The trainer's flags by name, as the objective takes them."""
+    return train_eagle3.parse_args(["--target_model_path", "target", *map(str, given)])
+
+
 def run(work, output, *flags, data=True):
     """Train in this process; returns the rows of metrics.jsonl."""
     train_eagle3.main(train_eagle3.parse_args(arguments(work, output, *flags, data=data)))
