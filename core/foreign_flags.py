@@ -144,8 +144,6 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
     Foreign("optimizer", "adamw", ADAMW),
     Foreign("muon_.*", "", ADAMW),
-    Foreign("noise_std", r"0(\.0*)?", "hidden states are used as they are, without noise: drop it"),
-    Foreign("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
     Foreign("deterministic(_cuda)?", "false",
             "--seed fixes initialisation and order; kernels are as they are, drop it"),
     Foreign("legacy_data", "false", PREPARE),

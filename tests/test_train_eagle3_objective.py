@@ -91,22 +91,27 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options
     return draft, embedding, documents, draft_ids
 
 
-def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,)):
+def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,), flags=()):
     """The objective's arguments for documents put behind one another; windows: of each layer of the draft."""
     joined = {
         name: torch.cat([document[name] for document in documents]) for name in ("ids", "mask", "auxiliary", "last")
     }
     lengths = [len(document["ids"]) for document in documents]
     document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    supervised = slots.supervised_slots(joined["mask"], document_ids, steps)
+    args = training.flags("--ttt_step_loss_decay", DECAY, *flags)
+    plan = slots.plan_slots(supervised, lengths, windows)
+    if args.step_weights == "survival":
+        plan = slots.plan_chains(supervised, lengths, windows)
     return {
         "input_ids": joined["ids"],
         "position_ids": torch.cat([torch.arange(n) for n in lengths]),
         "auxiliary": joined["auxiliary"].to(dtype),
         "last": joined["last"].to(dtype),
         "head": target_model.Head(documents[0]["head"].to(dtype)),
-        "plan": slots.plan_slots(slots.supervised_slots(joined["mask"], document_ids, steps), lengths, windows),
+        "plan": plan,
         "d2t": draft_ids - torch.arange(len(draft_ids)),
-        "args": training.flags("--ttt_step_loss_decay", DECAY),
+        "args": args,
     }
 
 
@@ -161,24 +166,30 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def state(case):
+def state(case, flags=()):
     """What the statement says about a case: loss, sums, accepted drafts of each slot, gradients by name."""
+    args = training.flags(*flags)
+    least = args.chain_sampling_min if args.step_weights == "survival" else None
+    options = {"kind": args.loss, "least_survival": least, "own_tokens": not args.use_off_policy_tokens}
     draft, embedding, documents, draft_ids = case
     weights = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
-    loss, sums, accepted = statement.run(draft.config, weights, embedding, documents, draft_ids.tolist(), STEPS, DECAY)
+    constants = (draft_ids.tolist(), STEPS, DECAY)
+    loss, sums, accepted, _ = statement.run(draft.config, weights, embedding, documents, *constants, **options)
     loss = torch.as_tensor(loss)  # a float if there is nothing to learn from
     if loss.requires_grad:
         loss.backward()
     return loss.item(), sums, sum(accepted, []), {name: weight.grad for name, weight in weights.items()}
 
 
-def compare_with_statement(case, dtype, tolerance, stated=None):
+def compare_with_statement(case, dtype, tolerance, stated=None, flags=()):
     """Loss, sums, accepted drafts and gradients are the statement's; returns its loss and number of accepted drafts."""
     draft, _, documents, draft_ids = case
-    expected, expected_sums, expected_accepted, expected_gradients = stated or state(case)
+    expected, expected_sums, expected_accepted, expected_gradients = stated or state(case, flags)
     windows = draft_files.windows(draft.config)
-    loss, sums, correct = train_eagle3.objective(draft, **inputs(documents, draft_ids, dtype, windows=windows))
+    arguments = inputs(documents, draft_ids, dtype, windows=windows, flags=flags)
+    loss, sums, correct = train_eagle3.objective(draft, **arguments)
     loss.backward()
+    assert float(sums["total"]) == loss.item()
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-12)
     found = zip(*(sums[name].tolist() for name in ("loss", "acc", "accept", "slots")), strict=True)
     assert [list(row) for row in found] == [pytest.approx(row, rel=1e-6, abs=1e-12) for row in expected_sums]
@@ -197,6 +208,89 @@ def compare_with_statement(case, dtype, tolerance, stated=None):
 def test_objective_and_gradients_equal_the_statement(rope, dtype, tolerance):
     _, accepted = compare_with_statement(case(rope, dtype), dtype, tolerance)
     assert accepted > 0, "a case without any accepted draft shows too little"
+
+
+OBJECTIVES = {  # flags, options of the draft
+    "kl": ("--loss kl", {}),
+    "tv": ("--loss tv", {}),
+    "lk": ("--loss lk", {}),
+    "lk_hybrid": ("--loss lk_hybrid", {}),
+    "survival": ("--step_weights survival --chain_sampling_min 0", {}),
+    "survival of at least 0.4": ("--step_weights survival --chain_sampling_min 0.4", {}),
+    "own tokens": ("--use_off_policy_tokens false", {}),
+    "lk, survival": ("--loss lk --step_weights survival", {"norm_output": True}),
+    "tv, own tokens": ("--loss tv --use_off_policy_tokens false", {"fc_norm": True, "norm_output": True}),
+    "lk_hybrid, survival, own tokens, two layers": (
+        "--loss lk_hybrid --step_weights survival --use_off_policy_tokens false",
+        {"num_hidden_layers": 2, "fc_norm": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_equals_the_statement(name, monkeypatch):
+    for size, value in {"HEAD_ROWS": 16, "HEAD_TOKENS": 7}.items():
+        monkeypatch.setattr(slots, size, value)
+    flags, options = OBJECTIVES[name]
+    found = case("default", lengths=(9, 24, 12), **options)
+    for checkpointing in (False, True):
+        for layer in found[0].all_layers():
+            layer.gradient_checkpointing = checkpointing
+        compare_with_statement(found, torch.float64, 3e-6, flags=flags.split())
+
+
+def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
+    """Over many draws: the mean gradient is the exact one within its standard error, and so is the number of rows."""
+    draft, _, documents, draft_ids = case("default", lengths=(9, 15))
+    draft.lm_head.weight.data *= 0.1  # acceptances that are neither small nor close to one
+    flags = ("--step_weights", "survival", "--chain_sampling_min", 0.3)
+    arguments = inputs(documents, draft_ids, torch.float64, flags=flags)
+    loss, sums, _ = train_eagle3.objective(draft, **arguments)
+    loss.backward()
+    exact = gradients(draft)
+    torch.manual_seed(0)
+    directions = {name: torch.randn_like(gradient) for name, gradient in exact.items()}
+
+    def project(found):
+        return torch.stack([(found[name] * direction).sum() for name, direction in directions.items()])
+
+    samples = []
+    rows = []
+    plan = arguments["plan"]
+    for _ in range(300):
+        draws = torch.rand(len(arguments["input_ids"]), dtype=torch.float64)
+        arguments["plan"] = plan._replace(chains=plan.chains._replace(draws=draws))
+        value, found, _ = train_eagle3.objective(draft, **arguments)
+        value.backward()
+        samples.append(torch.cat([project(gradients(draft)), value.detach()[None]]))
+        rows.append(found["slots"])
+    samples = torch.stack(samples)
+    deviation = samples.mean(0) - torch.cat([project(exact), loss.detach()[None]])
+    error = samples.std(0) / len(samples) ** 0.5
+    assert (deviation.abs() < 4 * error).all() and (error > 0).all()
+    assert deviation.square().sum() < 3 * error.square().sum()
+
+    # Independent of the program: the chance to reach a step from the statement's acceptances, slot by slot.
+    rows = torch.stack(rows)
+    reached = torch.tensor(statement_survivals(draft, documents, draft_ids, 0.3), dtype=torch.float64)
+    error = rows.std(0) / len(rows) ** 0.5
+    assert ((rows.mean(0) - reached).abs() <= 4 * error + 1e-9).all()
+    assert reached.sum() < 0.6 * sums["slots"].sum(), "the case saves too little work to show anything"
+
+
+def statement_survivals(draft, documents, draft_ids, least):
+    """Σ over slots of the product of the acceptances before each step, by the statement: [K]."""
+    weights = {name: p.detach().double() for name, p in draft.named_parameters()}
+    return statement.run(
+        draft.config,
+        weights,
+        draft.embedding.double(),
+        documents,
+        draft_ids.tolist(),
+        STEPS,
+        DECAY,
+        least_survival=least,
+    )[3]
 
 
 @functools.cache
@@ -288,10 +382,10 @@ def test_each_loss_and_the_metrics_compile_to_the_same_numbers(loss):
     results = []
     for compiled in (attention.compiled, lambda function: function):
         logits = (4 * torch.randn(5, 300, generator=torch.Generator().manual_seed(1))).requires_grad_()
-        loss = compiled(train_eagle3.LOSSES[loss])(logits, p, mass)
-        loss.sum().backward()
+        values = compiled(train_eagle3.LOSSES[loss])(logits, p, mass)
+        values.sum().backward()
         metrics = compiled(train_eagle3.token_metrics)(logits.detach(), p, mass, best, draft_ids)
-        results.append([loss.detach(), logits.grad, *(value.float() for value in metrics.values())])
+        results.append([values.detach(), logits.grad, *(value.float() for value in metrics.values())])
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
 

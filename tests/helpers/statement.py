@@ -115,17 +115,38 @@ class Layer:
         return hidden + self.w["mlp.down_proj.weight"] @ (gate * (self.w["mlp.up_proj.weight"] @ x))
 
 
-def run(config, weights, embedding, documents, draft_ids, steps, decay):
-    """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
-    auxiliary [S, n·Ht], logits [S, V].
+def token_loss(kind, p, q):
+    """A loss of one prediction; p [Vd]: the target's probabilities, which do not add up to 1, q [Vd]: the draft's."""
+    renormalised = p / p.sum()
+    divergence = sum(a * (a.log() - b.log()) for a, b in zip(renormalised, q, strict=True))
+    accepted = sum(min(a, b) for a, b in zip(p, q, strict=True))
+    if kind == "ce":
+        return -(renormalised * q.log()).sum()
+    if kind == "kl":
+        return divergence
+    if kind == "tv":
+        return 1 - accepted
+    if kind == "lk":
+        return -accepted.log()
+    assert kind == "lk_hybrid"
+    share = math.exp(-3 * accepted.item())
+    return share * divergence + (1 - share) * (1 - accepted)
 
-    Returns loss (summed over slots, steps weighted, not normalised), sums [K][cross-entropy, correct, accept, count],
-    and per document the number n_j of leading correct steps of every slot.
+
+def run(
+    config, weights, embedding, documents, draft_ids, steps, decay, kind="ce", least_survival=None, own_tokens=False
+):
+    """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
+    auxiliary [S, n·Ht], logits [S, V]. kind: of loss; least_survival: a step weighs the product of the acceptances of
+    the chain before, each at least this; own_tokens: later steps read what the draft would draft.
+
+    Returns loss (summed over slots, steps weighted, not normalised), sums [K][loss, correct, accept, count], per
+    document the number n_j of leading correct steps of every slot, and the sum [K] of survivals over slots.
     """
     eps = config["rms_norm_eps"]
     layers = [Layer(config, weights, n) for n in range(config.get("num_hidden_layers", 1))]
     embedding = weights.get("embed_tokens.weight", embedding)
-    sums, loss, accepted = [[0.0] * 4 for _ in range(steps)], 0.0, []
+    sums, loss, accepted, survivals = [[0.0] * 4 for _ in range(steps)], 0.0, [], [0.0] * steps
 
     def first_feature(a):
         """fc of one position's auxiliary hidden states [n·Ht], behind the norms that the configuration asks for."""
@@ -151,7 +172,7 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
                 inputs = [layer.output(inputs[j], parts[j][0], j, keys) for j in range(last)]
         accepted.append([0] * len(ids))
         for j in range(last):
-            feature, own, alive = None, [[] for _ in layers], True
+            feature, own, alive, token, survival = None, [[] for _ in layers], True, ids[j + 1], 1.0
             for i in range(steps):
                 if not supervised(mask, j, i):
                     break
@@ -161,22 +182,27 @@ def run(config, weights, embedding, documents, draft_ids, steps, decay):
                     if i == 0:
                         hidden, q = inputs[j], parts[j][0]
                     else:
-                        q, k, v = layer.project(embedding[ids[j + 1 + i]], hidden, j + i)
+                        q, k, v = layer.project(embedding[token], hidden, j + i)
                         own[n].append((j + i, k, v))
                     hidden = layer.output(hidden, q, j + i, keys[: j + 1] + own[n])
                 normed = rms(hidden, weights["norm.weight"], eps)
                 logits = weights["lm_head.weight"] @ normed
                 z = document["logits"][j + 1 + i]
-                best, q_draft = int(z.argmax()), logits.softmax(-1)
+                best, q_draft, p = int(z.argmax()), logits.softmax(-1), z.softmax(-1)[draft_ids]
                 sums[i][3] += 1
+                survivals[i] += survival
                 if best in draft_ids:
-                    entropy = -(z[draft_ids].softmax(-1) * q_draft.log()).sum()
-                    loss = loss + decay**i * entropy
-                    sums[i][0] += float(entropy.detach())
-                right = draft_ids[int(logits.argmax())] == best
+                    value = token_loss(kind, p, q_draft)
+                    loss = loss + (decay**i if least_survival is None else survival) * value
+                    sums[i][0] += float(value.detach())
+                drafted = draft_ids[int(logits.argmax())]
+                right = drafted == best
                 sums[i][1] += right
-                sums[i][2] += float(torch.minimum(z.softmax(-1)[draft_ids], q_draft.detach()).sum())
+                acceptance = float(torch.minimum(p, q_draft.detach()).sum())
+                sums[i][2] += acceptance
+                survival *= max(acceptance, least_survival or 0.0)
+                token = drafted if own_tokens else ids[min(j + 2 + i, last)]
                 alive = alive and right
                 accepted[-1][j] += alive
                 feature = normed if config.get("norm_output") else hidden
-    return loss, sums, accepted
+    return loss, sums, accepted, survivals
