@@ -13,6 +13,7 @@ import torch
 
 import train_eagle3
 from core import dataloader, slots, states
+from helpers import training
 
 FEATURES = datasets.Features(
     {
@@ -327,7 +328,7 @@ def test_a_rank_without_rows_takes_part_in_the_forwards_and_has_a_batch_without_
     packed = []
     for rank in range(2):
         steps = steps_of(as_dataset(random_rows(5)), 0, 5, rank, 2, 4)
-        steps.fetch, steps.collate = source.fetch, train_eagle3.batch_of(3)
+        steps.fetch, steps.collate = source.fetch, train_eagle3.batch_of(training.flags("--ttt_length", 3))
         packed.append(steps[0])
     idle, busy = sorted(
         (dataloader.unpack(part, "cpu") for part in packed), key=lambda part: sum(len(batch.rows) for batch in part)

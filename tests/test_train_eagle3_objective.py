@@ -257,7 +257,7 @@ def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
     samples = []
     rows = []
     plan = arguments["plan"]
-    for _ in range(300):
+    for _ in range(150):
         draws = torch.rand(len(arguments["input_ids"]), dtype=torch.float64)
         arguments["plan"] = plan._replace(chains=plan.chains._replace(draws=draws))
         value, found, _ = train_eagle3.objective(draft, **arguments)
