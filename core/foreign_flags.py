@@ -105,7 +105,6 @@ SILU = "the engines serve silu alone: drop it"
 RESIDUAL = 'write "norm_before_residual": true into the JSON of --draft_model_config: vLLM serves it, SGLang does not'
 IN_DRAFT_CONFIG = "write it into the JSON of --draft_model_config"
 PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see bf16 in --deepspeed_config"
-ADAMW = "the optimizer is AdamW, with --learning_rate and --weight_decay"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
 CLASS_KNOWS = "the model's class knows it, drop it"
 MEASURED = "benchmarks/step.py measures: drop it"
@@ -137,6 +136,7 @@ ALIASES = {  # {another trainer's name: ours}
     "per_device_train_batch_size": "draft_micro_batch_size", "num_train_epochs": "num_epochs",
     "warmup_steps": "scheduler_warmup_steps", "lr_scheduler_type": "scheduler_type", "logging_steps": "log_steps",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
+    "deterministic_cuda": "deterministic",
 }  # fmt: skip
 
 VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
@@ -152,12 +152,8 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("norm_before_residual", "false", RESIDUAL),
     Foreign("norm_before_fc|norm_output", "false", IN_DRAFT_CONFIG),
     Foreign("embed_requires_grad", "false", "the embedding stays frozen: serving takes the target's"),
-    Foreign("optimizer", "adamw", ADAMW),
-    Foreign("muon_.*", "", ADAMW),
     Foreign("noise_std", r"0(\.0*)?", "hidden states are used as they are, without noise: drop it"),
     Foreign("use_off_policy_tokens", "true", "later steps always read the data's tokens"),
-    Foreign("deterministic(_cuda)?", "false",
-            "--seed fixes initialisation and order; kernels are as they are, drop it"),
     Foreign("legacy_data", "false", PREPARE),
     Foreign("data_format_version", "1", PREPARE),
     Foreign("cache_(dir|key)|model_download_dir", "",
