@@ -135,8 +135,9 @@ def prepare_for_muon(path, config):
         common.fail(f"{path}: optimizer muon does not train with its states on nvme: give offload_optimizer to cpu")
     if offload_device(config) == "cpu":
         config["zero_force_ds_cpu_optimizer"] = False  # Muon with DeepSpeedCPUAdam is none of its own
-    if zero.get("stage") == 3:
-        zero["reduce_scatter"] = False  # whole gradients are orthogonalized
+    # Stage 3 orthogonalizes full gradients; in bf16, stage 2 of 0.19.8 would lose those of AdamW's parameters that are
+    # reduced right before one of Muon's.
+    zero["reduce_scatter"] = False
 
 
 def offload_device(config):

@@ -154,11 +154,12 @@ def test_muon_and_the_average_resume_bit_by_bit(work, runs, tmp_path, number):
 
 
 def test_muon_moves_what_it_is_for(runs):
-    """In the first step the head and the norms move as AdamW moves them, the matrices of fc and the layer do not."""
+    """In the first step embedding, head and norms move by AdamW's rate, the matrices of fc and the layer do not."""
     other = weights(runs / "muon" / "step_00000001")
     for name, tensor in weights(runs / "adamw" / "step_00000001").items():
         by_muon = name.startswith(("fc.", "midlayer.")) and tensor.dim() == 2
-        assert torch.allclose(tensor, other[name], rtol=0, atol=1e-4) != by_muon, name
+        gap = (tensor.float() - other[name].float()).abs().mean()  # AdamW's rate is 0.003
+        assert gap > 1e-3 if by_muon else gap < 1e-4, name
 
 
 def test_the_average_is_saved_and_the_weights_are_trained(runs):
