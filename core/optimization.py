@@ -70,6 +70,8 @@ def check_flags(args, given):
             f"max_grad_norm {args.max_grad_norm}: DeepSpeed would clip Muon's orthogonal updates, whose norm does not "
             "depend on the gradient: drop it"
         )
+    if args.max_grad_norm > 0:
+        print("optimizer muon: gradients are not clipped")
 
 
 # ==================== The engine =====================================================================================

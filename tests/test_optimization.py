@@ -145,6 +145,8 @@ def test_muon_and_the_average_resume_bit_by_bit(work, runs, tmp_path, number):
     if number != 2:
         whole = tmp_path / "whole"
         training.run(work, whole, *MUON, *where, "--total_steps", 4)
+        losses = [[row["loss"] for row in metrics(run)] for run in (whole, runs / "muon")]
+        assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
         assert training.furthest(weights(whole / "final"), weights(runs / "muon" / "final")) < 1e-5
     training.run(work, tmp_path / "out", *MUON, *where, "--total_steps", 2)
     training.run(work, tmp_path / "out", *MUON, *where, "--total_steps", 4, "--resume")
