@@ -205,11 +205,14 @@ def test_flags_of_a_start_count_and_not_those_of_the_checkpoint(work, runs, tmp_
 
 @slow
 def test_two_ranks_train_and_resume_the_same(work, runs, tmp_path, capfd):
-    """Muon resumes on its number of ranks alone; AdamW with an average on any."""
+    """Muon resumes on its number of ranks, without ZeRO on any; so does AdamW, and an average."""
     two = tmp_path / "two"
     shutil.copytree(runs / "averaged" / "step_00000002", tmp_path / "moved" / "step_00000002")
     shutil.copytree(runs / "muon" / "step_00000002", tmp_path / "one" / "step_00000002")
-    starts = []
+    (tmp_path / "zero0.json").write_text('{"zero_optimization": {"stage": 0}}')
+    zero0 = (*MUON, "--deepspeed_config", tmp_path / "zero0.json")
+    training.run(work, tmp_path / "zero0", *zero0, "--total_steps", 2)
+    starts = [(tmp_path / "zero0", *zero0, "--total_steps", 4, "--resume")]
     for number in (1, 2, 3):
         folder = two / str(number)
         starts.append((folder, *MUON, *stage(number), "--total_steps", 4))
@@ -228,6 +231,7 @@ def test_two_ranks_train_and_resume_the_same(work, runs, tmp_path, capfd):
         assert training.furthest(weights(folder / "final"), weights(runs / "muon" / "final")) < 1e-5
         assert unlike(folder / "again", folder, "step_00000004") == []
         assert unlike(folder / "again", folder, "final") == []
+    assert training.furthest(weights(tmp_path / "zero0" / "final"), weights(runs / "muon" / "final")) < 1e-5
     assert training.furthest(weights(tmp_path / "moved" / "final"), weights(runs / "averaged" / "final")) < 1e-5
 
 
