@@ -670,7 +670,10 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
             sums, problem = optimization.optimizer_step(engine, batches, source.states(batches), forward)
             if problem and not progress.bad:
                 last_good = copy.deepcopy(progress)
-            progress.count(engine, batches, sums, problem)
+            norm = None if problem else optimization.gradient_norm(engine)
+            progress.count(batches, sums, problem, norm)
+            if args.ema_decay and not problem:
+                optimization.update_average(progress.average, engine, args.ema_decay, step)
             if problem:
                 record.line(f"step {step} is left out, it is not finite: {problem}")
             too_old = 0 < 60 * args.save_minutes < time.monotonic() - saved_at
@@ -721,7 +724,8 @@ def loader_options(args):
 def evaluate_now(args, run, engine, source, data, d2t, record, progress):
     """Evaluate, write a row and a line; returns [value, step, metric, loss] if it is the best so far, else None."""
     progress.evaluation_due = True  # until it is done: a server may fail
-    values = evaluate(engine, source, data["validation"], d2t, args)
+    with optimization.averaged(engine, progress.average):
+        values = evaluate(engine, source, data["validation"], d2t, args)
     progress.evaluation_due = False
     if values is None:
         record.line(f"evaluation at step {progress.step}: no validation row has a slot with hidden states")
@@ -843,9 +847,10 @@ def build_draft(args, config, target, d2t, checkpoint):
 
 
 def main(args):
-    device = ranks.start_distributed(args.dist_timeout, args.local_rank)
-    with ranks.only_writer("output_dir", args.output_dir):
-        start(args, device)
+    with setup.deterministic(args.deterministic):
+        device = ranks.start_distributed(args.dist_timeout, args.local_rank)
+        with ranks.only_writer("output_dir", args.output_dir):
+            start(args, device)
 
 
 def start(args, device):
@@ -871,7 +876,7 @@ def start(args, device):
     if dist.get_rank() == 0 and data_folder:
         covered = vocabulary.coverage_of(Path(data_folder) / "token_freq.pt", d2t)
         print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered))
-    groups = optimization.parameter_groups(draft, args.weight_decay)
+    groups = optimization.parameter_groups(draft, args)
     engine = optimization.build_engine(draft, groups, deepspeed_config, device)
     d2t = d2t.to(device)
     progress = checkpoints.Progress()
@@ -900,7 +905,7 @@ def start(args, device):
     final = Path(args.output_dir) / "final"
     try:
         if train(args, run, engine, source, data, d2t, record, progress, save):
-            checkpoints.write_final(engine, final, {"run.json": run_record.as_text(settings)}, write_draft)
+            checkpoints.write_final(engine, final, {"run.json": run_record.as_text(settings)}, progress, write_draft)
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {final}")
     except server.ServerFailed as error:
         folder = save(progress)

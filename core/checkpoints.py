@@ -2,7 +2,7 @@
 
 Beside DeepSpeed's shards a checkpoint holds tensors by name, with a rule for another number of ranks:
 - sums, one per rank: rank 0 gets the sum over the ranks that wrote them, the others zeros;
-- kept tensors, the same on every rank: every rank gets them;
+- averages of the weights, the same on every rank: every rank gets them;
 - states of the random number generators, one set per rank: only for the same number of ranks.
 
 How the model itself is written is up to the trainer: `write_draft(folder, tensors)` on rank 0.
@@ -54,7 +54,7 @@ class Progress:
     best: list = None  # [value, step, name of the metric, loss] of the best checkpoint
     evaluation_due: bool = False  # at this step, and not done yet
     bad: int = 0  # steps left out in a row
-    kept: dict = field(default_factory=dict)  # tensors by name, the same on every rank
+    average: dict = field(default_factory=dict)  # averaged weights, fp32 by name, the same on every rank
 
     # Of the steps that are not logged yet:
     spent: float = 0.0  # seconds
@@ -65,16 +65,16 @@ class Progress:
         """Add one step's sums {name: tensor}."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in sums.items()}
 
-    def count(self, engine, batches, sums, problem):
-        """Count an optimizer step beside it: its sums, tokens and gradient norm, or that it is skipped."""
+    def count(self, batches, sums, problem, norm):
+        """Count an optimizer step: its sums, tokens and gradient norm (None under ZeRO 0), or that it is skipped."""
         tokens = sum(len(batch.input_ids) for batch in batches)
-        sums["tokens"] = torch.full((), tokens, dtype=torch.float64, device=engine.device)
+        sums["tokens"] = sums["total"].new_full((), tokens)
         if problem:
             self.bad += 1
             sums = {name: torch.zeros_like(value) for name, value in sums.items()}
         else:
             self.bad = 0
-            self.norms.append(engine.get_global_grad_norm())  # None under ZeRO stage 0
+            self.norms.append(norm)
         self.add(sums)
 
     def restart(self):
@@ -144,14 +144,23 @@ def full_tensors(engine):
         return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
 
 
-def engine_kind(config):
-    """The part of DeepSpeed's configuration that decides whether shards written with it can be read."""
+def served_tensors(engine, progress):
+    """The draft to be served, as `full_tensors`: averaged weights that the training keeps take the weights' place."""
+    tensors = full_tensors(engine)
+    for name in tensors.keys() & progress.average.keys():
+        tensors[name] = progress.average[name].to("cpu", tensors[name].dtype)
+    return tensors
+
+
+def engine_kind(config, optimizer):
+    """What decides whether DeepSpeed's shards can be read: its configuration and the flag `optimizer`."""
     zero = config.get("zero_optimization", {})
     device = zero.get("offload_optimizer", {}).get("device", "none")
     optimizers = {"none": "AdamW", "cpu": "DeepSpeedCPUAdam"}
+    adamw = optimizers.get(device, "AdamW on nvme")
     return {
         "precision": "bf16" if config["bf16"]["enabled"] else "fp32",
-        "optimizer": optimizers.get(device, "AdamW on nvme"),
+        "optimizer": f"Muon with {adamw}" if optimizer == "muon" else adamw,
         "zero_stage": zero.get("stage", 0),
     }
 
@@ -203,8 +212,8 @@ def write_shards(engine, building):
 
 
 def write_tensors(path, progress, gathered):
-    """ranks.safetensors: kept tensors, and sums and generators of every rank (gathered: [{name: tensor}])."""
-    tensors = {f"same.{name}": tensor.cpu() for name, tensor in progress.kept.items()}
+    """ranks.safetensors: averages, and sums and generators of every rank (gathered: [{name: tensor}])."""
+    tensors = {f"same.{name}": tensor.cpu() for name, tensor in progress.average.items()}
     for rank, own in enumerate(gathered):
         for name, tensor in own.items():
             tensors[f"{rank}.{name}"] = tensor
@@ -230,7 +239,7 @@ def write_checkpoint(engine, folder, state, progress, write_draft):
     is_main = dist.get_rank() == 0
     building = folder.with_name(f".{folder.name}.building")
     gathered = ranks.gather(own_tensors(progress))
-    tensors = full_tensors(engine)
+    tensors = served_tensors(engine, progress)
     problem = ""
     if is_main:
         try:
@@ -291,9 +300,9 @@ def publish(building, folder, state):
     return first_problem(problem)
 
 
-def write_final(engine, folder, files, write_draft):
+def write_final(engine, folder, files, progress, write_draft):
     """Replace `folder` by the draft alone, with files {name: text}. Ends the program if it cannot be written."""
-    tensors = full_tensors(engine)
+    tensors = served_tensors(engine, progress)
     previous = folder.with_name(f".{folder.name}.old")
 
     def write():
@@ -521,12 +530,13 @@ def find_start(args, engine, decisive):
                 f"{folder} was trained with {name} {before}, not {getattr(args, name)}: it decides what "
                 "the remaining steps are; give the same, or start from its weights without --resume"
             )
-    check_engine(folder, state["flags"]["engine"], engine)
+    check_engine(folder, state, engine)
     return str(folder), state
 
 
-def check_engine(folder, written, engine):
-    """End the program if shards of one `engine_kind` cannot be read with another."""
+def check_engine(folder, state, engine):
+    """End the program if a checkpoint's shards cannot be read by this `engine_kind` on this number of ranks."""
+    written = state["flags"]["engine"]
     remedy = "or start from its weights without --resume"
     if "nvme" in written["optimizer"]:
         common.fail(
@@ -536,11 +546,16 @@ def check_engine(folder, written, engine):
     for name in ("precision", "optimizer"):
         if written[name] != engine[name]:
             common.fail(
-                f"{folder} was trained with {name} {written[name]}, deepspeed_config means {engine[name]}: give the "
-                f"same, {remedy}"
+                f"{folder} was trained with {name} {written[name]}, this start means {engine[name]}: give the same, "
+                f"{remedy}"
             )
     before = written["zero_stage"]
     stage = engine["zero_stage"]
+    if "Muon" in engine["optimizer"] and stage and (before, state["world_size"]) != (stage, dist.get_world_size()):
+        common.fail(
+            f"{folder} was trained by Muon under ZeRO stage {before} on {state['world_size']} ranks, not stage {stage} "
+            f"on {dist.get_world_size()}: DeepSpeed does not convert Muon's momentum; give the same, {remedy}"
+        )
     if before != stage and {before, stage} != {1, 2}:
         common.fail(
             f"{folder} was trained with ZeRO stage {before}, deepspeed_config has stage {stage}: DeepSpeed converts "
@@ -563,6 +578,7 @@ def read_shards(engine, folder, state, flags):
     """Weights, fp32 masters and optimizer of a checkpoint, whatever the number of ranks that wrote it."""
     shards = folder / SHARDS
     stage = flags["engine"]["zero_stage"]
+    given = [{name: group[name] for name in group.keys() - {"params"}} for group in engine.optimizer.param_groups]
     same_world = state["world_size"] == dist.get_world_size()
     same_stage = state["flags"]["engine"]["zero_stage"] == stage
     if stage == 0 or (same_world and same_stage):  # stage 0 has no shards
@@ -578,29 +594,31 @@ def read_shards(engine, folder, state, flags):
             shutil.rmtree(universal, ignore_errors=True)
     if not path:
         common.fail(f"DeepSpeed finds nothing to load in {shards}")
+    for group, settings in zip(engine.optimizer.param_groups, given, strict=True):
+        group.update(settings)  # rates and decays are those of the flags, not of the checkpoint
 
 
 def read_tensors(folder, state):
-    """(sums, kept) of this rank, each {name: tensor}; sets the generators if the number of ranks is the same."""
+    """(sums, average) of this rank, each {name: tensor}; sets the generators if the number of ranks is the same."""
     rank = dist.get_rank()
-    kept = {}
+    average = {}
     sums = defaultdict(dict)  # by rank
     generators = defaultdict(dict)
     for key, tensor in load_file(folder / RANKS).items():
         if key.startswith("same."):
-            kept[key.removeprefix("same.")] = tensor
+            average[key.removeprefix("same.")] = tensor
             continue
         writer, kind, name = key.split(".", 2)
         by_rank = {"sum": sums, "generator": generators}[kind]
         by_rank[int(writer)][name] = tensor
     if state["world_size"] == dist.get_world_size():
         set_generators(generators[rank])
-        return sums[rank], kept
+        return sums[rank], average
     totals = {}
     for name in sums[0]:
         total = sum(sums[writer][name] for writer in range(state["world_size"]))
         totals[name] = total if rank == 0 else torch.zeros_like(total)
-    return totals, kept
+    return totals, average
 
 
 def resume(engine, folder, state, flags):
@@ -610,7 +628,9 @@ def resume(engine, folder, state, flags):
     """
     folder = Path(folder)
     read_shards(engine, folder, state, flags)
-    sums, kept = read_tensors(folder, state)
+    sums, average = read_tensors(folder, state)
+    if not flags["ema_decay"]:  # it would not follow the weights
+        average = {}
     return Progress(
         step=state["step"],
         seconds=state["seconds"],
@@ -619,5 +639,5 @@ def resume(engine, folder, state, flags):
         spent=state["spent"],
         norms=state["norms"],
         sums={name: tensor.to(engine.device) for name, tensor in sums.items()},
-        kept={name: tensor.to(engine.device) for name, tensor in kept.items()},
+        average={name: tensor.to(engine.device) for name, tensor in average.items()},
     )

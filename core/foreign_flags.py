@@ -100,7 +100,6 @@ def is_harmless(foreign, name, value):
 PREPARE = "prepare the conversations with prepare_data.py"
 EAGLE3 = "EAGLE-3 drafts are what is trained here"
 PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see bf16 in --deepspeed_config"
-ADAMW = "the optimizer is AdamW, with --learning_rate and --weight_decay"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
 CLASS_KNOWS = "the model's class knows it, drop it"
 MEASURED = "benchmarks/step.py measures: drop it"
@@ -133,6 +132,7 @@ ALIASES = {  # {another trainer's name: ours}
     "warmup_steps": "scheduler_warmup_steps", "lr_scheduler_type": "scheduler_type", "logging_steps": "log_steps",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
     "no_norm_before_residual": "norm_before_residual=false", "no_embed_requires_grad": "embed_requires_grad=false",
+    "deterministic_cuda": "deterministic",
 }  # fmt: skip
 
 VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
@@ -142,10 +142,6 @@ VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
 OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("speculator_type", "eagle3", EAGLE3),
     Foreign("mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
-    Foreign("optimizer", "adamw", ADAMW),
-    Foreign("muon_.*", "", ADAMW),
-    Foreign("deterministic(_cuda)?", "false",
-            "--seed fixes initialisation and order; kernels are as they are, drop it"),
     Foreign("legacy_data", "false", PREPARE),
     Foreign("data_format_version", "1", PREPARE),
     Foreign("cache_(dir|key)|model_download_dir", "",

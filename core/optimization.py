@@ -1,13 +1,15 @@
-"""Optimization: DeepSpeed's configuration and engine, parameter groups, the learning rate, one optimizer step.
+"""Optimization: DeepSpeed's configuration and engine, parameter groups, the learning rate, one step, the average.
 
 The loss of an optimizer step is divided by what its batches are normalised by (for EAGLE-3 the supervised slots of
 step 0), counted over all micro-batches of all ranks. So the gradient depends neither on how sequences are cut into
 micro-batches nor on the number of ranks.
 """
 
+import contextlib
 import json
 import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import deepspeed
@@ -19,6 +21,8 @@ from core import common, ranks
 POSITIVE = common.at_least(int, 1)
 NATURAL = common.at_least(int, 0)
 NOT_NEGATIVE = common.at_least(float, 0)
+NEWTON_SCHULZ_STEPS = 5  # of DeepSpeed's Muon
+OUTER = ("embed_tokens.", "lm_head.")  # matrices that Muon is not for
 
 # ==================== Flags ==========================================================================================
 
@@ -26,8 +30,19 @@ NOT_NEGATIVE = common.at_least(float, 0)
 def add_flags(parser):
     """The flags of the optimizer and the learning rate."""
     add = parser.add_argument_group("optimizer").add_argument
+    matrices = "adamw, or muon for the matrices of fc and layers and adamw for the rest"
+    adjust = (
+        "rate of a matrix: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) for updates of AdamW's size"
+    )
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help=matrices)
     add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, help="peak")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="of AdamW")
+    add("--muon_lr", type=NOT_NEGATIVE, default=1e-3, help="peak; 0.02 is usual with muon_adjust_lr_fn original")
+    add("--muon_momentum", type=NOT_NEGATIVE, default=0.95, help="Nesterov's")
+    add("--muon_weight_decay", type=NOT_NEGATIVE, default=0.1, help="of Muon")
+    add("--muon_ns_steps", type=POSITIVE, default=NEWTON_SCHULZ_STEPS, help="Newton-Schulz; DeepSpeed's Muon does 5")
+    add("--muon_adjust_lr_fn", choices=("original", "match_rms_adamw"), default="match_rms_adamw", help=adjust)
+    add("--ema_decay", type=NOT_NEGATIVE, default=0.0, help="of averaged weights: evaluated, saved; 0 = off")
     add("--max_grad_norm", type=NOT_NEGATIVE, default=0.5, help="global norm; 0 = no clipping")
     add("--warmup_ratio", type=NOT_NEGATIVE, default=0.015, help="share of the total steps")
     schedules = ("cosine", "linear", "constant")
@@ -37,15 +52,42 @@ def add_flags(parser):
     add("--scheduler_num_cosine_cycles", type=NOT_NEGATIVE, default=0.5, help="0.5 = once down")
 
 
+def check_flags(args, given):
+    """End the program if flags of the optimizer contradict each other; given: names of flags that are no defaults."""
+    muon = sorted(name for name in given if name.startswith("muon_"))
+    if args.ema_decay >= 1 or args.muon_momentum >= 1:
+        common.fail(f"ema_decay {args.ema_decay} and muon_momentum {args.muon_momentum} must be below 1")
+    if args.optimizer != "muon" and muon:
+        common.fail(f"{', '.join(muon)}: optimizer is {args.optimizer}: give --optimizer muon, or drop it")
+    if args.optimizer != "muon":
+        return
+    if args.muon_ns_steps != NEWTON_SCHULZ_STEPS:
+        common.fail(f"muon_ns_steps {args.muon_ns_steps}: DeepSpeed's Muon does {NEWTON_SCHULZ_STEPS}: drop it")
+    if args.learning_rate == 0:
+        common.fail("learning_rate 0 with optimizer muon: the schedule scales both rates, give one above 0")
+    if "max_grad_norm" in given and args.max_grad_norm > 0:
+        common.fail(
+            f"max_grad_norm {args.max_grad_norm}: DeepSpeed would clip Muon's orthogonal updates, whose norm does not "
+            "depend on the gradient: drop it"
+        )
+    if args.max_grad_norm > 0:
+        print("optimizer muon: gradients are not clipped")
+
+
 # ==================== The engine =====================================================================================
 
 
-def engine_config(path, micro_batch_size, accumulation_steps, max_grad_norm):
-    """DeepSpeed's configuration: the JSON file at `path`, completed by what flags decide.
+def engine_config(args, micro_batch_size, accumulation_steps):
+    """DeepSpeed's configuration: the JSON file of deepspeed_config, completed by what flags decide.
 
     Ends the program if the file contradicts a flag, or asks for what this trainer does not do.
     """
+    path = args.deepspeed_config
     config = read_config(path)
+    max_grad_norm = args.max_grad_norm
+    if args.optimizer == "muon":
+        prepare_for_muon(path, config)
+        max_grad_norm = 0.0
     batch_size = micro_batch_size * accumulation_steps * dist.get_world_size()
 
     def decide(key, flag, value):
@@ -88,6 +130,18 @@ def read_config(path):
     return config
 
 
+def prepare_for_muon(path, config):
+    """Add to DeepSpeed's configuration what its Muon needs; ends the program if it has no right Muon for the rest."""
+    zero = config.get("zero_optimization", {})
+    if offload_device(config) == "nvme":
+        common.fail(f"{path}: optimizer muon does not train with its states on nvme: give offload_optimizer to cpu")
+    if offload_device(config) == "cpu":
+        config["zero_force_ds_cpu_optimizer"] = False  # Muon with DeepSpeedCPUAdam is none of its own
+    # Stage 3 orthogonalizes full gradients; in bf16, stage 2 of 0.19.8 would lose those of AdamW's parameters that are
+    # reduced right before one of Muon's.
+    zero["reduce_scatter"] = False
+
+
 def offload_device(config):
     """Where the optimizer's states are: "none" (on the rank's device), "cpu" or "nvme"."""
     zero = config.get("zero_optimization", {})
@@ -95,22 +149,75 @@ def offload_device(config):
     return offload.get("device", "none")
 
 
-def parameter_groups(draft, weight_decay):
+def parameter_groups(draft, args):
     """The optimizer's groups. Each has a multiplier of the schedule's learning rate."""
-    parameters = [p for p in draft.parameters() if p.requires_grad]
-    return [{"params": parameters, "weight_decay": weight_decay, "lr_multiplier": 1.0}]
+    named = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+    matrices = []
+    if args.optimizer == "muon":
+        matrices = [name for name, p in named.items() if p.dim() == 2 and not name.startswith(OUTER)]
+    for name, parameter in draft.named_parameters():
+        parameter.use_muon = name in matrices  # read by DeepSpeed
+    rest = [p for p in named.values() if not p.use_muon]
+    groups = [{"params": rest, "weight_decay": args.weight_decay, "lr_multiplier": 1.0}]
+    return groups + muon_groups([named[name] for name in matrices], args)
+
+
+def muon_groups(matrices, args):
+    """Groups of the matrices [rows, columns] that Muon trains.
+
+    DeepSpeed's Muon scales an orthogonal update by sqrt(max(1, rows / columns)). Times 0.2 sqrt(columns) that is
+    0.2 sqrt(max(rows, columns)), with which the update's root mean square is about AdamW's (Moonlight, arXiv
+    2502.16982): so matrices of a width share a group. The decay is muon_lr times muon_weight_decay either way.
+    """
+    by_width = defaultdict(list)
+    for matrix in matrices:
+        width = matrix.shape[1] if args.muon_adjust_lr_fn == "match_rms_adamw" else 0
+        by_width[width].append(matrix)
+    groups = []
+    for width, members in by_width.items():
+        factor = 0.2 * math.sqrt(width) if width else 1.0
+        group = {"params": members, "use_muon": True, "momentum": args.muon_momentum}
+        group["weight_decay"] = args.muon_weight_decay / factor
+        group["lr_multiplier"] = factor * args.muon_lr / args.learning_rate
+        groups.append(group)
+    return groups
 
 
 def build_engine(draft, groups, config, device):
-    """The DeepSpeed engine around the draft, with AdamW over these parameter groups."""
-    options = {"lr": 0.0, "betas": (0.9, 0.95)}  # the loop sets the learning rate
+    """The DeepSpeed engine around the draft, with AdamW over these parameter groups, and Muon where they say so."""
+    options = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}  # the loop sets the learning rate
     if offload_device(config) == "none":
-        optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
+        adamw = torch.optim.AdamW
+        kind = {"fused": device.type == "cuda"}
     else:  # the states are in CPU memory: DeepSpeed's own AdamW steps them there with vector instructions
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        adamw = deepspeed.ops.adam.DeepSpeedCPUAdam
+        kind = {"adamw_mode": True}
+    if any("use_muon" in group for group in groups):
+        optimizer = build_muon(groups, options, adamw, kind, device)
+    else:
+        optimizer = adamw(groups, **options, **kind)
     engine, *_ = deepspeed.initialize(model=draft.to(device), optimizer=optimizer, config=config)
     engine.optimizer.check_grad_overflow = True  # steps that are not finite are skipped, in fp32 too
     return engine
+
+
+def build_muon(groups, options, adamw, kind, device):
+    """DeepSpeed's Muon, which leaves groups without `use_muon` to AdamW of this class and these options."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # slow
+
+    if device.type == "cpu":
+        torch.compiler.set_stance("force_eager")  # compiling each shape takes seconds there, and gains nothing
+    for group in groups:
+        group.setdefault("use_muon", False)
+        group.update({"lr": 0.0} if group["use_muon"] else options)
+    return MuonWithAuxAdam(groups, adam_optimizer=adamw, adam_optimizer_kwargs=options | kind)
+
+
+def gradient_norm(engine):
+    """Global norm of the gradient; None where DeepSpeed does not know it: under ZeRO stage 0, and with Muon."""
+    if any(group.get("use_muon") for group in engine.optimizer.param_groups):
+        return None  # it would be that of the orthogonal updates
+    return engine.get_global_grad_norm()
 
 
 # ==================== The learning rate ==============================================================================
@@ -209,3 +316,53 @@ def reduce_sums(sums):
     for (name, value), part in zip(sums.items(), parts, strict=True):
         reduced[name] = part.view(value.shape).tolist()
     return reduced
+
+
+# ==================== The average of the weights =====================================================================
+
+
+def update_average(average, engine, decay, step):
+    """Add the weights after optimizer step `step` to their average {name: fp32 tensor}, on every rank.
+
+    It is the mean over steps 1 to `step` in which step s weighs decay^(step - s): there is no weight of the start.
+    """
+    share = (1 - decay) / (1 - decay**step)
+    for name, parameter in trained(engine):
+        with gathered(engine, parameter):
+            weight = parameter.detach().float()
+            if name not in average:
+                average[name] = weight.clone()
+            average[name].lerp_(weight, share)
+
+
+@contextlib.contextmanager
+def averaged(engine, average):
+    """Within it the draft has the averaged weights, afterwards its own to the bit; nothing happens without average."""
+    own = exchange(engine, average)
+    try:
+        yield
+    finally:
+        exchange(engine, own)
+
+
+def exchange(engine, tensors):
+    """Put tensors {name: tensor} into the draft; returns those that were there."""
+    before = {}
+    for name, parameter in trained(engine):
+        if name not in tensors:
+            continue
+        with gathered(engine, parameter, modifier_rank=0):
+            before[name] = parameter.detach().clone()
+            parameter.data.copy_(tensors[name])
+    return before
+
+
+def trained(engine):
+    """(name, parameter) of what the optimizer trains."""
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def gathered(engine, parameter, **options):
+    """Within it every rank has the full tensor of a parameter, under ZeRO-3 too."""
+    enabled = engine.zero_optimization_stage() == 3
+    return deepspeed.zero.GatheredParameters(parameter, enabled=enabled, **options)

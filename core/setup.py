@@ -4,7 +4,9 @@ Each function checks or derives one thing and ends the program with one line if 
 on: what is derived is a `Run` beside it.
 """
 
+import contextlib
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -106,9 +108,32 @@ def add_run_flags(add):
     add("--run_name", help="name of the run in the trackers; none: theirs")
     add("--log_dir", help="folder of the trackers' files; none: output_dir/logs")
     add("--seed", type=common.SEED, default=0, help="of initialisation and data order")
+    add("--deterministic", action=common.Switch, help="GPU kernels that give the same bits in every run; slower")
     add("--dist_timeout", type=common.above_zero, default=20, help="minutes a collective may take")
     add("--deepspeed_config", default=config, help="ZeRO, precision, offload")
     add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
+
+
+@contextlib.contextmanager
+def deterministic(wanted):
+    """Kernels that give the same bits in every run, if wanted; CPUs have no others.
+
+    Ends the program with a line where PyTorch has none. The variable counts if it is set before CUDA starts.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's padding must not become NaN
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if not wanted or "deterministic" not in str(error):
+            raise
+        common.fail(f"deterministic: {str(error).splitlines()[0]}: drop the flag")
+    finally:
+        if wanted:
+            torch.use_deterministic_algorithms(False)
 
 
 def check_flags(args):
@@ -148,6 +173,7 @@ def check_unread(args, default):
     """
     states.check_source_flags(args, default)
     given = {name for name, value in default.items() if getattr(args, name) != value}
+    optimization.check_flags(args, given)
     if args.token_freq_path and args.d2t_path:
         common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
     if args.total_seq_len and "draft_micro_batch_size" in given:
@@ -432,8 +458,8 @@ def prepare(args, default, prepare_conversations):
     sharding = target_model.resolve_sharding(args, world)
     micro = micro_batch_size(args)
     accumulation = accumulation_steps(args, world)
-    deepspeed_config = optimization.engine_config(args.deepspeed_config, micro, accumulation, args.max_grad_norm)
-    engine = checkpoints.engine_kind(deepspeed_config)
+    deepspeed_config = optimization.engine_config(args, micro, accumulation)
+    engine = checkpoints.engine_kind(deepspeed_config, args.optimizer)
     if "nvme" in engine["optimizer"]:
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
 

@@ -18,7 +18,6 @@ from helpers.resuming import (
     different,
     readable,
     refused,
-    stage,
     train,
     write_work,
 )
@@ -106,9 +105,10 @@ def poisoned(monkeypatch, steps, row=None):
     monkeypatch.setattr(train_eagle3, "run_draft", run_draft)
 
 
-@pytest.mark.parametrize(
-    "number", [2, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 3, "2_offload", "2_offload bf16"))]
-)
+LEFT_OUT = (1, 3, "2_offload", "2_offload bf16", "1 muon", "3 muon", "2_offload muon", "2 muon bf16")
+
+
+@pytest.mark.parametrize("number", [2, "2 muon", *(pytest.param(x, marks=pytest.mark.slow) for x in LEFT_OUT)])
 def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys, number):
     """Weights and optimizer do not move, the metrics leave the step out; the rest goes on."""
     poisoned(monkeypatch, range(1, 7), row=3)  # it comes once in the first epoch
@@ -122,12 +122,11 @@ def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys
         return result
 
     monkeypatch.setattr(optimization, "optimizer_step", watched)
-    if "bf16" in str(number):
-        config = json.loads((tiny.REPOSITORY / "ds_configs" / f"zero{number[:9]}.json").read_text())
-        (tmp_path / "zero.json").write_text(json.dumps(config | {"bf16": {"enabled": True}}))
-        flags = "--deepspeed_config", tmp_path / "zero.json"
-    else:
-        flags = stage(number)
+    name, *changes = str(number).split()
+    config = json.loads((tiny.REPOSITORY / "ds_configs" / f"zero{name}.json").read_text())
+    (tmp_path / "zero.json").write_text(json.dumps(config | {"bf16": {"enabled": "bf16" in changes}}))
+    flags = ["--deepspeed_config", tmp_path / "zero.json"]
+    flags += ["--optimizer", "muon"] if "muon" in changes else []
     train(work, tmp_path / "out", *flags, "--log_steps", 1)
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if "is left out" in line]
@@ -136,7 +135,8 @@ def test_step_that_is_not_finite_is_left_out(work, tmp_path, monkeypatch, capsys
     assert [number for number, moves in enumerate(moved, 1) if not moves] == [step]
     found = [row for row in rows(tmp_path / "out") if row["split"] == "train"]
     assert all(value == value for row in found for value in row.values())
-    assert [row["step"] for row in found if row["grad_norm"] is None] == [step]
+    without_norm = range(1, 13) if "muon" in changes else [step]
+    assert [row["step"] for row in found if row["grad_norm"] is None] == list(without_norm)
     assert [row["step"] for row in found] == list(range(1, 13)) and found[step - 1]["loss_0"] == 0
     tensors = load_file(tmp_path / "out" / "final" / "model.safetensors")
     assert all(x.isfinite().all() for x in tensors.values())

@@ -66,7 +66,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
               "speculative-eagle-topk speculative-num-draft-tokens speculative-num-steps tp-size",
     "SLURM": "ntasks-per-node",
     "az": "file resource-group set workspace-name", "swanlab": "id", "tensorboard": "logdir",
-    "SpecForge": "max-num-steps", "docs/changing.md": "ema_decay",
+    "SpecForge": "max-num-steps",
     "speculators": "noise_std use_off_policy_tokens norm_before_residual",
     "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "
                        "quiet yes version",

@@ -57,11 +57,11 @@ def test_every_documented_flag_does_what_the_table_says(capsys, flag, happens):
 
 def test_what_is_refused_is_one_line_about_all_of_it(capsys):
     argv = shlex.split(
-        "--target-model-path M --muon-lr 1 --cache-dir c --num-layers 1 --muon-momentum=2 --batch-size 3"
+        "--target-model-path M --min-pixels 1 --cache-dir c --speculator-type eagle3 --max-pixels=2 --batch-size 3"
     )
     _, error = parsed(capsys, train_eagle3, argv)
-    adamw = "--muon_lr, --muon_momentum: the optimizer is AdamW, with --learning_rate and --weight_decay"
-    assert error == f"error: {adamw}; --cache_dir: data are kept in output_dir/data, downloads in HF_HOME: drop it"
+    text = "--min_pixels, --max_pixels: drafts are trained on text alone, drop it"
+    assert error == f"error: {text}; --cache_dir: data are kept in output_dir/data, downloads in HF_HOME: drop it"
 
 
 @pytest.mark.parametrize(

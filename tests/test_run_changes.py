@@ -8,14 +8,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from helpers import families, tiny
 from helpers.training import arguments, metrics, weights
 
 PAGE = (tiny.REPOSITORY / "docs" / "changing.md").read_text()
 DIFFS = dict(re.findall(r"^## (.*?)$.*?```diff\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
-RATE, DECAY = 1e-2, 0.75
+RATE = 1e-2
 MEASURED = ("--total_steps", 4, "--draft_global_batch_size", 4, "--learning_rate", RATE, "--scheduler_type", "constant",
             "--warmup_ratio", 0, "--save_steps", 1, "--weight_decay", 0)  # fmt: skip
 RUNS = """
@@ -58,12 +57,9 @@ def changed(work, tmp_path_factory):
         apply(tree, diff)
     families.write_tokenizer(folder / "tokenizer", families.FAMILIES["olmo2"])
     tiny.write_jsonl(folder / "chats.jsonl", tiny.conversations(3, 2))
-    averaged = (*MEASURED, "--ema_decay", DECAY)
     runs = [
         arguments(work, folder / "plain", *MEASURED),
-        arguments(work, folder / "averaged", *averaged),
-        arguments(work, folder / "resumed", *averaged, "--total_steps", 2),
-        arguments(work, folder / "resumed", *averaged, "--resume"),
+        arguments(work, folder / "root", *MEASURED, "--scheduler_type", "root"),
     ]
     prepare = ["--dataset", folder / "chats.jsonl", "--target_model_path", folder / "tokenizer", "--num_proc", 1]
     prepare += ["--output_path", folder / "data", "--chat_template", "olmo2", "--max_length", 512]
@@ -102,14 +98,6 @@ def test_another_chat_template_is_known(changed):
     assert config["splits"]["train"]["rows"] == 3 and config["splits"]["train"]["supervised_tokens"] > 0
 
 
-def test_averages_are_what_is_saved_and_resumed(changed):
-    steps = [weights(changed / "plain" / f"step_{step:08d}") for step in range(1, 5)]
-    found = weights(changed / "averaged" / "final")
-    for name, tensor in found.items():
-        expected = steps[0][name].double()
-        for later in steps[1:]:
-            expected = DECAY * expected + (1 - DECAY) * later[name].double()
-        assert torch.allclose(tensor.double(), expected, rtol=1e-5, atol=1e-7), name
-        assert not torch.equal(tensor, steps[-1][name]), name
-    resumed = weights(changed / "resumed" / "final")
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in found.items())
+def test_another_schedule_is_followed(changed):
+    rates = [row["lr"] for row in metrics(changed / "root") if row["split"] == "train"]
+    assert rates == pytest.approx([RATE * (1 - math.sqrt(step / 4)) for step in range(4)])
