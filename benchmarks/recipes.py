@@ -40,7 +40,7 @@ import recipes_table  # noqa: E402
 
 import evaluate_draft  # noqa: E402
 import train_eagle3  # noqa: E402
-from core import common, dataloader, draft_files, ranks, states, target_files  # noqa: E402
+from core import common, dataloader, draft_files, ranks, slots, states, target_files  # noqa: E402
 
 # Each row: the flags of train_eagle3.py in which a variant differs from its defaults. Not from the rates of other
 # trainers' defaults alone: those are for larger targets, and are also run at 1e-3, which suits small ones better.
@@ -48,10 +48,10 @@ SPECFORGE = (  # specforge 0.2.0: config/schema.py, TrainingConfig; optimizer.py
     "--scheduler_type cosine --warmup_ratio 0.015 --weight_decay 0 --max_grad_norm 0.5 --ttt_length 7 "
     "--ttt_step_loss_decay 0.8 --head_init random"
 )
-SPECULATORS = (  # speculators 0.9.0: train/config/schema.py; model.py (head); train/trainer.py (clipping, warm-up)
+SPECULATORS = (  # speculators 0.9.0: train/config/schema.py; model.py (head); train/trainer.py (warm-up)
     "--optimizer muon --learning_rate 1e-3 --muon_lr 1e-3 --muon_momentum 0.95 --muon_weight_decay 0.1 "
-    "--muon_ns_steps 5 --muon_adjust_lr_fn match_rms_adamw --weight_decay 0.01 --max_grad_norm 1.0 "
-    "--scheduler_type linear --warmup_ratio 0.01 --ttt_length 3 --ttt_step_loss_decay 1.0 --loss kl "
+    "--muon_ns_steps 5 --muon_adjust_lr_fn match_rms_adamw --weight_decay 0.01 --scheduler_type linear "
+    "--warmup_ratio 0.01 --ttt_length 3 --ttt_step_loss_decay 1.0 --loss kl "
     "--norm_before_residual --norm_before_fc --norm_output --freeze_head"
 )
 SPECULATORS_DOCUMENTED = (  # its documentation of scripts/train.py, older: AdamW, one norm, noise, its own tokens
@@ -324,10 +324,23 @@ def train_run(args, name, flags, folder, steps, seed):
         "flags": flags,
         "steps": steps,
         "seconds": seconds,
+        "slots": count_slots(train_eagle3.parse_args(command[1:])),
         "rows": rows,
     }
     common.write_atomic(folder / "done.json", json.dumps(done, indent=2) + "\n")
     return done
+
+
+def count_slots(trainer_args):
+    """Live slots of an optimizer step on average, over all steps of all chains; None where chains are sampled."""
+    if getattr(trainer_args, "chain_sampling", False):
+        return None
+    data, _ = dataloader.open_data(trainer_args.data_path)
+    total = 0
+    for row in data["train"]:
+        mask = torch.tensor(row["loss_mask"])
+        total += int(slots.supervised_slots(mask, torch.zeros_like(mask), trainer_args.ttt_length).sum())
+    return total / len(data["train"]) * trainer_args.draft_global_batch_size
 
 
 def training_seconds(rows, marks):

@@ -47,9 +47,9 @@ class Run:
         return [seconds for seconds, _ in points], [value for _, value in points]
 
     def rows_a_step(self):
-        """Live slots that an optimizer step computes on average, None where the metrics do not tell."""
+        """Live slots that an optimizer step computes on average: as the metrics tell, else as the data have them."""
         found = [row["slots"] for row in self.done["rows"] if row["split"] == "train" and "slots" in row]
-        return statistics.mean(found) if found else None
+        return statistics.mean(found) if found else self.done["slots"]
 
 
 def read_json(path):

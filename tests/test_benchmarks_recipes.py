@@ -106,6 +106,7 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
     assert re.search(r"^refused by this trainer: strange: .*--colour", printed, re.M)
 
     # Every figure again, from what the runs wrote.
+    training_rows = [json.loads(line) for line in (folder / "out" / "data" / "train.jsonl").read_text().splitlines()]
     table = json.loads((folder / "out" / "table_steps_12.json").read_text())
     rows = {row["variant"]: row for row in table["rows"]}
     assert list(rows) == sorted(rows, key=lambda name: -rows[name]["acceptance_length"]) and len(rows) == 2
@@ -121,6 +122,10 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
         means = [statistics.mean(curve[i]["acceptance_length"] for curve in curves) for i in range(3)]
         assert [point[1] for point in row["curve"]] == pytest.approx(means)
         assert [point[0] for point in row["curve"]] == pytest.approx([PACE[name] * step for step in (4, 8, 12)])
+        replies = [sum(row["loss_mask"]) for row in training_rows]
+        steps = {"short": 2, "long": 3}[name]
+        slots = [max(length - 1 - i, 0) for length in replies for i in range(steps)]
+        assert row["rows_a_step"] == pytest.approx(sum(slots) / len(replies) * 6)
         for run in runs:
             evaluation = run / "decoded" / "evaluation.json"
             assert evaluation.exists() == (run.name == "seed_0")
@@ -228,6 +233,7 @@ def test_steps_follow_from_a_budget_of_seconds(tmp_path, monkeypatch):
         return 0, [20 + 0.75 * step for step in (2, 4, steps)] + [90.0]
 
     monkeypatch.setattr(recipes, "watch", watch)
+    monkeypatch.setattr(recipes, "count_slots", lambda trainer_args: 4)
     argv = ["--target_model_path", "none", "--dataset", "none", "--output", tmp_path, "--seconds", 10]
     args = recipes.parse_args(list(map(str, argv)))
     for seed in (0, 1, 0):
