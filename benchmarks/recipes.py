@@ -319,12 +319,14 @@ def train_run(args, name, flags, folder, steps, seed):
     seconds = training_seconds(rows, marks)
     for path in folder.glob("step_*"):  # optimizer states are large, final/ is what is measured
         common.remove(path)
+    trainer_args = train_eagle3.parse_args(command[1:])
     done = {
         "command": f"OMP_NUM_THREADS=1 python {shlex.join(command)}",
         "flags": flags,
         "steps": steps,
         "seconds": seconds,
-        "slots": count_slots(train_eagle3.parse_args(command[1:])),
+        "ttt_length": trainer_args.ttt_length,
+        "slots": count_slots(trainer_args),
         "rows": rows,
     }
     common.write_atomic(folder / "done.json", json.dumps(done, indent=2) + "\n")
@@ -416,31 +418,41 @@ def train_all(args, variants):
 # ==================== Evaluation =====================================================================================
 
 
-def walk(args, folders):
-    """Write walk.json of each run without one: what greedy decoding with args.num_draft_tokens drafts accepts.
+def walk(args, folders, decoded):
+    """Write walk.json of each run: what greedy decoding with args.num_draft_tokens drafts accepts.
 
-    In a training, drafts are as many as its steps of the training-time test, which differ from variant to variant.
+    A training's own evaluation has as many drafts as it has steps of the training-time test: where these are as many,
+    that is the value. walk_decoded.json, of the folders in `decoded`: the same over the prompts that are decoded.
     """
-    pending = [folder for folder in folders if not (folder / "walk.json").exists()]
-    if not pending:
+    work = []
+    for folder in folders:
+        done = json.loads((folder / "done.json").read_text())
+        if done["ttt_length"] == args.num_draft_tokens:
+            write_walk(folder / "walk.json", done["rows"][-1])
+        work.append((folder, "walk.json", None))
+        if folder in decoded:
+            work.append((folder, "walk_decoded.json", args.decode))
+    work = [(folder, name, count) for folder, name, count in work if not (folder / name).exists()]
+    if not work:
         return
-    flags = [*base_flags(args), "--ttt_length", str(args.num_draft_tokens)]
-    trainer_args = train_eagle3.parse_args(flags)
+    trainer_args = train_eagle3.parse_args([*base_flags(args), "--ttt_length", str(args.num_draft_tokens)])
     device = ranks.start_distributed(20)
     data, data_config = dataloader.open_data(trainer_args.data_path)
     model_dir = target_files.resolve_target(args.target_model_path)
     config, _ = target_files.read_target_config(model_dir, False)
     layers = target_files.default_layer_ids(config.num_hidden_layers)
     source = states.open_source(trainer_args, "none", model_dir, device, layers, data, data_config)
-    for folder in pending:
+    for folder, name, count in work:
         draft, d2t = evaluate_draft.load_draft(*draft_files.read_draft(folder / "final"), source.target)
         engine = SimpleNamespace(module=draft, device=device, eval=draft.eval, train=draft.train)
-        found = {}
-        for name, count in (("all", None), ("decoded", args.decode)):
-            rows = data["validation"]
-            rows = rows.select(range(min(count or len(rows), len(rows))))
-            found[name] = train_eagle3.evaluate(engine, source, rows, d2t, trainer_args)["acceptance_length"]
-        common.write_atomic(folder / "walk.json", json.dumps(found) + "\n")
+        rows = data["validation"]
+        rows = rows.select(range(min(count or len(rows), len(rows))))
+        write_walk(folder / name, train_eagle3.evaluate(engine, source, rows, d2t, trainer_args))
+
+
+def write_walk(path, values):
+    """Keep the acceptance length of an evaluation's values."""
+    common.write_atomic(path, json.dumps({"acceptance_length": values["acceptance_length"]}) + "\n")
 
 
 def decode(args, folder):
@@ -492,7 +504,7 @@ def parse_args(argv=None):
     add("--trainer_flags", default="", help="further flags of train_eagle3.py, for all variants")
     add("--jobs", type=positive, default=1, help="trainings at a time, of one thread each")
     add = parser.add_argument_group("evaluation and output").add_argument
-    add("--evaluations", type=positive, default=8, help="points of a curve")
+    add("--evaluations", type=positive, default=4, help="points of a curve")
     add("--num_draft_tokens", type=positive, default=7, help="drafts a pass, for all variants")
     add("--decode", type=natural, default=4, help="prompts that the first seed of each variant decodes; 0 = none")
     add("--references", nargs="+", default=["specforge_1e-3", "speculators", "eagle_1e-3"], help="compared with these")
@@ -515,10 +527,11 @@ def main(args):
         write_data(args, output / "data")
         refused = train_all(args, variants)
         done = sorted(path.parent for path in folder.glob("*/seed_*/done.json"))
-        walk(args, done)
-        for path in done if args.decode else ():
-            if path.name == f"seed_{args.seeds[0]}" and path.parent.name in variants:
-                decode(args, path)
+        decoded = [folder / name / f"seed_{args.seeds[0]}" for name in variants if args.decode]
+        decoded = [path for path in decoded if path in done]
+        walk(args, done, decoded)
+        for path in decoded:
+            decode(args, path)
     runs = recipes_table.read_runs(folder)
     if not runs:
         common.fail(f"{folder} has no finished training")

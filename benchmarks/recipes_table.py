@@ -32,13 +32,14 @@ class Run:
     variant: str
     seed: int
     done: dict
-    walk: dict  # {"all", "decoded"}: acceptance length over all held-out replies, over those that are decoded
-    decoded: float | None  # acceptance length by real decoding
+    walked: float | None = None  # acceptance length of the finished draft over all held-out replies
+    walked_decoded: float | None = None  # the same over those that are decoded
+    decoded: float | None = None  # acceptance length by real decoding
 
     @property
     def value(self):
         """Acceptance length: of the walk, or of the training's last evaluation where no walk was made yet."""
-        return self.walk.get("all", self.curve()[1][-1])
+        return self.walked or self.curve()[1][-1]
 
     def curve(self):
         """(seconds, acceptance lengths) of the evaluations on the way."""
@@ -62,9 +63,14 @@ def read_runs(folder):
     runs = {}
     for path in sorted(Path(folder).glob("*/seed_*/done.json")):
         place = path.parent
-        decoded = read_json(place / "decoded" / "evaluation.json").get("acceptance_length")
-        seed = int(place.name.removeprefix("seed_"))
-        run = Run(place.parent.name, seed, read_json(path), read_json(place / "walk.json"), decoded)
+        run = Run(
+            place.parent.name,
+            int(place.name.removeprefix("seed_")),
+            read_json(path),
+            read_json(place / "walk.json").get("acceptance_length"),
+            read_json(place / "walk_decoded.json").get("acceptance_length"),
+            read_json(place / "decoded" / "evaluation.json").get("acceptance_length"),
+        )
         runs.setdefault(run.variant, []).append(run)
     return runs
 
@@ -150,7 +156,7 @@ def summarise(runs, references):
                 "steps": statistics.mean(run.done["steps"] for run in group),
                 "seconds": statistics.mean(run.done["seconds"][-1] for run in group),
                 "rows_a_step": statistics.mean(slots) if slots else None,
-                "decoded": [[run.decoded, run.walk.get("decoded")] for run in decoded],
+                "decoded": [[run.decoded, run.walked_decoded] for run in decoded],
                 "against": {
                     other: compare(group, runs[other], deviation)
                     for other in references

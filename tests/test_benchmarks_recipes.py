@@ -51,14 +51,14 @@ def flags(folder, *more):
     given = {
         "target_model_path": folder / "target", "dataset": folder / "chats.jsonl", "heldout": folder / "bench.jsonl",
         "heldout_column": "turns", "heldout_rows": 2, "rows": 7, "max_new_tokens": 12, "max_prompt_tokens": 80,
-        "generation_batch_size": 3, "batch": 6, "steps": 12, "evaluations": 3, "num_draft_tokens": 4, "decode": 2,
+        "generation_batch_size": 3, "batch": 6, "steps": 12, "evaluations": 3, "num_draft_tokens": 4, "decode": 3,
         "bf16": "false", "output": folder / "out",
     }  # fmt: skip
     argv = [f"--{name}={value}" for name, value in given.items()]
     added = [
         "--add",
         "short: --ttt_length 2 --learning_rate 5e-3",
-        "long: --ttt_length 3 --learning_rate 1e-2",
+        "long: --ttt_length 4 --learning_rate 1e-2",
         "strange: --colour red",
     ]
     return recipes.parse_args([*argv, *added, "--seeds", "0", "1", "--references", "short", *map(str, more)])
@@ -115,7 +115,7 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
         runs = [folder / "out" / "runs" / "steps_12" / name / f"seed_{seed}" for seed in (0, 1)]
         curves = [[m for m in training.metrics(run) if m["split"] == "validation"] for run in runs]
         assert [[m["step"] for m in curve] for curve in curves] == [[4, 8, 12]] * 2
-        finals[name] = [json.loads((run / "walk.json").read_text())["all"] for run in runs]
+        finals[name] = [json.loads((run / "walk.json").read_text())["acceptance_length"] for run in runs]
         assert row["acceptance_length"] == pytest.approx(statistics.mean(finals[name]))
         assert row["spread"] == pytest.approx(max(finals[name]) - min(finals[name]))
         assert row["seconds"] == pytest.approx(12 * PACE[name]), "neither the start nor evaluations count"
@@ -123,7 +123,7 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
         assert [point[1] for point in row["curve"]] == pytest.approx(means)
         assert [point[0] for point in row["curve"]] == pytest.approx([PACE[name] * step for step in (4, 8, 12)])
         replies = [sum(row["loss_mask"]) for row in training_rows]
-        steps = {"short": 2, "long": 3}[name]
+        steps = {"short": 2, "long": 4}[name]
         slots = [max(length - 1 - i, 0) for length in replies for i in range(steps)]
         assert row["rows_a_step"] == pytest.approx(sum(slots) / len(replies) * 6)
         for run in runs:
@@ -131,6 +131,7 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
             assert evaluation.exists() == (run.name == "seed_0")
         real, walked = row["decoded"][0]
         assert real == pytest.approx(walked, abs=1e-9), "the walk is not what decoding accepts"
+        assert walked == pytest.approx(finals[name][0]), "these are all held-out prompts"
         assert f"train_eagle3.py --target_model_path {folder / 'target'}" in row["commands"][0]
     assert min(sum(finals.values(), [])) > 1, "a case without any accepted draft shows too little"
     gain = (statistics.mean(finals["long"]) - 1) / (statistics.mean(finals["short"]) - 1) - 1
@@ -265,7 +266,7 @@ def test_a_difference_within_the_spread_is_not_claimed(values, others, claimed):
 def test_the_time_to_a_value_lies_between_evaluations():
     def run(seconds, values):
         rows = [{"split": "validation", "step": i, "acceptance_length": value} for i, value in enumerate(values)]
-        return recipes_table.Run("a", 0, {"rows": rows, "seconds": seconds}, {}, None)
+        return recipes_table.Run("a", 0, {"rows": rows, "seconds": seconds})
 
     group = [run([10, 20, 30], [1.1, 1.2, 1.4]), run([12, 22, 32], [1.1, 1.2, 1.2])]
     assert recipes_table.mean_curve(group) == [(11, 1.1), (21, 1.2), (31, pytest.approx(1.3))]
