@@ -108,7 +108,7 @@ def environment():
 
 
 def run(command, log):
-    """Run a command of the repository; ends the program if it fails."""
+    """Run a command of the repository; returns "" or, if it fails, why."""
     print(f"$ {shlex.join(command)}", flush=True)
     with open(log, "w") as file:
         done = subprocess.run(
@@ -119,8 +119,13 @@ def run(command, log):
             stderr=subprocess.STDOUT,
             check=False,
         )
-    if done.returncode:
-        common.fail(f"{command[0]} ends with {done.returncode}: {last_line(log)} ({log})")
+    return f"{command[0]} ends with {done.returncode}: {last_line(log)} ({log})" if done.returncode else ""
+
+
+def run_or_fail(command, log):
+    """The same; ends the program if it fails."""
+    if problem := run(command, log):
+        common.fail(problem)
 
 
 def last_line(log):
@@ -188,9 +193,9 @@ def write_data(args, folder):
     prepared = str(folder / "prepared")
     rows = [str(folder / "train.jsonl"), "--validation_dataset", str(folder / "validation.jsonl")]
     command = ["prepare_data.py", *target, "--dataset", *rows, "--output_path", prepared, "--num_proc", "1"]
-    run(command, folder / "prepare_data.log")
+    run_or_fail(command, folder / "prepare_data.log")
     command = ["prepare_hidden_states.py", *target, "--data_path", prepared, "--output_path", str(folder / "states")]
-    run(command, folder / "prepare_hidden_states.log")
+    run_or_fail(command, folder / "prepare_hidden_states.log")
     (folder / "states" / "done").touch()
 
 
@@ -469,7 +474,8 @@ def decode(args, folder):
         *("--max_new_tokens", str(args.max_new_tokens)),
         *("--output", str(folder / "decoded")),
     ]
-    run(command, folder / "decode.log")
+    if problem := run(command, folder / "decode.log"):
+        print(f"not decoded: {problem}", flush=True)
 
 
 # ==================== Command line ===================================================================================

@@ -85,6 +85,7 @@ class InProcess:
         self.calls.append(command[0])
         script = COMMANDS[command[0]]
         script.main(script.parse_args(command[1:]))
+        return ""
 
     def watch(self, command, log, metrics, until=None):
         """Each step seems to take PACE, an evaluation 7 seconds, the start START."""
