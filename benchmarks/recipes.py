@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import psutil
 import torch
 import transformers
@@ -40,7 +41,7 @@ import recipes_table  # noqa: E402
 
 import evaluate_draft  # noqa: E402
 import train_eagle3  # noqa: E402
-from core import common, dataloader, draft_files, ranks, slots, states, target_files  # noqa: E402
+from core import common, dataloader, draft_files, ranks, slots, states, target_files, target_model  # noqa: E402
 
 # Each row: the flags of train_eagle3.py in which a variant differs from its defaults. Not from the rates of other
 # trainers' defaults alone: those are for larger targets, and are also run at 1e-3, which suits small ones better.
@@ -92,6 +93,7 @@ VARIANTS = {
 }
 PILOT_STEPS = 40  # that measure the pace of a variant, the first half as a warm-up
 TOLERANCE = 0.1  # a first run that misses the budget of seconds by more is repeated with the pace it had
+DECODED = Path("decoded", "evaluation.json")  # of a run
 SETTINGS = (  # flags that the data depend on
     "target_model_path", "dataset", "prompt_column", "rows", "heldout", "heldout_column", "heldout_rows",
     "max_prompt_tokens", "max_heldout_tokens", "max_new_tokens", "temperature",
@@ -423,36 +425,69 @@ def train_all(args, variants):
 # ==================== Evaluation =====================================================================================
 
 
-def walk(args, folders, decoded):
-    """Write walk.json of each run: what greedy decoding with args.num_draft_tokens drafts accepts.
+def walk(args, folders):
+    """Write walk.json of each run: what greedy decoding with args.num_draft_tokens drafts accepts of held-out replies.
 
     A training's own evaluation has as many drafts as it has steps of the training-time test: where these are as many,
-    that is the value. walk_decoded.json, of the folders in `decoded`: the same over the prompts that are decoded.
+    that is the value.
     """
-    work = []
+    pending = []
     for folder in folders:
         done = json.loads((folder / "done.json").read_text())
         if done["ttt_length"] == args.num_draft_tokens:
             write_walk(folder / "walk.json", done["rows"][-1])
-        work.append((folder, "walk.json", None))
-        if folder in decoded:
-            work.append((folder, "walk_decoded.json", args.decode))
-    work = [(folder, name, count) for folder, name, count in work if not (folder / name).exists()]
-    if not work:
+        elif not (folder / "walk.json").exists():
+            pending.append(folder)
+    if not pending:
         return
-    trainer_args = train_eagle3.parse_args([*base_flags(args), "--ttt_length", str(args.num_draft_tokens)])
-    device = ranks.start_distributed(20)
+    trainer_args = walk_flags(args)
+    device, model_dir, layers = open_target(args)
     data, data_config = dataloader.open_data(trainer_args.data_path)
+    source = states.open_source(trainer_args, "none", model_dir, device, layers, data, data_config)
+    for folder in pending:
+        write_walk(folder / "walk.json", evaluate(folder, source, data["validation"], trainer_args))
+
+
+def walk_decoded(args, folders):
+    """Write walk_decoded.json of each run: the same walk over the very texts that were decoded with the draft.
+
+    In half precision they leave the held-out replies, which were generated in batches, where tokens are nearly tied.
+    """
+    pending = [folder for folder in folders if (folder / DECODED).exists()]
+    pending = [folder for folder in pending if not (folder / "walk_decoded.json").exists()]
+    if not pending:
+        return
+    device, model_dir, layers = open_target(args)
+    source = states.Online(target_model.load(model_dir, device, layer_ids=layers), batch_size=1)
+    for folder in pending:
+        rows = []
+        for line in (folder / DECODED).with_name("generations.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            row["length"] = len(row["input_ids"])
+            rows.append({name: row[name] for name in ("input_ids", "loss_mask", "length")})
+        texts = datasets.Dataset.from_list(rows)
+        write_walk(folder / "walk_decoded.json", evaluate(folder, source, texts, walk_flags(args)))
+
+
+def walk_flags(args):
+    """The trainer's flags of a walk."""
+    return train_eagle3.parse_args([*base_flags(args), "--ttt_length", str(args.num_draft_tokens)])
+
+
+def open_target(args):
+    """(device, the target's folder, auxiliary layers)"""
+    device = ranks.start_distributed(20)
     model_dir = target_files.resolve_target(args.target_model_path)
     config, _ = target_files.read_target_config(model_dir, False)
-    layers = target_files.default_layer_ids(config.num_hidden_layers)
-    source = states.open_source(trainer_args, "none", model_dir, device, layers, data, data_config)
-    for folder, name, count in work:
-        draft, d2t = evaluate_draft.load_draft(*draft_files.read_draft(folder / "final"), source.target)
-        engine = SimpleNamespace(module=draft, device=device, eval=draft.eval, train=draft.train)
-        rows = data["validation"]
-        rows = rows.select(range(min(count or len(rows), len(rows))))
-        write_walk(folder / name, train_eagle3.evaluate(engine, source, rows, d2t, trainer_args))
+    return device, model_dir, target_files.default_layer_ids(config.num_hidden_layers)
+
+
+def evaluate(folder, source, rows, trainer_args):
+    """The trainer's evaluation of a run's finished draft."""
+    draft, d2t = evaluate_draft.load_draft(*draft_files.read_draft(folder / "final"), source.target)
+    device = source.target.embedding.device
+    engine = SimpleNamespace(module=draft, device=device, eval=draft.eval, train=draft.train)
+    return train_eagle3.evaluate(engine, source, rows, d2t, trainer_args)
 
 
 def write_walk(path, values):
@@ -462,7 +497,7 @@ def write_walk(path, values):
 
 def decode(args, folder):
     """Real speculative decoding of the first args.decode held-out prompts, into decoded/evaluation.json."""
-    if (folder / "decoded" / "evaluation.json").exists():
+    if (folder / DECODED).exists():
         return
     command = [
         "evaluate_draft.py",
@@ -535,9 +570,10 @@ def main(args):
         done = sorted(path.parent for path in folder.glob("*/seed_*/done.json"))
         decoded = [folder / name / f"seed_{args.seeds[0]}" for name in variants if args.decode]
         decoded = [path for path in decoded if path in done]
-        walk(args, done, decoded)
+        walk(args, done)
         for path in decoded:
             decode(args, path)
+        walk_decoded(args, decoded)
     runs = recipes_table.read_runs(folder)
     if not runs:
         common.fail(f"{folder} has no finished training")
