@@ -55,10 +55,10 @@ SPECULATORS = (  # speculators 0.9.0: train/config/schema.py; model.py (head); t
     "--warmup_ratio 0.01 --ttt_length 3 --ttt_step_loss_decay 1.0 --loss kl "
     "--norm_before_residual --norm_before_fc --norm_output --freeze_head"
 )
-SPECULATORS_DOCUMENTED = (  # its documentation of scripts/train.py, older: AdamW, one norm, noise, its own tokens
+SPECULATORS_DOCUMENTED = (  # its documentation of scripts/train.py, older: AdamW, one norm, noise
     "--optimizer adamw --learning_rate 1e-4 --weight_decay 0.01 --max_grad_norm 1.0 --scheduler_type linear "
     "--warmup_ratio 0.01 --ttt_length 3 --ttt_step_loss_decay 1.0 --loss kl --norm_before_residual --freeze_head "
-    "--noise_std 0.05"
+    "--noise_std 0.1"  # its 0.05 is half the width
 )
 EAGLE = (  # github.com/SafeAILab/EAGLE: eagle/traineagle3/ds_config.json, main.py, cnets.py
     "--scheduler_type linear --warmup_ratio 0.015 --weight_decay 0 --max_grad_norm 0.5 --ttt_length 7 "
@@ -269,6 +269,13 @@ def base_flags(args):
     if args.bf16:
         flags += ["--deepspeed_config", str(Path(args.output).resolve() / "bf16.json")]
     return flags + shlex.split(args.trainer_flags)
+
+
+def write_bf16(output):
+    """DeepSpeed's configuration with bf16 on CPUs too."""
+    config = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    config["bf16"] = {"enabled": True}
+    common.write_atomic(output / "bf16.json", json.dumps(config, indent=2) + "\n")
 
 
 def trainer_command(args, flags, folder, steps, seed):
@@ -563,8 +570,7 @@ def main(args):
     refused = {}
     folder = budget_folder(args)
     if not args.table:
-        bf16 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | {"bf16": {"enabled": True}}
-        common.write_atomic(output / "bf16.json", json.dumps(bf16, indent=2) + "\n")
+        write_bf16(output)
         write_data(args, output / "data")
         refused = train_all(args, variants)
         done = sorted(path.parent for path in folder.glob("*/seed_*/done.json"))

@@ -90,7 +90,7 @@ class InProcess:
     def watch(self, command, log, metrics, until=None):
         """Each step seems to take PACE, an evaluation 7 seconds, the start START."""
         self.run(command, log)
-        pace = PACE["short" if "2" in command[command.index("--ttt_length") + 1] else "long"]
+        pace = PACE["short" if command[-4:-2] == ["--ttt_length", "2"] else "long"]
         marks = []
         evaluations = 0
         for row in training.metrics(metrics.parent):
@@ -294,3 +294,14 @@ def test_each_variant_is_a_command_line():
         names = [word for word in command if word.startswith("--")]
         repeated = {flag for flag in names if names.count(flag) > 1} - {"--learning_rate"}
         assert not repeated, f"{name}: {repeated}"
+
+
+@pytest.mark.slow
+def test_each_variant_trains(folder, monkeypatch):
+    """Two steps of each on the tiny target, with bf16 as by default: none is refused."""
+    processes = InProcess(monkeypatch)
+    args = flags(folder, "--steps", 2, "--bf16", "true", "--seeds", 0, "--variants", *recipes.VARIANTS)
+    recipes.write_bf16(folder / "out")
+    recipes.write_data(args, folder / "out" / "data")
+    assert list(recipes.train_all(args, recipes.choose_variants(args))) == ["strange"]
+    assert processes.calls.count("train_eagle3.py") == len(recipes.VARIANTS) + 2
