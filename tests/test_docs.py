@@ -70,6 +70,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
     "speculators": "noise_std use_off_policy_tokens norm_before_residual",
     "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "
                        "quiet yes version",
+    "benchmarks/recipes.py": "add batch bf16 decode heldout heldout_column heldout_rows max_prompt_tokens rows seconds",
     "benchmarks and make_tiny_target": "block hidden_size layers other ranks rounds steps table vocab_size",
 }  # fmt: skip
 
