@@ -83,7 +83,6 @@ VARIANTS = {
     "survival": "--learning_rate 1e-3 --step_weights survival",
     "lk": "--learning_rate 1e-3 --loss lk",
     "lk_hybrid": "--learning_rate 1e-3 --loss lk_hybrid",
-    "sequences": "--learning_rate 1e-3 --loss_average sequences",
     "ema": "--learning_rate 1e-3 --ema_decay 0.98",
     "muon_norms_chain": f"{MUON} {NORMS} --chain_sampling",
     "muon_norms_frozen_chain": f"{MUON} {NORMS} --freeze_head --chain_sampling",
