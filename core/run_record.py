@@ -155,7 +155,8 @@ def summary(args, run, config, layers, draft, target, data, data_config, covered
         "batch": f"{args.draft_global_batch_size} sequences a step = {batch}; target forward {args.batch_size}",
         "steps": f"{run.steps_per_epoch} an epoch, {run.total_steps} in all, warm-up {run.scheduler_warmup_steps}, "
         f"{args.scheduler_type} to step {run.scheduler_total_steps}",
-        "draft": f"{trained:,} parameters trained, ttt_length {args.ttt_length}, auxiliary layers {layers}",
+        "draft": f"layers {config['num_hidden_layers']} x {config['model_type']}, {trained:,} parameters trained, "
+        f"ttt_length {args.ttt_length}, auxiliary layers {layers}",
         "attention": attention,
         "vocabulary": f"{config['draft_vocab_size']} of {config['vocab_size']} tokens, {covered:.2%} of the supervised",
     }

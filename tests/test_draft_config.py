@@ -95,6 +95,21 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     assert draft_files.check_config(written) == []
 
 
+def test_a_speculators_configuration_of_several_qwen3_layers(work, tmp_path, capsys):
+    """In which vLLM reads no use_sliding_window, which our own form needs."""
+    layer = LAYER.to_dict() | {"model_type": "qwen3", "num_hidden_layers": 2, "intermediate_size": 72}
+    layer |= {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FORMS["speculators"] | {"transformer_layer_config": layer}))
+    args = train_eagle3.parse_args(arguments(work, tmp_path / "out", "--draft_model_config", str(path)))
+    target = work / "target"
+    configs = target_files.read_target_config(target)
+    (config, _), error, _ = outcome(capsys, lambda: setup.configure_draft(args, target, *configs, None, str(path)))
+    assert not error and draft_files.check_config(config) == []
+    assert (config["num_hidden_layers"], config["model_type"]) == (2, "qwen3")
+    assert draft_files.windows(config) == [0, 16] and config["use_sliding_window"] is True
+
+
 # --- flags ---
 
 
