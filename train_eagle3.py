@@ -22,7 +22,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -385,7 +384,7 @@ def objective(
     head,  # target_model.Head
     plan,  # slots.Plan
     d2t,  # [Vd] int64 offsets
-    args,  # flags: loss, ttt_step_loss_decay, step_weights, chain_sampling_min, use_off_policy_tokens
+    args,  # flags: loss, ttt_step_loss_decay, use_off_policy_tokens
 ):
     """The training-time test over concatenated documents, for live slots only.
 
@@ -440,7 +439,7 @@ def objective(
         total = total + loss
         found.append((plan, values))
         if plan.chains:
-            survival = survival * values["accept"].clamp(min=args.chain_sampling_min)
+            survival = survival * values["accept"]
         plan, survival = slots.plan_next(plan, survival)
     return total, *sum_metrics(found, total, len(input_ids))
 
@@ -546,12 +545,8 @@ def batch_of(args, windows=(0,), trains=False):
         fields = dataloader.concatenate(rows, epoch)
         lengths = fields["lengths"]
         supervised = slots.supervised_slots(fields["loss_mask"], slots.documents_of(lengths), args.ttt_length)
-        draws = None
-        if args.chain_sampling:
-            random = dataloader.random_of(args.seed, epoch, fields["rows"])
-            draws = np.concatenate([numbers.random(length) for numbers, length in zip(random, lengths, strict=True)])
-            draws = torch.from_numpy(draws)
         if trains and (args.chain_sampling or args.step_weights == "survival"):
+            draws = dataloader.draw(args.seed, epoch, fields["rows"], lengths) if args.chain_sampling else None
             plan = slots.plan_chains(supervised, lengths, windows, draws)
         else:
             plan = slots.plan_slots(supervised, lengths, windows)
@@ -564,7 +559,7 @@ def run_draft(draft, batch, states, target, d2t, args):
     """The objective of one micro-batch: loss sum, {name: sums}, and the accepted drafts n_j of each slot [T]."""
     auxiliary, last = states
     if args.noise_std and draft.training:
-        auxiliary = with_noise(auxiliary, batch, args)
+        auxiliary = dataloader.add_noise(auxiliary, batch, args.seed, args.noise_std)
     loss, sums, correct = draft(
         batch.input_ids,
         batch.position_ids,
@@ -578,17 +573,6 @@ def run_draft(draft, batch, states, target, d2t, args):
     accepted = chain_lengths(correct)
     sums["chains"] = accepted.sum().double()
     return loss, sums, accepted
-
-
-def with_noise(auxiliary, batch, args):
-    """Auxiliary states [T, n·Ht] with uniform noise of width noise_std, as in EAGLE (arXiv 2401.15077)."""
-    noisy = []
-    random = dataloader.random_of(args.seed, batch.epoch, batch.rows)
-    for part, numbers in zip(auxiliary.split(batch.lengths), random, strict=True):
-        generator = torch.Generator(part.device).manual_seed(int(numbers.integers(2**63)))
-        noise = torch.rand(part.shape, generator=generator, device=part.device, dtype=part.dtype) - 0.5
-        noisy.append(part + args.noise_std * noise)
-    return torch.cat(noisy)
 
 
 # ==================== Evaluation =====================================================================================
@@ -794,18 +778,12 @@ def add_objective_flags(add):
     add("--step_weights", choices=weights, default=weights[0], help="survival: the chance that serving gets there")
     add("--chain_sampling", action=common.Switch, help="a chain goes on with that chance, instead of the weight")
     add(
-        "--chain_sampling_min",
-        type=common.at_least(float, 0, 1),
-        default=0.2,
-        help="least chance of a further step, in both",
-    )
-    add(
         "--use_off_policy_tokens",
         action=common.Switch,
         default=True,
         help="later steps read the data's tokens; false: the draft's own",
     )
-    add("--noise_std", type=NOT_NEGATIVE, default=0.0, help="width of uniform noise on the auxiliary states")
+    add("--noise_std", type=NOT_NEGATIVE, default=0.0, help="uniform noise on the auxiliary states: +- this")
 
 
 # ==================== Main ===========================================================================================

@@ -225,9 +225,26 @@ def concatenate(rows, epoch=0):
     }
 
 
-def random_of(seed, epoch, rows):
-    """A NumPy generator for each row: its numbers in an epoch, whatever the ranks, workers and batches are."""
-    return [np.random.default_rng([seed % 2**32, epoch, row + 1]) for row in rows]
+def random_of(seed, epoch, row):
+    """NumPy's generator of what is random in a row in an epoch, whatever the ranks, workers and batches are."""
+    return np.random.default_rng([seed % 2**32, epoch, row + 1])
+
+
+def draw(seed, epoch, rows, lengths):
+    """A number in [0, 1) for each token of concatenated rows: float64 [T]."""
+    parts = [random_of(seed, epoch, row).random(length) for row, length in zip(rows, lengths, strict=True)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def add_noise(auxiliary, batch, seed, size):
+    """Auxiliary states [T, n·Ht] of a batch with uniform noise in ±size, as EAGLE adds it (arXiv 2401.15077)."""
+    noisy = []
+    for states, row in zip(auxiliary.split(batch.lengths), batch.rows, strict=True):
+        number = int(random_of(seed, batch.epoch, row).integers(2**63))
+        generator = torch.Generator(states.device).manual_seed(number)
+        noise = torch.rand(states.shape, generator=generator, device=states.device)
+        noisy.append(states + (size * (2 * noise - 1)).to(states.dtype))
+    return torch.cat(noisy)
 
 
 class TensorSlot(NamedTuple):

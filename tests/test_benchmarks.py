@@ -84,7 +84,7 @@ def test_dense_reference_equals_the_statement(option):
     ]
     weights = {name: p.detach().clone().requires_grad_() for name, p in draft.named_parameters()}
     draft_ids = (arguments["d2t"] + torch.arange(DRAFT_VOCABULARY)).tolist()
-    expected, expected_sums, accepted = statement.run(
+    expected, expected_sums, accepted, _ = statement.run(
         draft.config, weights, draft.embedding, documents, draft_ids, STEPS, DECAY
     )
     expected.backward()

@@ -134,11 +134,11 @@ def token_loss(kind, p, q):
 
 
 def run(
-    config, weights, embedding, documents, draft_ids, steps, decay, kind="ce", least_survival=None, own_tokens=False
+    config, weights, embedding, documents, draft_ids, steps, decay, kind="ce", survival_weights=False, own_tokens=False
 ):
     """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
-    auxiliary [S, n·Ht], logits [S, V]. kind: of loss; least_survival: a step weighs the product of the acceptances of
-    the chain before, each at least this; own_tokens: later steps read what the draft would draft.
+    auxiliary [S, n·Ht], logits [S, V]. kind: of loss; survival_weights: a step weighs the product of the acceptances
+    of the chain before; own_tokens: later steps read what the draft would draft.
 
     Returns loss (summed over slots, steps weighted, not normalised), sums [K][loss, correct, accept, count], per
     document the number n_j of leading correct steps of every slot, and the sum [K] of survivals over slots.
@@ -193,14 +193,14 @@ def run(
                 survivals[i] += survival
                 if best in draft_ids:
                     value = token_loss(kind, p, q_draft)
-                    loss = loss + (decay**i if least_survival is None else survival) * value
+                    loss = loss + (survival if survival_weights else decay**i) * value
                     sums[i][0] += float(value.detach())
                 drafted = draft_ids[int(logits.argmax())]
                 right = drafted == best
                 sums[i][1] += right
                 acceptance = float(torch.minimum(p, q_draft.detach()).sum())
                 sums[i][2] += acceptance
-                survival *= max(acceptance, least_survival or 0.0)
+                survival *= acceptance
                 token = drafted if own_tokens else ids[min(j + 2 + i, last)]
                 alive = alive and right
                 accepted[-1][j] += alive
