@@ -37,7 +37,7 @@ def add_flags(parser):
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help=matrices)
     add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, help="peak")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="of AdamW")
-    add("--muon_lr", type=NOT_NEGATIVE, default=1e-3, help="peak; 0.02 is usual with muon_adjust_lr_fn original")
+    add("--muon_lr", type=NOT_NEGATIVE, default=0.02, help="peak")
     add("--muon_momentum", type=NOT_NEGATIVE, default=0.95, help="Nesterov's")
     add("--muon_weight_decay", type=NOT_NEGATIVE, default=0.1, help="of Muon")
     add("--muon_ns_steps", type=POSITIVE, default=NEWTON_SCHULZ_STEPS, help="Newton-Schulz; DeepSpeed's Muon does 5")
