@@ -433,7 +433,9 @@ def objective(
         outputs.clear()  # twice the memory otherwise
         weights = torch.cat(weights)  # [R]
         if plan.chains and plan.chains.draws is None:
-            weights = survival
+            weights = weights * survival
+        if plan.weights is not None:
+            weights = weights * plan.weights[plan.live]
         functions = (LOSSES[args.loss], token_metrics)
         loss, values = draft.lm_head(hidden, losses.head_loss, weights, teacher, plan, *functions)
         total = total + loss
@@ -518,17 +520,18 @@ def chain_lengths(correct):
 def metric_values(sums):
     """Metrics by name, as floats, from sums over slots {"loss": [K], "acc": [K], ..., "slots": [K], "total", "chains"}.
 
-    A step that no slot has reached has none.
+    live_i is the share of the chains that are live at step i.
     """
     steps = dict(sums)
-    counts = steps.pop("slots")
-    slots_of_all = max(counts[0], 1.0)
-    values = {"loss": steps.pop("total") / slots_of_all}
-    chains = steps.pop("chains")
+    counts = [max(count, 1.0) for count in steps["slots"]]
+    values = {"loss": steps.pop("total") / max(steps.pop("normaliser"), 1.0)}
+    values["chain_length"] = 1 + steps.pop("chains") / counts[0]
+    live = steps.pop("slots")
+    for i, count in enumerate(live):
+        values[f"live_{i}"] = count / counts[0]
     for name, totals in steps.items():
         for i, total in enumerate(totals):
-            values[f"{name}_{i}"] = total / max(counts[i], 1.0)
-    values["chain_length"] = 1 + chains / slots_of_all
+            values[f"{name}_{i}"] = total / counts[i]
     return values
 
 
@@ -550,7 +553,11 @@ def batch_of(args, windows=(0,), trains=False):
             plan = slots.plan_chains(supervised, lengths, windows, draws)
         else:
             plan = slots.plan_slots(supervised, lengths, windows)
-        return dataloader.Batch(**fields, plan=plan, normaliser=plan.counts[0])
+        normaliser = plan.counts[0]
+        if args.loss_average == "sequences":
+            weights, normaliser = slots.sequence_weights(supervised[0], lengths)
+            plan = plan._replace(weights=weights)
+        return dataloader.Batch(**fields, plan=plan, normaliser=normaliser)
 
     return collate
 
@@ -572,6 +579,7 @@ def run_draft(draft, batch, states, target, d2t, args):
     )
     accepted = chain_lengths(correct)
     sums["chains"] = accepted.sum().double()
+    sums["normaliser"] = sums["chains"].new_full((), batch.normaliser)
     return loss, sums, accepted
 
 
@@ -725,6 +733,11 @@ def evaluate_now(args, run, engine, source, data, d2t, record, progress):
 # ==================== Flags ==========================================================================================
 
 
+RECIPES = {  # --recipe: its flags where none are given; measured in docs/recipes.md
+    "best": {"optimizer": "muon", "fc_norm": True, "norm_output": True, "freeze_head": True, "chain_sampling": True},
+}
+
+
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add_data_flags(parser.add_argument_group("target and data").add_argument)
@@ -736,7 +749,7 @@ def parse_args(argv=None):
     setup.add_batch_flags(parser.add_argument_group("length and batches").add_argument)
     setup.add_run_flags(parser.add_argument_group("run").add_argument)
     foreign = (foreign_flags.OF_TRAINERS, foreign_flags.ALIASES, foreign_flags.VALUES)
-    args = foreign_flags.parse(parser, argv, *foreign)
+    args = foreign_flags.parse(parser, argv, *foreign, RECIPES)
     args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
     unknown = [name for name in args.report_to if name not in run_record.TRACKERS]
     if unknown:
@@ -758,6 +771,7 @@ def add_data_flags(add):
 
 
 def add_draft_flags(add):
+    add("--recipe", choices=list(RECIPES), help="flags that train a better draft; each may be given otherwise")
     add("--draft_model_config", help="JSON of the draft; none: derived from the target")
     add("--draft_vocab_size", type=POSITIVE, help="tokens it can propose; none: the mapping's, or all")
     add("--token_freq_path", help="token counts to choose them by; none: the prepared data's token_freq.pt")
@@ -777,6 +791,8 @@ def add_objective_flags(add):
     weights = ("decay", "survival")
     add("--step_weights", choices=weights, default=weights[0], help="survival: the chance that serving gets there")
     add("--chain_sampling", action=common.Switch, help="a chain goes on with that chance, instead of the weight")
+    averages = ("tokens", "sequences")
+    add("--loss_average", choices=averages, default=averages[0], help="what counts the same in an optimizer step")
     add(
         "--use_off_policy_tokens",
         action=common.Switch,
@@ -836,7 +852,8 @@ def start(args, device):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, every step
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
-    default = vars(parse_args(["--target_model_path", args.target_model_path]))
+    recipe = ["--recipe", args.recipe] if args.recipe else []
+    default = vars(parse_args(["--target_model_path", args.target_model_path, *recipe]))
     prepared = ranks.on_first_rank(lambda: setup.prepare(args, default, prepare_conversations))
     run, deepspeed_config, config, layers, data_folder, d2t, state = prepared
     ranks.check_shared("output_dir", args.output_dir)
@@ -853,7 +870,7 @@ def start(args, device):
     settings = run_record.begin(__file__, flags, data_config, step)
     if dist.get_rank() == 0 and data_folder:
         covered = vocabulary.coverage_of(Path(data_folder) / "token_freq.pt", d2t)
-        print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered))
+        print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered, RECIPES))
     groups = optimization.parameter_groups(draft, args)
     engine = optimization.build_engine(draft, groups, deepspeed_config, device)
     d2t = d2t.to(device)

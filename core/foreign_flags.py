@@ -24,12 +24,13 @@ class Foreign(NamedTuple):
     instead: str
 
 
-def parse(parser, argv, table, aliases=None, values=None):
+def parse(parser, argv, table, aliases=None, values=None, recipes=None):
     """The flags of a command line that may be another trainer's.
 
     argv: None means the program's own. table: flags that do not exist here; those that change nothing are dropped, and
     the others end the program with one line. aliases: {another trainer's name: ours}. values: {flag: {another trainer's
-    value: ours}}. Errors name a flag as it is written on the command line.
+    value: ours}}. recipes: {value of --recipe: {flag: its default}}. Errors name a flag as it is written on the command
+    line.
     """
     words = common.normalise_argv(sys.argv[1:] if argv is None else argv)
     aliases = aliases or {}
@@ -46,7 +47,11 @@ def parse(parser, argv, table, aliases=None, values=None):
             refused.setdefault(foreign.instead, []).append(f"--{name}")
     if refused:
         common.fail("; ".join(f"{', '.join(flags)}: {instead}" for instead, flags in refused.items()))
-    return parser.parse_args(kept)
+    args = parser.parse_args(kept)
+    if recipes and args.recipe:
+        parser.set_defaults(**recipes[args.recipe])
+        args = parser.parse_args(kept)
+    return args
 
 
 def translate(group, aliases, values):

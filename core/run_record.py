@@ -135,8 +135,11 @@ def as_text(settings):
     return json.dumps(settings, indent=2) + "\n"
 
 
-def summary(args, run, config, layers, draft, target, data, data_config, covered):
-    """The lines printed once at the start: what was derived, and from what; covered: share of supervised tokens."""
+def summary(args, run, config, layers, draft, target, data, data_config, covered, recipes):
+    """The lines printed once at the start: what was derived, and from what; covered: share of supervised tokens.
+
+    recipes: {value of --recipe: {flag: value}}.
+    """
     world = dist.get_world_size()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     rows = {split: len(part) for split, part in data.items()}
@@ -160,6 +163,9 @@ def summary(args, run, config, layers, draft, target, data, data_config, covered
         "attention": attention,
         "vocabulary": f"{config['draft_vocab_size']} of {config['vocab_size']} tokens, {covered:.2%} of the supervised",
     }
+    if args.recipe:
+        chosen = [f"{flag} {str(getattr(args, flag)).lower()}" for flag in recipes[args.recipe]]
+        lines["recipe"] = f"{args.recipe}: {', '.join(chosen)}"
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 

@@ -174,6 +174,10 @@ def check_unread(args, default):
     states.check_source_flags(args, default)
     given = {name for name, value in default.items() if getattr(args, name) != value}
     optimization.check_flags(args, given)
+    if args.chain_sampling and args.step_weights != default["step_weights"]:
+        common.fail("chain_sampling takes the place of step_weights survival: drop one of them")
+    if (args.chain_sampling or args.step_weights == "survival") and "ttt_step_loss_decay" in given:
+        common.fail("ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it")
     if args.token_freq_path and args.d2t_path:
         common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
     if args.total_seq_len and "draft_micro_batch_size" in given:

@@ -160,6 +160,7 @@ class Plan(NamedTuple):
     places: torch.Tensor  # [R]: in that order, the place of the token in `teachers`
     chunks: list  # (first teacher, end teacher, first row, end row): what the head computes at a time
     chains: Chains | None = None  # None: the plan has all steps
+    weights: torch.Tensor | None = None  # [T] of each slot; None: all weigh the same
 
 
 class Queries(NamedTuple):
@@ -204,9 +205,21 @@ def plan_next(plan, survival):
         goes_on &= chains.draws[plan.live] < survival
     places = goes_on.nonzero().flatten()
     device = places.device
-    following = make_plan(i, [plan.live[places].cpu()], [places], chains.starts, chains.windows)
+    live = plan.live[places].cpu()
+    following = make_plan(i, [live], [places], chains.starts, chains.windows)
     following = common.map_parts(following, torch.Tensor, lambda tensor: tensor.to(device))
-    return following._replace(chains=chains), survival[places]
+    return following._replace(chains=chains, weights=plan.weights), survival[places]
+
+
+def sequence_weights(supervised, lengths):
+    """(weights [T] float64, number of sequences with slots): with them each sequence's mean counts the same.
+
+    supervised [T]: the slots of step 0.
+    """
+    weights = []
+    for part in supervised.double().split(lengths):
+        weights.append(part / part.sum().clamp(min=1))
+    return torch.cat(weights), sum(bool(part.any()) for part in weights)
 
 
 def make_plan(first, live, keep, starts, windows):
@@ -217,7 +230,8 @@ def make_plan(first, live, keep, starts, windows):
     teachers, places = tokens.unique_consecutive(return_inverse=True)
     if first == 0 and len(windows) > 1:
         queries.append((0, torch.arange(starts[-1])))
-    views = {window: view_keys(queries, torch.tensor(starts), window) for window in set(windows)}
+    starts = torch.tensor(starts)
+    views = {window: view_keys(queries, starts, window) for window in set(windows)}
     return Plan(
         first=first,
         counts=[len(slots) for slots in live],
@@ -248,7 +262,8 @@ def view_keys(queries, starts, window):
         begin = first_keys(begin, slots, i, window)
         spans.append(cut_spans(slots, starts, begin))
         blocks.append(find_blocks(slots, begin))
-    return View(window, spans, torch.cat(blocks, dim=1), [part.shape[1] for part in blocks])
+    sizes = [part.shape[1] for part in blocks]
+    return View(window, spans, torch.cat(blocks, dim=1), sizes)
 
 
 def cut_spans(slots, starts, begin):

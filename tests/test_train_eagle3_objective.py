@@ -513,8 +513,8 @@ def test_acceptance_walk_by_hand():
 
 def test_metric_values_are_sums_over_sums():
     sums = {"loss": [8.0, 6.0], "acc": [2.0, 1.0], "accept": [3.0, 0.5], "slots": [4.0, 2.0], "chains": 5.0}
-    values = train_eagle3.metric_values(sums | {"total": 11.0})
-    assert values["loss"] == 11 / 4
+    values = train_eagle3.metric_values(sums | {"total": 11.0, "normaliser": 2.0})
+    assert (values["loss"], values["live_0"], values["live_1"]) == (11 / 2, 1.0, 0.5)
     assert (values["loss_1"], values["acc_0"], values["accept_1"]) == (3.0, 0.5, 0.25)
     assert values["chain_length"] == 1 + 5 / 4
 
