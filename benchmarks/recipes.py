@@ -89,8 +89,14 @@ VARIANTS = {
     "muon_3.1_chain": f"{MUON} --fc_norm --norm_output --chain_sampling",
     "muon_norms_survival": f"{MUON} {NORMS} --step_weights survival",
     "muon_norms_chain_lk": f"{MUON} {NORMS} --chain_sampling --loss lk_hybrid",
+    "speculators_2e-2": SPECULATORS.replace("--muon_lr 1e-3", "--muon_lr 2e-2"),
+    "best": "--recipe best",
+    "best_all_steps": "--recipe best --chain_sampling false",
+    "best_adamw": "--recipe best --optimizer adamw --learning_rate 1e-3",
+    "best_free_head": "--recipe best --freeze_head false",
+    "best_lk_hybrid": "--recipe best --loss lk_hybrid",
 }
-PILOT_STEPS = 40  # that measure the pace of a variant, the first half as a warm-up
+PILOT_STEPS = 20  # that measure the pace of a variant, the first half as a warm-up
 TOLERANCE = 0.1  # a first run that misses the budget of seconds by more is repeated with the pace it had
 DECODED = Path("decoded", "evaluation.json")  # of a run
 SETTINGS = (  # flags that the data depend on
