@@ -435,7 +435,7 @@ def objective(
         if plan.chains and plan.chains.draws is None:
             weights = weights * survival
         if plan.weights is not None:
-            weights = weights * plan.weights[plan.live]
+            weights = weights * plan.weights[plan.live].to(wide)
         functions = (LOSSES[args.loss], token_metrics)
         loss, values = draft.lm_head(hidden, losses.head_loss, weights, teacher, plan, *functions)
         total = total + loss

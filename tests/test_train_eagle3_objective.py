@@ -96,20 +96,16 @@ def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,), flags=()):
     joined = {
         name: torch.cat([document[name] for document in documents]) for name in ("ids", "mask", "auxiliary", "last")
     }
-    lengths = [len(document["ids"]) for document in documents]
-    document_ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    supervised = slots.supervised_slots(joined["mask"], document_ids, steps)
-    args = training.flags("--ttt_step_loss_decay", DECAY, *flags)
-    plan = slots.plan_slots(supervised, lengths, windows)
-    if args.step_weights == "survival":
-        plan = slots.plan_chains(supervised, lengths, windows)
+    args = training.flags("--ttt_length", steps, "--ttt_step_loss_decay", DECAY, *flags)
+    rows = [(number, document["ids"], document["mask"]) for number, document in enumerate(documents)]
+    batch = train_eagle3.batch_of(args, windows, trains=True)(rows, 0)
     return {
         "input_ids": joined["ids"],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]),
+        "position_ids": torch.cat([torch.arange(len(document["ids"])) for document in documents]),
         "auxiliary": joined["auxiliary"].to(dtype),
         "last": joined["last"].to(dtype),
         "head": target_model.Head(documents[0]["head"].to(dtype)),
-        "plan": plan,
+        "plan": batch.plan,
         "d2t": draft_ids - torch.arange(len(draft_ids)),
         "args": args,
     }
@@ -170,7 +166,12 @@ def state(case, flags=()):
     """What the statement says about a case: loss, sums, accepted drafts of each slot, gradients by name."""
     args = training.flags(*flags)
     survival = args.step_weights == "survival"
-    options = {"kind": args.loss, "survival_weights": survival, "own_tokens": not args.use_off_policy_tokens}
+    options = {
+        "kind": args.loss,
+        "survival_weights": survival,
+        "by_sequence": args.loss_average == "sequences",
+        "own_tokens": not args.use_off_policy_tokens,
+    }
     draft, embedding, documents, draft_ids = case
     weights = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
     constants = (draft_ids.tolist(), STEPS, DECAY)
@@ -216,8 +217,9 @@ OBJECTIVES = {  # flags, options of the draft
     "lk": ("--loss lk", {}),
     "lk_hybrid": ("--loss lk_hybrid", {}),
     "survival": ("--step_weights survival", {}),
+    "sequences": ("--loss_average sequences", {}),
     "own tokens": ("--use_off_policy_tokens false", {}),
-    "lk, survival": ("--loss lk --step_weights survival", {"norm_output": True}),
+    "lk, survival, sequences": ("--loss lk --step_weights survival --loss_average sequences", {"norm_output": True}),
     "tv, own tokens": ("--loss tv --use_off_policy_tokens false", {"fc_norm": True, "norm_output": True}),
     "lk_hybrid, survival, own tokens, two layers": (
         "--loss lk_hybrid --step_weights survival --use_off_policy_tokens false",

@@ -134,11 +134,22 @@ def token_loss(kind, p, q):
 
 
 def run(
-    config, weights, embedding, documents, draft_ids, steps, decay, kind="ce", survival_weights=False, own_tokens=False
+    config,
+    weights,
+    embedding,
+    documents,
+    draft_ids,
+    steps,
+    decay,
+    kind="ce",
+    survival_weights=False,
+    own_tokens=False,
+    by_sequence=False,
 ):
     """The whole statement. weights: name -> float64 tensor; documents: dicts with ids, mask,
     auxiliary [S, n·Ht], logits [S, V]. kind: of loss; survival_weights: a step weighs the product of the acceptances
-    of the chain before; own_tokens: later steps read what the draft would draft.
+    of the chain before; own_tokens: later steps read what the draft would draft;
+    by_sequence: the slots of a document share a weight of 1.
 
     Returns loss (summed over slots, steps weighted, not normalised), sums [K][loss, correct, accept, count], per
     document the number n_j of leading correct steps of every slot, and the sum [K] of survivals over slots.
@@ -171,6 +182,7 @@ def run(
             if layer is not layers[-1]:
                 inputs = [layer.output(inputs[j], parts[j][0], j, keys) for j in range(last)]
         accepted.append([0] * len(ids))
+        share = 1 / max(sum(supervised(mask, j, 0) for j in range(last)), 1) if by_sequence else 1.0
         for j in range(last):
             feature, own, alive, token, survival = None, [[] for _ in layers], True, ids[j + 1], 1.0
             for i in range(steps):
@@ -193,7 +205,7 @@ def run(
                 survivals[i] += survival
                 if best in draft_ids:
                     value = token_loss(kind, p, q_draft)
-                    loss = loss + (survival if survival_weights else decay**i) * value
+                    loss = loss + share * (survival if survival_weights else decay**i) * value
                     sums[i][0] += float(value.detach())
                 drafted = draft_ids[int(logits.argmax())]
                 right = drafted == best
