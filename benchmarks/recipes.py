@@ -58,7 +58,7 @@ SPECULATORS = (  # speculators 0.9.0: train/config/schema.py; model.py (head); t
 SPECULATORS_DOCUMENTED = (  # its documentation of scripts/train.py, older: AdamW, one norm, noise
     "--optimizer adamw --learning_rate 1e-4 --weight_decay 0.01 --max_grad_norm 1.0 --scheduler_type linear "
     "--warmup_ratio 0.01 --ttt_length 3 --ttt_step_loss_decay 1.0 --loss kl --norm_before_residual --freeze_head "
-    "--noise_std 0.1"  # its 0.05 is half the width
+    "--noise_std 0.05"
 )
 EAGLE = (  # github.com/SafeAILab/EAGLE: eagle/traineagle3/ds_config.json, main.py, cnets.py
     "--scheduler_type linear --warmup_ratio 0.015 --weight_decay 0 --max_grad_norm 0.5 --ttt_length 7 "

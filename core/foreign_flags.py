@@ -137,7 +137,7 @@ ALIASES = {  # {another trainer's name: ours}
     "warmup_steps": "scheduler_warmup_steps", "lr_scheduler_type": "scheduler_type", "logging_steps": "log_steps",
     "checkpoint_freq": "save_interval", "dataloader_num_workers": "num_workers",
     "no_norm_before_residual": "norm_before_residual=false", "no_embed_requires_grad": "embed_requires_grad=false",
-    "deterministic_cuda": "deterministic",
+    "no_use_off_policy_tokens": "use_off_policy_tokens=false", "deterministic_cuda": "deterministic",
 }  # fmt: skip
 
 VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
