@@ -28,6 +28,7 @@ VALIDATION_RATIO=${VALIDATION_RATIO:-0.005}         # share of the conversations
 DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-32000}
 NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
 LAUNCHER=${LAUNCHER:-deepspeed --num_gpus $NUM_GPUS}  # command that starts the ranks
+RECIPE=${RECIPE:-best}                              # flags of train_eagle3.py --recipe; empty: its defaults
 TP_SIZE=${TP_SIZE:-1}                               # ranks that share one copy of the target
 BATCH_SIZE=${BATCH_SIZE:-2}                         # sequences per rank in one forward of the target
 DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
@@ -62,7 +63,7 @@ if [[ $STAGES == *3* ]]; then
     $LAUNCHER train_eagle3.py \
         --target_model_path "$TARGET" --data_path "$OUTPUT/data" --max_length "$MAX_LENGTH" \
         --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
-        --tp_size "$TP_SIZE" --batch_size "$BATCH_SIZE" \
+        --tp_size "$TP_SIZE" --batch_size "$BATCH_SIZE" ${RECIPE:+--recipe "$RECIPE"} \
         --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
         --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
         --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
