@@ -12,9 +12,10 @@ Out: acceptance length, share accepted by position, tokens/s with and without th
         --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
 
 At temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
-exit code 1. One exception: a text of a half-precision target may leave it where the target's two most likely tokens
-have logits within 3 % of the largest. Such texts are counted and printed; more than one, and more than a quarter of
-all, end the program as well.
+exit code 1. One exception: a text of a half-precision target may leave it at a tie of rounding, if from there on the
+target, which reads the text once more, gives each token a logit that is at most 4 % of the largest one below it. Such
+texts are counted and printed. The program ends as well if the tokens below the largest are more than three and 5 % of
+all tokens together.
 At a higher temperature drafts are accepted by speculative sampling (arXiv 2211.17192), which keeps the target's
 distribution.
 """
@@ -354,20 +355,45 @@ def eos_token_ids(target, tokenizer):
 # ==================== Measuring ======================================================================================
 
 
-def is_rounding(target, prompt, reply, alone, at):
-    """Whether two texts differ at token `at` because both tokens are equally likely to a half-precision target.
+# Several tokens in one forward round differently from one at a time. With perfect drafts, a bf16 SmolLM2-135M says
+# another token at 2.4 % of the places, so that 12 of 12 texts of up to 128 tokens leave the greedy one; tiny random
+# bf16 targets do at up to 3.9 %. The logits of the two tokens were up to 1.3 % and 3.3 % of the largest apart. Of the
+# tokens, 1.2 % and up to 2.6 % were below the most likely one, the others as likely.
+MARGIN = 0.04  # of the largest logit: a token that lies less than this below the most likely one is a tie
+TIES = 0.05  # of the tokens: more ties than this, and three, are too many for rounding
 
-    Several tokens in one forward round differently from one at a time. With perfect drafts for random bf16 and fp16
-    targets, texts left the greedy one at logits up to 2.7 % of the largest apart; those of fp32 targets never did. No
-    third token may be more likely than either: rounding does not produce what the target would not say.
+
+def shortfalls(target, prompt, reply, start):
+    """How far the logits of the tokens reply[start:] lie below the target's largest one there, as shares of it: [n].
+
+    A part at a time, because the logits of a long text would fill the memory.
+    """
+    cached = CachedTarget(target)
+    _, logits = cached.feed(prompt + reply[:start], last=1)
+    found = []
+    for first in range(start, len(reply), 64):
+        tokens = reply[first : first + 64]
+        _, following = cached.feed(tokens)
+        logits = torch.cat([logits, following])
+        told = logits[:-1]
+        chosen = told.gather(1, torch.tensor(tokens, device=told.device)[:, None])[:, 0]
+        found.append((told.amax(dim=-1) - chosen) / told.abs().amax(dim=-1))
+        logits = logits[-1:]
+    return torch.cat(found)
+
+
+def find_wrong(target, prompt, reply, alone, at):
+    """Judge a text that leaves `alone`, the target's own, at token `at`: (its first wrong token or None, ties).
+
+    A token is wrong if its logit is further below the largest than rounding explains; one that is nearer is a tie.
     """
     if target.embedding.dtype == torch.float32 or at >= min(len(reply), len(alone)):
-        return False
-    _, logits = CachedTarget(target).feed(prompt + reply[:at], last=1)
-    logits = logits[-1]
-    pair = logits[[reply[at], alone[at]]]
-    close = (pair[0] - pair[1]).abs() < 0.03 * logits.abs().max()
-    return bool(close and (logits > pair.min()).sum() <= 1)
+        return at, 0
+    if not shortfalls(target, prompt, alone[: at + 1], at) < MARGIN:
+        return at, 0
+    below = shortfalls(target, prompt, reply, at)
+    wrong = (~(below < MARGIN)).nonzero()  # or not a number
+    return (at + int(wrong[0]) if len(wrong) else None), int((below > 0).sum())
 
 
 def check_greedy(target, prompts, rows, alone):
@@ -379,17 +405,24 @@ def check_greedy(target, prompts, rows, alone):
     if reply == alone:
         return
     at = next(i for i, (a, b) in enumerate(itertools.zip_longest(reply, alone)) if a != b)
+    wrong, row["rounding_ties"] = find_wrong(target, prompt, reply, alone, at)
     row["parted_by_rounding_at"] = at
-    parted = sum("parted_by_rounding_at" in row for row in rows)
-    if not is_rounding(target, prompt, reply, alone, at):
+    ties = sum(row.get("rounding_ties", 0) for row in rows)
+    tokens = sum(sum(row["loss_mask"]) for row in rows)
+    if wrong == at:
         problem = (
             f"prompt {number}: the drafted text leaves the target's greedy text at token {at}: "
             f"{reply[at : at + 5]} instead of {alone[at : at + 5]}"
         )
-    elif parted > max(1, len(prompts) / 4):
+    elif wrong is not None:
         problem = (
-            f"{parted} of {number + 1} drafted texts leave the target's greedy text at tokens nearly as "
-            f"likely, more than a quarter of {len(prompts)}: too many for rounding"
+            f"prompt {number}: the drafted text leaves the target's greedy text at token {at} by rounding, but goes on "
+            f"at token {wrong} with {reply[wrong : wrong + 5]}, which the target would not say"
+        )
+    elif ties > 3 + TIES * tokens:
+        problem = (
+            f"{ties} of {tokens} drafted tokens are nearly the target's most likely, but not quite: too many for "
+            "rounding"
         )
     else:
         return
@@ -449,6 +482,7 @@ def summarise(rows, args):
         "prompts": len(rows),
         "new_tokens": new_tokens,
         "texts_parted_by_rounding": sum("parted_by_rounding_at" in row for row in rows),
+        "rounding_ties": sum(row.get("rounding_ties", 0) for row in rows),
         "tokens_per_second_with_draft": with_draft,
         "tokens_per_second_without": alone,
         "speedup": with_draft / alone,

@@ -1,5 +1,6 @@
 """Speculative decoding: drafts as in training, texts as the target's own, passes as the training code counts them."""
 
+import itertools
 import json
 import struct
 from types import SimpleNamespace
@@ -521,44 +522,114 @@ class Scripted:
         pass
 
     def feed(self, tokens, last=0):
-        return None, self.logits[None]
+        return None, self.logits.expand(last or len(tokens), -1)
 
 
-def test_rounding_is_between_the_two_most_likely_tokens_of_a_half_precision_target(monkeypatch):
+def test_rounding_is_among_the_most_likely_tokens_of_a_half_precision_target(monkeypatch):
     monkeypatch.setattr(evaluate_draft, "CachedTarget", Scripted)
 
-    def parts_by_rounding(dtype, reply, alone, at=1):
-        target = SimpleNamespace(embedding=torch.zeros(1, dtype=dtype))
-        return evaluate_draft.is_rounding(target, [0], reply, alone, at)
+    def judged(dtype, reply, alone, at=1):
+        return evaluate_draft.find_wrong(SimpleNamespace(embedding=torch.zeros(1, dtype=dtype)), [0], reply, alone, at)
 
     half = torch.bfloat16
     monkeypatch.setattr(Scripted, "logits", torch.tensor([9.9, 10.0, 9.8, 9.0]))
-    assert parts_by_rounding(half, [5, 0], [5, 1]) and parts_by_rounding(torch.float16, [5, 1], [5, 0])
-    assert not parts_by_rounding(torch.float32, [5, 0], [5, 1])
-    assert not parts_by_rounding(half, [5, 3], [5, 1])  # 10 % apart
-    assert not parts_by_rounding(half, [5, 2], [5, 1])  # near enough, but the third of all
-    assert not parts_by_rounding(half, [5, 2], [5, 0])
-    assert not parts_by_rounding(half, [5], [5, 1])  # one ends, the other goes on
-    monkeypatch.setattr(Scripted, "logits", torch.tensor([10.0, 10.0, 10.0, 9.0]))
-    assert all(parts_by_rounding(half, [5, a], [5, b]) for a in range(3) for b in range(3) if a != b)  # a tie of three
+    assert judged(half, [5, 0], [5, 1]) == (None, 1) and judged(torch.float16, [5, 1], [5, 0]) == (None, 0)
+    assert judged(torch.float32, [5, 0], [5, 1])[0] == 1
+    assert judged(half, [5, 3], [5, 1])[0] == 1  # 10 % apart
+    assert judged(half, [5, 1], [5, 3])[0] == 1
+    assert judged(half, [5], [5, 1])[0] == 1  # one ends, the other goes on
+    assert judged(half, [5, 2], [5, 1]) == judged(half, [5, 2], [5, 0]) == (None, 1)  # a third token between the two
+    assert judged(half, [5, 2, 1, 0], [5, 0, 1, 1]) == (None, 2)
+    assert judged(half, [5, 2, 1, 3, 0, 3], [5, 0, 1, 1])[0] == 3  # wrong behind a tie
+    assert judged(half, [5, 0] + [1] * 150 + [3], [5, 1])[0] == 152
+    monkeypatch.setattr(Scripted, "logits", torch.tensor([25.375, 25.375, 25.25, 24.0]))
+    for a, b in itertools.permutations(range(3), 2):  # a tie of three, as SmolLM2 has it
+        assert judged(half, [5, a], [5, b]) == (None, int(a == 2))
+        assert judged(half, [5, 3], [5, b])[0] == 1
+    monkeypatch.setattr(Scripted, "logits", torch.tensor([1.0, torch.nan]))
+    assert judged(half, [5, 0], [5, 1])[0] == judged(half, [5, 1], [5, 0])[0] == 1
 
 
-@pytest.mark.parametrize(("count", "parted", "ends"), [(8, 2, False), (8, 3, True), (3, 1, False), (3, 2, True)])
-def test_texts_that_part_by_rounding_are_few(count, parted, ends, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate_draft, "is_rounding", lambda *_: True)
-    monkeypatch.setattr(evaluate_draft, "generate", lambda target, prompt, *_: [1, 2])
-    monkeypatch.setattr(evaluate_draft, "speculate", lambda target, draft, d2t, prompt, *_: ([1, 2 + prompt[0]], [1]))
+def test_a_text_is_judged_by_the_logits_of_each_of_its_tokens(target):
+    text = torch.cat(random_prompts([20, 150])).tolist()
+    with torch.inference_mode():
+        logits = target.model(torch.tensor([text])).logits[0]
+    expected = [(float(z.max() - z[token]) / float(z.abs().max())) for z, token in zip(logits, text[1:], strict=False)]
+    for start in (0, 1, 70, 149):
+        found = evaluate_draft.shortfalls(target, text[:20], text[20:], start)
+        assert found.tolist() == pytest.approx(expected[19 + start :], abs=1e-4)
+
+
+def test_a_half_precision_target_leaves_its_own_text_but_a_wrong_token_behind_is_found(tmp_path, monkeypatch, capsys):
+    """Perfect drafts for a random bf16 target; then one token, behind a tie, that the target would not say."""
+    torch.manual_seed(0)
+    config = tiny.llama_config(vocab_size=VOCABULARY, initializer_range=0.1)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    target = target_model.load(tmp_path)
+    prompts = [p.tolist() for p in random_prompts([20] * 6)]
+    args = ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "100"]
+    args = evaluate_draft.parse_args(args)
+    owns = {tuple(prompt): evaluate_draft.generate(target, prompt, 100 + COUNT, set()) for prompt in prompts}
+
+    class Perfect:
+        """Drafts `own`, the text as the target alone has it."""
+
+        def __init__(self, own, _):
+            self.own = own + [0] * 9
+            self.known = 0
+
+        def propose(self, tokens, auxiliary, count, choose):
+            self.known += len(tokens) if self.known else 1
+            return self.own[self.known : self.known + count], torch.zeros(count, 1)
+
+    speculate = evaluate_draft.speculate
+
+    def drafted(target, draft, d2t, prompt, *others):
+        return speculate(target, owns[tuple(prompt)], d2t, prompt, *others)
+
+    monkeypatch.setattr(evaluate_draft, "CachedDraft", Perfect)
+    monkeypatch.setattr(evaluate_draft, "speculate", drafted)
+    rows = evaluate_draft.measure(target, None, None, prompts, args, set())
+    figures = evaluate_draft.summarise(rows, args)
+    assert figures["texts_parted_by_rounding"] > 0 and figures["rounding_ties"] <= 0.05 * figures["new_tokens"]
+    number, at = next((i, r["parted_by_rounding_at"]) for i, r in enumerate(rows) if "parted_by_rounding_at" in r)
+    assert at < 99
+
+    def spoilt(target, draft, d2t, prompt, *others):
+        reply, passes = drafted(target, draft, d2t, prompt, *others)
+        if len(reply) == 100 and prompt == prompts[number]:
+            reply[-1] = int(evaluate_draft.CachedTarget(target).feed(prompt + reply[:-1], last=1)[1][-1].argmin())
+        return reply, passes
+
+    monkeypatch.setattr(evaluate_draft, "speculate", spoilt)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate_draft.measure(target, None, None, prompts, args, set())
+    line = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and line.startswith(f"error: prompt {number}: ") and "\n" not in line
+    assert f"at token {at} by rounding, but goes on at token 99 with [" in line
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "ties", "ends"),
+    [(8, 50, 2, None), (8, 50, 4, (12, 150)), (8, 50, 6, (6, 50)), (3, 2, 1, None), (9, 2, 1, (4, 8))],
+)
+def test_ties_of_rounding_are_few(count, tokens, ties, ends, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_draft, "find_wrong", lambda *_: (None, ties))
+    monkeypatch.setattr(evaluate_draft, "generate", lambda *_: [1] * tokens)
+    monkeypatch.setattr(evaluate_draft, "speculate", lambda *_: ([2] * tokens, [1]))
     args = evaluate_draft.parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p"])
-    target, prompts = SimpleNamespace(embedding=torch.zeros(1)), [[int(i < parted)] for i in range(count)]
+    target = SimpleNamespace(embedding=torch.zeros(1))
     if ends:
         with pytest.raises(SystemExit) as stop:
-            evaluate_draft.measure(target, None, None, prompts, args, set())
+            evaluate_draft.measure(target, None, None, [[0]] * count, args, set())
         line = capsys.readouterr().err
         assert stop.value.code == 1 and line.count("\n") == 1
-        assert f"{parted} of {parted} drafted texts" in line and f"a quarter of {count}" in line
+        assert f"{ends[0]} of {ends[1]} drafted tokens" in line and "too many for rounding" in line
     else:
-        rows = evaluate_draft.measure(target, None, None, prompts, args, set())
-        assert evaluate_draft.summarise(rows, args)["texts_parted_by_rounding"] == parted
+        rows = evaluate_draft.measure(target, None, None, [[0]] * count, args, set())
+        figures = evaluate_draft.summarise(rows, args)
+        assert (figures["texts_parted_by_rounding"], figures["rounding_ties"]) == (count, count * ties)
 
 
 def test_summary_is_made_of_sums():
