@@ -345,23 +345,18 @@ def train_run(args, name, flags, folder, steps, seed):
         "steps": steps,
         "seconds": seconds,
         "ttt_length": trainer_args.ttt_length,
-        "slots": count_slots(trainer_args),
+        "chains": count_chains(trainer_args),
         "rows": rows,
     }
     common.write_atomic(folder / "done.json", json.dumps(done, indent=2) + "\n")
     return done
 
 
-def count_slots(trainer_args):
-    """Live slots of an optimizer step on average, over all steps of all chains; None where chains are sampled."""
-    if getattr(trainer_args, "chain_sampling", False):
-        return None
+def count_chains(trainer_args):
+    """Chains that an optimizer step starts on average: the slots of its first ttt_step."""
     data, _ = dataloader.open_data(trainer_args.data_path)
-    total = 0
-    for row in data["train"]:
-        mask = torch.tensor(row["loss_mask"])
-        total += int(slots.supervised_slots(mask, torch.zeros_like(mask), trainer_args.ttt_length).sum())
-    return total / len(data["train"]) * trainer_args.draft_global_batch_size
+    _, chains = slots.measure_read(data["train"])
+    return float(chains.mean()) * trainer_args.draft_global_batch_size
 
 
 def training_seconds(rows, marks):

@@ -48,9 +48,12 @@ class Run:
         return [seconds for seconds, _ in points], [value for _, value in points]
 
     def rows_a_step(self):
-        """Live slots that an optimizer step computes on average: as the metrics tell, else as the data have them."""
-        found = [row["slots"] for row in self.done["rows"] if row["split"] == "train" and "slots" in row]
-        return statistics.mean(found) if found else self.done["slots"]
+        """Live slots that an optimizer step computes on average, over all steps of all chains."""
+        shares = []
+        for row in self.done["rows"]:
+            if row["split"] == "train":
+                shares.append(sum(value for name, value in row.items() if name.startswith("live_")))
+        return self.done["chains"] * statistics.mean(shares)
 
 
 def read_json(path):
@@ -144,7 +147,7 @@ def summarise(runs, references):
     rows = []
     for name, group in runs.items():
         values = [run.value for run in group]
-        slots = [found for run in group if (found := run.rows_a_step()) is not None]
+        slots = [run.rows_a_step() for run in group]
         decoded = [run for run in group if run.decoded is not None]
         rows.append(
             {
@@ -155,7 +158,7 @@ def summarise(runs, references):
                 "spread": max(values) - min(values),
                 "steps": statistics.mean(run.done["steps"] for run in group),
                 "seconds": statistics.mean(run.done["seconds"][-1] for run in group),
-                "rows_a_step": statistics.mean(slots) if slots else None,
+                "rows_a_step": statistics.mean(slots),
                 "decoded": [[run.decoded, run.walked_decoded] for run in decoded],
                 "against": {
                     other: compare(group, runs[other], deviation)
@@ -197,7 +200,7 @@ def table_lines(rows, references):
             str(len(row["seeds"])),
             f"{row['steps']:,.0f}",
             f"{row['seconds']:.1f}",
-            "-" if row["rows_a_step"] is None else f"{row['rows_a_step']:,.0f}",
+            f"{row['rows_a_step']:,.0f}",
             f"{row['acceptance_length']:.3f}",
             f"{row['spread']:.3f}" if len(row["seeds"]) > 1 else "-",
             decoded or "-",

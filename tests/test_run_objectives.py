@@ -9,7 +9,7 @@ import torch
 from core import dataloader
 from helpers.resuming import arguments, at_step, different, stage, train, write_work
 from helpers.starts import Starts
-from helpers.training import furthest, metrics, timeless, weights
+from helpers.training import flags, furthest, metrics, timeless, weights
 
 RANDOM = "--chain_sampling", "--noise_std", 0.1, "--use_off_policy_tokens", "false", "--loss_average", "sequences"
 RANDOM = *RANDOM, "--loss", "lk_hybrid", "--recipe", "best", "--optimizer", "adamw", "--freeze_head", "false"
@@ -76,3 +76,19 @@ def test_draws_are_uniform_and_belong_to_a_row():
     assert not torch.equal(dataloader.draw(4, 3, [1], [5]), draws[3000:])
     for share in (0.1, 0.5, 0.9):
         assert abs(float((draws[:3000] < share).double().mean()) - share) < 0.03
+
+
+def test_a_recipe_sets_what_is_not_given_and_the_start_says_so(work, tmp_path, capsys):
+    train(work, tmp_path / "out", "--recipe", "best", "--chain_sampling", "false", "--dry_run")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe"))
+    assert line.split(": ")[1] == (
+        "optimizer muon, fc_norm true, norm_output true, freeze_head true, chain_sampling false"
+    )
+    assert "fc_norm.0.weight" in weights(tmp_path / "out" / "step_00000000")
+    default = flags()
+    assert (default.optimizer, default.fc_norm, default.chain_sampling, default.freeze_head) == (
+        "adamw",
+        None,
+        False,
+        False,
+    )
