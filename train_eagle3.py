@@ -426,7 +426,7 @@ def objective(
             weight = args.ttt_step_loss_decay**i if plan.chains is None else 1.0
             weights.append(torch.full_like(live, weight, dtype=wide))  # [n_i]
             feature = draft.next_feature(hidden, normed)
-            if not args.use_off_policy_tokens:
+            if not args.use_off_policy_tokens and i + 1 < args.ttt_length:
                 own = teacher.draft_ids[draft.lm_head(normed.detach(), losses.best_columns)]
 
         hidden = torch.cat(outputs)  # [R, H]

@@ -43,12 +43,19 @@ class Tree(NamedTuple):
     loss: object  # (draft, case) -> the objective's loss, summed over slots and steps
 
 
-def call_objective(draft, case):
+@functools.cache
+def objective_flags():
+    """The objective's last argument: flags, or the decay alone in older checkouts."""
     import train_eagle3
 
+    if not hasattr(train_eagle3, "LOSSES"):
+        return DECAY
+    return train_eagle3.parse_args(["--target_model_path", "-", "--ttt_step_loss_decay", str(DECAY)])
+
+
+def call_objective(draft, case):
     names = ("input_ids", "position_ids", "auxiliary", "last", "head", "plan", "d2t")
-    args = train_eagle3.parse_args(["--target_model_path", "-", "--ttt_step_loss_decay", str(DECAY)])
-    return draft(*(case[name] for name in names), args)[0]
+    return draft(*(case[name] for name in names), objective_flags())[0]
 
 
 def core_tree():
