@@ -733,7 +733,7 @@ def evaluate_now(args, run, engine, source, data, d2t, record, progress):
 # ==================== Flags ==========================================================================================
 
 
-RECIPES = {  # --recipe: its flags where none are given; measured in docs/recipes.md
+RECIPES = {  # --recipe: its flags where none are given; benchmarks/recipes.py measures them
     "best": {"optimizer": "muon", "fc_norm": True, "norm_output": True, "freeze_head": True, "chain_sampling": True},
 }
 

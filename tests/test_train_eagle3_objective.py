@@ -282,6 +282,31 @@ def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
     assert reached.sum() < 0.6 * sums["slots"].sum(), "the case saves too little work to show anything"
 
 
+@pytest.mark.parametrize("option", ["a window", "three layers, the second with a window"])
+def test_chains_that_all_go_on_are_those_of_equal_weights(option, backend):
+    """Planned step by step, and all at once: the same loss, sums and gradients, whichever way attends."""
+    draft, _, documents, draft_ids = option_case(option)[0]
+    draft.attention_backend = backend
+    for layer in draft.all_layers():
+        layer.gradient_checkpointing = backend != "sdpa"
+    windows = draft_files.windows(draft.config)
+    own = ("--use_off_policy_tokens", "false")
+    arguments = inputs(documents, draft_ids, torch.float64, windows=windows, flags=("--ttt_step_loss_decay", 1, *own))
+    loss, sums, correct = train_eagle3.objective(draft, **arguments)
+    loss.backward()
+    expected = gradients(draft)
+    flags = ("--step_weights", "survival", *own)
+    arguments = inputs(documents, draft_ids, torch.float64, windows=windows, flags=flags)
+    plan = arguments["plan"]
+    draws = torch.zeros(len(arguments["input_ids"]), dtype=torch.float64)
+    arguments["plan"] = plan._replace(chains=plan.chains._replace(draws=draws))
+    found, found_sums, found_correct = train_eagle3.objective(draft, **arguments)
+    found.backward()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-12) and torch.equal(found_correct, correct)
+    assert all(torch.allclose(found_sums[name], sums[name]) for name in sums)
+    assert all(relative(gradient, expected[name]) < 1e-12 for name, gradient in gradients(draft).items())
+
+
 def statement_survivals(draft, documents, draft_ids):
     """Σ over slots of the product of the acceptances before each step, by the statement: [K]."""
     weights = {name: p.detach().double() for name, p in draft.named_parameters()}
