@@ -1,8 +1,8 @@
 """Recipes compared at equal cost: drafts trained in several ways for a real target, ours and other trainers'.
 
 In:  a target, conversations (their first questions are read; the target replies), and held-out prompts.
-Out: --output: data/ (the target's own replies, prepared, with hidden states), runs/BUDGET/VARIANT/SEED/ (drafts with
-     their command and metrics), table.md, table.json, curves.png: acceptance against training time.
+Out: --output: data/ (the target's own replies, prepared, with hidden states), runs/BUDGET/VARIANT/seed_N/ (drafts with
+     their command and metrics), table_BUDGET.md, table_BUDGET.json, curves_BUDGET.png: acceptance against time.
 
     python benchmarks/recipes.py --target_model_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset chats.jsonl \
         --heldout mt_bench.jsonl --heldout_column turns --draft_vocab_size 8000 --output recipes --steps 500
@@ -10,9 +10,9 @@ Out: --output: data/ (the target's own replies, prepared, with hidden states), r
     python benchmarks/recipes.py ... --add "wide: --ttt_length 5 --learning_rate 3e-3"      # trains this one alone
     python benchmarks/recipes.py ... --table                                                # trains nothing
 
-What is finished is kept: a second call adds variants or seeds. --seconds are those of the processor that a training
-takes on CPUs, so that other work on the machine matters little, and of the clock on GPUs; evaluations and the start
-are not counted. docs/recipes.md says how to read the table.
+What is finished is kept: a second call adds variants or seeds, with the same data and settings. --seconds are those
+of the processor that a training takes on CPUs, so that other work on the machine matters little, and of the clock on
+GPUs; evaluations and the start are not counted. docs/recipes.md says how to read the table.
 """
 
 import concurrent.futures
@@ -43,8 +43,8 @@ import evaluate_draft  # noqa: E402
 import train_eagle3  # noqa: E402
 from core import common, dataloader, draft_files, ranks, slots, states, target_files, target_model  # noqa: E402
 
-# Each row: the flags of train_eagle3.py in which a variant differs from its defaults. Not from the rates of other
-# trainers' defaults alone: those are for larger targets, and are also run at 1e-3, which suits small ones better.
+# Each row: the flags of train_eagle3.py in which a variant differs from its defaults. The learning rates that other
+# trainers have as defaults are for larger targets: their recipes are also run at 1e-3, which suits small ones better.
 SPECFORGE = (  # specforge 0.2.0: config/schema.py, TrainingConfig; optimizer.py; training/strategies/base.py
     "--scheduler_type cosine --warmup_ratio 0.015 --weight_decay 0 --max_grad_norm 0.5 --ttt_length 7 "
     "--ttt_step_loss_decay 0.8 --head_init random"
@@ -99,9 +99,12 @@ VARIANTS = {
 PILOT_STEPS = 20  # that measure the pace of a variant, the first half as a warm-up
 TOLERANCE = 0.1  # a first run that misses the budget of seconds by more is repeated with the pace it had
 DECODED = Path("decoded", "evaluation.json")  # of a run
-SETTINGS = (  # flags that the data depend on
+DATA_SETTINGS = (  # flags that the data depend on
     "target_model_path", "dataset", "prompt_column", "rows", "heldout", "heldout_column", "heldout_rows",
     "max_prompt_tokens", "max_heldout_tokens", "max_new_tokens", "temperature",
+)  # fmt: skip
+RUN_SETTINGS = (  # flags that all trainings of a budget and their evaluation depend on
+    "batch", "draft_vocab_size", "bf16", "trainer_flags", "evaluations", "num_draft_tokens",
 )  # fmt: skip
 
 
@@ -139,7 +142,9 @@ def last_line(log):
     """The line of a log that says what is wrong: the first error, else the last line."""
     lines = Path(log).read_text(errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no output"])[-1 if not errors else 0].removeprefix("error: ")
+    if errors:
+        return errors[0].removeprefix("error: ")
+    return lines[-1] if lines else "no output"
 
 
 def read_clock(process):
@@ -183,16 +188,21 @@ def watch(command, log, metrics, until=None):
 # ==================== Data ===========================================================================================
 
 
-def write_data(args, folder):
-    """The target's own replies, prepared, with their hidden states."""
+def keep_settings(args, names, folder):
+    """Write the settings that a folder is made with; ends the program if it was made with others."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in names}
     stored = folder / "settings.json"
     if stored.exists():
         differ = [name for name, value in json.loads(stored.read_text()).items() if settings[name] != value]
         if differ:
             common.fail(f"{folder} was made with another {', '.join(differ)}: give the same, or another --output")
     common.write_atomic(stored, json.dumps(settings, indent=2) + "\n")
+
+
+def write_data(args, folder):
+    """The target's own replies, prepared, with their hidden states."""
+    keep_settings(args, DATA_SETTINGS, folder)
     if (folder / "states" / "done").exists():
         return
     write_replies(args, folder)
@@ -284,14 +294,19 @@ def write_bf16(output):
 
 
 def trainer_command(args, flags, folder, steps, seed):
-    """The command line of a training of so many steps, evaluated args.evaluations times."""
-    every = max(steps // args.evaluations, 1)
+    """The command line of a training of so many steps, evaluated at most args.evaluations times.
+
+    training_seconds needs a row of training at each step that is evaluated: log_steps divides eval_steps. The trainer
+    logs and evaluates the last step in any case.
+    """
+    log_steps = max(steps // args.evaluations // 5, 1)
+    eval_steps = math.ceil(steps / args.evaluations / log_steps) * log_steps
     return [
         "train_eagle3.py",
         *base_flags(args),
         *("--total_steps", str(steps)),
-        *("--eval_steps", str(every)),
-        *("--log_steps", str(max(every // 5, 1))),
+        *("--eval_steps", str(eval_steps)),
+        *("--log_steps", str(log_steps)),
         *("--seed", str(seed)),
         *("--output_dir", str(folder)),
         *shlex.split(flags),
@@ -362,7 +377,8 @@ def count_chains(trainer_args):
 def training_seconds(rows, marks):
     """Seconds of training, without the start and evaluations, up to each row of the metrics.
 
-    The start ends where the first rows would begin at the pace of the next ones.
+    An evaluation lasts from the row of training of its step, which comes before its own, to its own. The start ends
+    where the first rows would begin at the pace of the next ones.
     """
     marks = marks + [marks[-1]] * (len(rows) - len(marks)) if marks else [math.nan] * len(rows)
     evaluations = 0.0
@@ -370,6 +386,8 @@ def training_seconds(rows, marks):
     trained = []  # (step, seconds) of rows of training
     for number, (row, mark) in enumerate(zip(rows, marks, strict=True)):
         if row["split"] == "validation":
+            if rows[number - 1]["step"] != row["step"]:
+                raise Refused(f"the evaluation at step {row['step']} has no row of training: give other log_steps")
             evaluations += mark - marks[number - 1]
         else:
             trained.append((row["step"], mark - evaluations))
@@ -572,6 +590,7 @@ def main(args):
     if not args.table:
         write_bf16(output)
         write_data(args, output / "data")
+        keep_settings(args, RUN_SETTINGS, folder)
         refused = train_all(args, variants)
         done = sorted(path.parent for path in folder.glob("*/seed_*/done.json"))
         decoded = [folder / name / f"seed_{args.seeds[0]}" for name in variants if args.decode]

@@ -1,4 +1,4 @@
-"""What recipes.py writes about finished trainings: table.md, table.json and curves.png; loads no model.
+"""What recipes.py writes about finished trainings: table_BUDGET.md, .json and curves_BUDGET.png; loads no model.
 
 A difference is claimed only where it is beyond the spread of the seeds: the two variants' seeds do not overlap, and the
 means are further apart than twice the standard error of their difference, from the spread of seeds over all variants.

@@ -151,6 +151,27 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
     recipes.main(flags(folder, "--table"))
     assert len(processes.calls) == 2 and "| long | 3 |" in capsys.readouterr().out
 
+    # Nothing is kept under another setting.
+    for name, value in (("batch", 3), ("num_draft_tokens", 2), ("evaluations", 2), ("trainer_flags", "--loss kl")):
+        error = tiny.fails(capsys, recipes.main, flags(folder, f"--{name}={value}"))
+        assert f"steps_12 was made with another {name}: " in error
+    assert "data was made with another rows: " in tiny.fails(capsys, recipes.main, flags(folder, "--rows=6"))
+    assert len(processes.calls) == 2
+
+
+@pytest.mark.parametrize(("steps", "evaluations", "evaluated"), [(119, 4, 4), (56, 5, 5), (7, 4, 4), (3, 4, 3)])
+def test_evaluations_do_not_count_whatever_the_number_of_steps(folder, monkeypatch, steps, evaluations, evaluated):
+    InProcess(monkeypatch)
+    args = flags(folder, "--steps", steps, "--evaluations", evaluations, "--batch", 1)
+    recipes.write_data(args, folder / "out" / "data")
+    place = folder / "out" / "runs" / f"steps_{steps}" / "short" / "seed_0"
+    done = recipes.train_run(args, "short", "--ttt_length 2 --learning_rate 5e-3", place, steps, 0)
+    assert done["seconds"] == pytest.approx([PACE["short"] * row["step"] for row in done["rows"]])
+    assert sum(row["split"] == "validation" for row in done["rows"]) == evaluated
+    assert [row["step"] for row in done["rows"][-2:]] == [steps, steps]
+    with pytest.raises(recipes.Refused, match=f"evaluation at step {steps} "):
+        recipes.training_seconds(done["rows"][:-2] + done["rows"][-1:], [])
+
 
 def test_the_replies_are_the_targets_own(folder, monkeypatch):
     """Held out: the benchmark's first question and the first two conversations; trained on: the next seven."""
@@ -280,7 +301,7 @@ def test_wrong_flags_are_one_line(capsys):
     for more, words in (
         ([], "either steps or seconds"),
         (["--steps", "1", "--seconds", "2"], "either steps or seconds"),
-        (["--steps", "1", "--variants", "best"], "variants best: known are ours"),
+        (["--steps", "1", "--variants", "ours", "worst"], "variants worst: known are ours"),
         (["--steps", "1", "--add", "no flags"], 'write "NAME: flags'),
     ):
         assert words in tiny.fails(capsys, lambda argv: recipes.choose_variants(recipes.parse_args(argv)), given + more)
