@@ -405,7 +405,7 @@ def schedule(args, rows, default):
 # ==================== A training that is continued ===================================================================
 
 # Flags that have to stay: they decide what the remaining steps of a training are.
-DECISIVE = ("seed", "draft_global_batch_size", "ttt_length", "freeze_head")
+DECISIVE = ("seed", "draft_global_batch_size", "ttt_length", "freeze_head", "muon_adjust_lr_fn")
 # Flags that may differ between the starts of one training without a word.
 FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine")
 
