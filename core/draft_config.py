@@ -121,9 +121,12 @@ def check_flags(args, text_config, checkpoint, config):
     """End the program if flags say another draft than the checkpoint's, whose configuration this is."""
     there = {**dict.fromkeys(draft_files.FLAGS, False), **config}
     asked = with_flags({"num_hidden_layers": config["num_hidden_layers"]}, args, text_config)
-    differ = [f"{key} {value}, there {there.get(key)}" for key, value in asked.items() if value != there.get(key)]
+    differ = {key: value for key, value in asked.items() if value != there.get(key)}
     if differ:
-        common.fail(f"flags do not say the draft of {checkpoint}: {', '.join(differ)}: drop them")
+        values = ", ".join(f"{key} {value}, there {there.get(key)}" for key, value in differ.items())
+        on = [key for key in differ if key in draft_files.FLAGS and differ[key]]
+        remedy = f", or {common.without(args, *on)}" if on else ""
+        common.fail(f"flags do not say the draft of {checkpoint}: {values}: drop them{remedy}")
 
 
 # ==================== Derived ========================================================================================

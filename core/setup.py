@@ -175,9 +175,11 @@ def check_unread(args, default):
     given = {name for name, value in default.items() if getattr(args, name) != value}
     optimization.check_flags(args, given)
     if args.chain_sampling and args.step_weights != default["step_weights"]:
-        common.fail("chain_sampling takes the place of step_weights survival: drop one of them")
+        remedy = common.without(args, "chain_sampling")
+        common.fail(f"chain_sampling takes the place of step_weights survival: drop one of them, or {remedy}")
     if (args.chain_sampling or args.step_weights == "survival") and "ttt_step_loss_decay" in given:
-        common.fail("ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it")
+        remedy = f", or {common.without(args, 'chain_sampling')}" if args.chain_sampling else ""
+        common.fail(f"ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it{remedy}")
     if args.token_freq_path and args.d2t_path:
         common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
     if args.total_seq_len and "draft_micro_batch_size" in given:
@@ -279,6 +281,7 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
         shaped = draft_config.with_flags(given, args, text_config)
         configured, layers = configure(shaped, source, args.draft_vocab_size)
         draft_config.name_replaced(source, given, configured)
+        check_new_head(args, configured)
         return configured, layers
     given, _ = draft_files.read_draft(checkpoint, model_dir)
     count = draft_files.num_auxiliary(given)
@@ -292,6 +295,18 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
         again, _ = configure(again, path, None)
         check_same_draft(path, again, checkpoint, configured)
     return configured, layers
+
+
+def check_new_head(args, config):
+    """End the program if the head of a new draft would stay random."""
+    width = config.get("target_hidden_size", config["hidden_size"])
+    reason = ""
+    if args.head_init == "random":
+        reason = "head_init is random"
+    elif width != config["hidden_size"]:
+        reason = f"hidden_size {config['hidden_size']} is not the target's {width}, so the head starts random"
+    if args.freeze_head and reason:
+        common.fail(f"freeze_head: {reason}: drop it, or {common.without(args, 'freeze_head')}")
 
 
 def check_shape(args, config, text_config):
