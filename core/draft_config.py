@@ -50,7 +50,16 @@ def read(flag, source):
         # A complete model's, of which the draft is one layer: its class and its head are not the draft's.
         given.pop("architectures", None)
         given.pop("tie_word_embeddings", None)
+        return without_full_layers(given)  # these are the target's
     return given
+
+
+def without_full_layers(given):
+    """A copy of the given keys, without those of a window where layer_types name no layer with one."""
+    kinds = given.get("layer_types")
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        return dict(given)
+    return {key: value for key, value in given.items() if key not in draft_files.WINDOW}
 
 
 def name_unread(source, given):
@@ -98,7 +107,7 @@ def add_flags(add):
 
 def with_flags(given, args, text_config):
     """The given keys of a new draft, with those that flags name in their place; text_config: the target's."""
-    given = dict(given)
+    given = without_full_layers(given) if args.num_layers else dict(given)
     for flag, key in KEYS.items():
         value = getattr(args, flag)
         if value is not None:
