@@ -130,6 +130,7 @@ def check_flags(args, text_config, checkpoint, config):
     """End the program if flags say another draft than the checkpoint's, whose configuration this is."""
     there = {**dict.fromkeys(draft_files.FLAGS, False), **config}
     asked = with_flags({"num_hidden_layers": config["num_hidden_layers"]}, args, text_config)
+    asked.pop("use_sliding_window", None)  # a Llama's windows do without it, and a Qwen3's are not without it
     differ = {key: value for key, value in asked.items() if value != there.get(key)}
     if differ:
         values = ", ".join(f"{key} {value}, there {there.get(key)}" for key, value in differ.items())
@@ -266,7 +267,9 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
     problems = draft_files.check_config(draft_config)
     if problems:
-        common.fail(f"{source}: {'; '.join(problems)}. {REMEDY}" if given else f"{source}: {'; '.join(problems)}")
+        of_layers = draft_files.FIXED.keys() | draft_files.NEUTRAL.keys()
+        remedy = f". {REMEDY}" if any(problem.split()[0] in of_layers for problem in problems) else ""
+        common.fail(f"{source}: {'; '.join(problems)}{remedy}")
     for key in draft_files.NEUTRAL:
         draft_config.pop(key, None)
     if not any(draft_files.windows(draft_config)):
