@@ -426,7 +426,7 @@ FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_d
 
 
 def check_resume(flags, run, folder, model_dir, state):
-    """End the program if a checkpoint's data or target were others; print the flags that differ.
+    """End the program if a checkpoint's data or target were others, or if it lacks an average; print what flags differ.
 
     flags: the resolved ones of this start; folder: of the prepared data; state: the checkpoint's trainer_state.json.
     """
@@ -438,6 +438,8 @@ def check_resume(flags, run, folder, model_dir, state):
         before = state["flags"]["fingerprints"][name]
         if before not in (fingerprint, None):  # None: a dry run without data
             common.fail(f"{checkpoint} was trained with another {name} than {places[name]}: give the same, or {remedy}")
+    if state["step"] and flags["ema_decay"] and not state["flags"].get("ema_decay"):
+        common.fail(f"{checkpoint} has no average of its {state['step']} steps: give --ema_decay 0, or {remedy}")
     if state["step"] > run.total_steps:
         print(f"{checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is left to train")
     changed = []

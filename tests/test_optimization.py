@@ -259,6 +259,7 @@ def test_muon_with_states_on_a_disk_is_refused(capsys):
 CHANGED = [  # run that is continued, flags, line
     ("adamw", MUON, "was trained with optimizer AdamW, this start means Muon with AdamW: give the same"),
     ("muon", (*MUON, "--muon_adjust_lr_fn", "original"), "with muon_adjust_lr_fn match_rms_adamw, not original: it"),
+    ("adamw", (*FLAGS, "--ema_decay", DECAY), "has no average of its 2 steps: give --ema_decay 0, or start from its"),
 ]
 
 
