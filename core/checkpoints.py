@@ -624,7 +624,7 @@ def read_tensors(folder, state):
 def resume(engine, folder, state, flags):
     """The Progress of a checkpoint; the engine and the random number generators get what it holds.
 
-    folder, state: as `find_state` returns them. flags: all flags of this start by name, given and derived.
+    folder, state: as `find_start` returns them. flags: all flags of this start by name, given and derived.
     """
     folder = Path(folder)
     read_shards(engine, folder, state, flags)

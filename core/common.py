@@ -129,6 +129,13 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
+def without(args, *switches):
+    """How to do without switches that a flag or a recipe has set, as the end of a line."""
+    off = " ".join(f"--{name} false" for name in switches)
+    recipe = f" beside --recipe {args.recipe}" if args.recipe else ""
+    return f"write {off}{recipe}"
+
+
 # ==================== Files ==========================================================================================
 
 

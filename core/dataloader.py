@@ -201,7 +201,7 @@ class Batch:
     loss_mask: torch.Tensor  # [T], 1 = produced by the assistant
     lengths: list  # tokens of each sequence
     rows: list  # the row number of each sequence; -1: four unsupervised tokens that stand for nothing
-    epoch: int  # what is random in a row depends on the seed, the epoch and the row alone: see `generator`
+    epoch: int  # what is random in a row depends on the seed, the epoch and the row alone: see `random_of`
     plan: object  # the trainer's own: what its `collate` adds
     normaliser: int  # what the loss sum of this batch counts, and is divided by over the optimizer step
     states: object = None  # what the source of hidden states fetched for it
@@ -237,7 +237,7 @@ def draw(seed, epoch, rows, lengths):
 
 
 def add_noise(auxiliary, batch, seed, size):
-    """Auxiliary states [T, n·Ht] of a batch with uniform noise in ±size, as EAGLE adds it (arXiv 2401.15077)."""
+    """Auxiliary states [T, n·Ht] of a batch with uniform noise in ±size, as speculators adds it."""
     noisy = []
     for states, row in zip(auxiliary.split(batch.lengths), batch.rows, strict=True):
         number = int(random_of(seed, batch.epoch, row).integers(2**63))

@@ -50,7 +50,16 @@ def read(flag, source):
         # A complete model's, of which the draft is one layer: its class and its head are not the draft's.
         given.pop("architectures", None)
         given.pop("tie_word_embeddings", None)
+        return without_full_layers(given)  # these are the target's
     return given
+
+
+def without_full_layers(given):
+    """A copy of the given keys, without those of a window where layer_types name no layer with one."""
+    kinds = given.get("layer_types")
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        return dict(given)
+    return {key: value for key, value in given.items() if key not in draft_files.WINDOW}
 
 
 def name_unread(source, given):
@@ -98,7 +107,7 @@ def add_flags(add):
 
 def with_flags(given, args, text_config):
     """The given keys of a new draft, with those that flags name in their place; text_config: the target's."""
-    given = dict(given)
+    given = without_full_layers(given) if args.num_layers else dict(given)
     for flag, key in KEYS.items():
         value = getattr(args, flag)
         if value is not None:
@@ -121,9 +130,13 @@ def check_flags(args, text_config, checkpoint, config):
     """End the program if flags say another draft than the checkpoint's, whose configuration this is."""
     there = {**dict.fromkeys(draft_files.FLAGS, False), **config}
     asked = with_flags({"num_hidden_layers": config["num_hidden_layers"]}, args, text_config)
-    differ = [f"{key} {value}, there {there.get(key)}" for key, value in asked.items() if value != there.get(key)]
+    asked.pop("use_sliding_window", None)  # a Llama's windows do without it, and a Qwen3's are not without it
+    differ = {key: value for key, value in asked.items() if value != there.get(key)}
     if differ:
-        common.fail(f"flags do not say the draft of {checkpoint}: {', '.join(differ)}: drop them")
+        values = ", ".join(f"{key} {value}, there {there.get(key)}" for key, value in differ.items())
+        on = [key for key in differ if key in draft_files.FLAGS and differ[key]]
+        remedy = f", or {common.without(args, *on)}" if on else ""
+        common.fail(f"flags do not say the draft of {checkpoint}: {values}: drop them{remedy}")
 
 
 # ==================== Derived ========================================================================================
@@ -254,7 +267,9 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
     problems = draft_files.check_config(draft_config)
     if problems:
-        common.fail(f"{source}: {'; '.join(problems)}. {REMEDY}" if given else f"{source}: {'; '.join(problems)}")
+        of_layers = draft_files.FIXED.keys() | draft_files.NEUTRAL.keys()
+        remedy = f". {REMEDY}" if any(problem.split()[0] in of_layers for problem in problems) else ""
+        common.fail(f"{source}: {'; '.join(problems)}{remedy}")
     for key in draft_files.NEUTRAL:
         draft_config.pop(key, None)
     if not any(draft_files.windows(draft_config)):

@@ -175,9 +175,11 @@ def check_unread(args, default):
     given = {name for name, value in default.items() if getattr(args, name) != value}
     optimization.check_flags(args, given)
     if args.chain_sampling and args.step_weights != default["step_weights"]:
-        common.fail("chain_sampling takes the place of step_weights survival: drop one of them")
+        remedy = common.without(args, "chain_sampling")
+        common.fail(f"chain_sampling takes the place of step_weights survival: drop one of them, or {remedy}")
     if (args.chain_sampling or args.step_weights == "survival") and "ttt_step_loss_decay" in given:
-        common.fail("ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it")
+        remedy = f", or {common.without(args, 'chain_sampling')}" if args.chain_sampling else ""
+        common.fail(f"ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it{remedy}")
     if args.token_freq_path and args.d2t_path:
         common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
     if args.total_seq_len and "draft_micro_batch_size" in given:
@@ -279,6 +281,7 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
         shaped = draft_config.with_flags(given, args, text_config)
         configured, layers = configure(shaped, source, args.draft_vocab_size)
         draft_config.name_replaced(source, given, configured)
+        check_new_head(args, configured)
         return configured, layers
     given, _ = draft_files.read_draft(checkpoint, model_dir)
     count = draft_files.num_auxiliary(given)
@@ -292,6 +295,18 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
         again, _ = configure(again, path, None)
         check_same_draft(path, again, checkpoint, configured)
     return configured, layers
+
+
+def check_new_head(args, config):
+    """End the program if the head of a new draft would stay random."""
+    width = config.get("target_hidden_size", config["hidden_size"])
+    reason = ""
+    if args.head_init == "random":
+        reason = "head_init is random"
+    elif width != config["hidden_size"]:
+        reason = f"hidden_size {config['hidden_size']} is not the target's {width}, so the head starts random"
+    if args.freeze_head and reason:
+        common.fail(f"freeze_head: {reason}: drop it, or {common.without(args, 'freeze_head')}")
 
 
 def check_shape(args, config, text_config):
@@ -405,13 +420,13 @@ def schedule(args, rows, default):
 # ==================== A training that is continued ===================================================================
 
 # Flags that have to stay: they decide what the remaining steps of a training are.
-DECISIVE = ("seed", "draft_global_batch_size", "ttt_length", "freeze_head")
+DECISIVE = ("seed", "draft_global_batch_size", "ttt_length", "freeze_head", "muon_adjust_lr_fn")
 # Flags that may differ between the starts of one training without a word.
 FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine")
 
 
 def check_resume(flags, run, folder, model_dir, state):
-    """End the program if a checkpoint's data or target were others; print the flags that differ.
+    """End the program if a checkpoint's data or target were others, or if it lacks an average; print what flags differ.
 
     flags: the resolved ones of this start; folder: of the prepared data; state: the checkpoint's trainer_state.json.
     """
@@ -423,6 +438,8 @@ def check_resume(flags, run, folder, model_dir, state):
         before = state["flags"]["fingerprints"][name]
         if before not in (fingerprint, None):  # None: a dry run without data
             common.fail(f"{checkpoint} was trained with another {name} than {places[name]}: give the same, or {remedy}")
+    if state["step"] and flags["ema_decay"] and not state["flags"].get("ema_decay"):
+        common.fail(f"{checkpoint} has no average of its {state['step']} steps: give --ema_decay 0, or {remedy}")
     if state["step"] > run.total_steps:
         print(f"{checkpoint} has {state['step']} steps, total_steps is {run.total_steps}: nothing is left to train")
     changed = []

@@ -67,7 +67,6 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
     "SLURM": "ntasks-per-node",
     "az": "file resource-group set workspace-name", "swanlab": "id", "tensorboard": "logdir",
     "SpecForge": "max-num-steps",
-    "speculators": "noise_std use_off_policy_tokens norm_before_residual",
     "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "
                        "quiet yes version",
     "benchmarks/recipes.py": "add batch bf16 decode heldout heldout_column heldout_rows max_prompt_tokens rows seconds",

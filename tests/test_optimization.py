@@ -256,10 +256,18 @@ def test_muon_with_states_on_a_disk_is_refused(capsys):
     assert line.startswith("disk.json: optimizer muon does not train with its states on nvme")
 
 
-def test_another_optimizer_is_not_continued(work, runs, tmp_path, capsys):
-    shutil.copytree(runs / "adamw" / "step_00000002", tmp_path / "step_00000002")
-    line = training.refused(capsys, training.run, work, tmp_path, *MUON, "--total_steps", 4, "--resume")
-    assert "was trained with optimizer AdamW, this start means Muon with AdamW: give the same" in line
+CHANGED = [  # run that is continued, flags, line
+    ("adamw", MUON, "was trained with optimizer AdamW, this start means Muon with AdamW: give the same"),
+    ("muon", (*MUON, "--muon_adjust_lr_fn", "original"), "with muon_adjust_lr_fn match_rms_adamw, not original: it"),
+    ("adamw", (*FLAGS, "--ema_decay", DECAY), "has no average of its 2 steps: give --ema_decay 0, or start from its"),
+]
+
+
+@pytest.mark.parametrize(("run", "flags", "says"), CHANGED)
+def test_another_optimizer_is_not_continued(work, runs, tmp_path, capsys, run, flags, says):
+    shutil.copytree(runs / run / "step_00000002", tmp_path / "step_00000002")
+    line = training.refused(capsys, training.run, work, tmp_path, *flags, "--total_steps", 4, "--resume")
+    assert says in line
 
 
 def test_deterministic_kernels_are_asked_for(work, runs, tmp_path, monkeypatch, capsys):
