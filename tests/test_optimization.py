@@ -96,6 +96,7 @@ def trained(tmp_path_factory):
     return {1: one, 2: two}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_weights_after_three_steps_are_those_of_the_statement(trained, case, world):

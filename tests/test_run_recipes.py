@@ -160,6 +160,7 @@ def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("steps", "evaluations", "evaluated"), [(119, 4, 4), (56, 5, 5), (7, 4, 4), (3, 4, 3)])
+@pytest.mark.slow
 def test_evaluations_do_not_count_whatever_the_number_of_steps(folder, monkeypatch, steps, evaluations, evaluated):
     InProcess(monkeypatch)
     args = flags(folder, "--steps", steps, "--evaluations", evaluations, "--batch", 1)

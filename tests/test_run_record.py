@@ -44,6 +44,7 @@ def dry_run(tree, work, output):
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.slow
 def test_run_of_an_edited_tree_can_be_repeated_from_what_it_keeps(tmp_path):
     work = tmp_path / "work"
     work.mkdir()

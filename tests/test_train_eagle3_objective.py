@@ -261,7 +261,7 @@ def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
     samples = []
     rows = []
     plan = arguments["plan"]
-    for _ in range(150):
+    for _ in range(100):
         draws = torch.rand(len(arguments["input_ids"]), dtype=torch.float64)
         arguments["plan"] = plan._replace(chains=plan.chains._replace(draws=draws))
         value, found, _ = train_eagle3.objective(draft, **arguments)
@@ -394,7 +394,7 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(windo
             assert torch.allclose(results[2], results[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", train_eagle3.LOSSES)
+@pytest.mark.parametrize("loss", ["ce", "lk_hybrid"])  # which has all of the others in it but a logarithm
 def test_each_loss_and_the_metrics_compile_to_the_same_numbers(loss):
     """On GPUs each is compiled into one kernel, forward and backward; the compiler takes the same code here."""
     torch.manual_seed(0)
