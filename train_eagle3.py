@@ -389,7 +389,8 @@ def objective(
     """The training-time test over concatenated documents, for live slots only.
 
     Keys of later steps are seen by their own slot alone. So at step 0 an unsupervised slot matters by its key and value
-    only, and later not at all: losses and gradients are those of computing every slot in every step.
+    only, and later not at all: losses and gradients are those of computing every slot in every step. A plan with
+    `chains` has one step; its acceptances decide which slots the next plan has, or what they weigh.
 
     Returns the loss summed over slots and steps (not yet divided by anything); the sums of each step, {name: float64
     [K]}, of "loss", the metrics, and the number of "slots"; and which predictions are right (bool [K, T]).
