@@ -99,6 +99,7 @@ class InProcess:
         return 0, marks
 
 
+@pytest.mark.slow
 def test_two_variants_and_two_seeds_in_one_go(folder, monkeypatch, capsys):
     processes = InProcess(monkeypatch)
     recipes.main(flags(folder))
