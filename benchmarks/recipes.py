@@ -83,6 +83,7 @@ VARIANTS = {
     "survival": "--learning_rate 1e-3 --step_weights survival",
     "lk": "--learning_rate 1e-3 --loss lk",
     "lk_hybrid": "--learning_rate 1e-3 --loss lk_hybrid",
+    "sequences": "--learning_rate 1e-3 --loss_average sequences",
     "ema": "--learning_rate 1e-3 --ema_decay 0.98",
     "muon_norms_chain": f"{MUON} {NORMS} --chain_sampling",
     "muon_norms_frozen_chain": f"{MUON} {NORMS} --freeze_head --chain_sampling",
@@ -95,6 +96,9 @@ VARIANTS = {
     "best_adamw": "--recipe best --optimizer adamw --learning_rate 1e-3",
     "best_free_head": "--recipe best --freeze_head false",
     "best_lk_hybrid": "--recipe best --loss lk_hybrid",
+    "best_survival": "--recipe best --chain_sampling false --step_weights survival",
+    "best_sequences": "--recipe best --loss_average sequences",
+    "best_ema": "--recipe best --ema_decay 0.98",
 }
 PILOT_STEPS = 20  # that measure the pace of a variant, the first half as a warm-up
 TOLERANCE = 0.1  # a first run that misses the budget of seconds by more is repeated with the pace it had
