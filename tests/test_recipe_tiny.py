@@ -8,6 +8,7 @@ import torch
 import evaluate_draft
 import train_eagle3
 from core import draft_files, slots, target_model
+from helpers import training
 from helpers.recipes import run
 
 
@@ -42,5 +43,7 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
         auxiliary, last = target.hidden_states(ids, [len(ids)])
         plan = slots.plan_slots(slots.supervised_slots(mask, torch.zeros_like(ids), 7), [len(ids)])
         with torch.no_grad():
-            _, _, correct = draft(ids, torch.arange(len(ids)), auxiliary, last, target.head, plan, d2t, 0.8)
+            _, _, correct = draft(
+                ids, torch.arange(len(ids)), auxiliary, last, target.head, plan, d2t, training.flags()
+            )
         assert slots.acceptance_walk(train_eagle3.chain_lengths(correct).tolist(), mask.tolist()) == row["passes"]
