@@ -772,7 +772,7 @@ def add_data_flags(add):
 
 
 def add_draft_flags(add):
-    add("--recipe", choices=list(RECIPES), help="flags that train a better draft; each may be given otherwise")
+    add("--recipe", choices=list(RECIPES), help="a set of flags, each may be given otherwise; see docs/recipes.md")
     add("--draft_model_config", help="JSON of the draft; none: derived from the target")
     add("--draft_vocab_size", type=POSITIVE, help="tokens it can propose; none: the mapping's, or all")
     add("--token_freq_path", help="token counts to choose them by; none: the prepared data's token_freq.pt")
