@@ -121,18 +121,16 @@ def environment():
     return own | {"OMP_NUM_THREADS": "1"}
 
 
+def options_of(log):
+    """How a command of the repository is started that writes to this open file."""
+    return {"cwd": ROOT, "env": environment(), "stdout": log, "stderr": subprocess.STDOUT}
+
+
 def run(command, log):
     """Run a command of the repository; returns "" or, if it fails, why."""
     print(f"$ {shlex.join(command)}", flush=True)
     with open(log, "w") as file:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+        done = subprocess.run([sys.executable, *command], check=False, **options_of(file))
     return f"{command[0]} ends with {done.returncode}: {last_line(log)} ({log})" if done.returncode else ""
 
 
@@ -166,13 +164,7 @@ def watch(command, log, metrics, until=None):
     """
     marks = []
     with open(log, "w") as file:
-        process = psutil.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+        process = psutil.Popen([sys.executable, *command], **options_of(file))
     try:
         while process.poll() is None:
             with contextlib.suppress(psutil.Error, FileNotFoundError):

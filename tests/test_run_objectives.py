@@ -1,15 +1,12 @@
 """Objectives of other kinds than the default: trained, stopped and continued, on two ranks; what is random in them."""
 
-import os
-import signal
-
 import pytest
 import torch
 
 from core import dataloader
-from helpers.resuming import arguments, at_step, different, stage, train, write_work
+from helpers.resuming import arguments, check_continued, stage, train, write_work
 from helpers.starts import Starts
-from helpers.training import flags, furthest, metrics, timeless, weights
+from helpers.training import flags, furthest, metrics, weights
 
 RANDOM = "--chain_sampling", "--noise_std", 0.1, "--use_off_policy_tokens", "false", "--loss_average", "sequences"
 RANDOM = *RANDOM, "--loss", "lk_hybrid", "--recipe", "best", "--optimizer", "adamw", "--freeze_head", "false"
@@ -26,15 +23,7 @@ def work(tmp_path_factory):
 
 
 def test_a_stopped_run_is_continued_bit_by_bit(work, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    train(work, out, *FEW)
-    monkeypatch.undo()
-    assert (out / "latest").resolve().name == "step_00000003" and not (out / "final").exists()
-    train(work, out, *FEW, "--resume")
-    assert timeless(out) == timeless(work / "random")
-    for name in ("step_00000004", "final"):
-        assert [x for x in different(out / name, work / "random" / name) if "run.json" not in x] == [], name
+    check_continued(monkeypatch, work, tmp_path / "out", work / "random", *FEW)
 
 
 @pytest.mark.slow

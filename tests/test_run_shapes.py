@@ -1,17 +1,15 @@
 """Drafts of other shapes than one Llama layer: trained, stopped and continued, on two ranks, read as a start."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 
 import export_draft
 from core import draft_files
-from helpers.resuming import arguments, at_step, different, refused, stage, train, write_work
+from helpers.resuming import arguments, check_continued, refused, stage, train, write_work
 from helpers.starts import Starts
-from helpers.training import furthest, timeless, weights
+from helpers.training import furthest, weights
 
 SHAPE = "--num_layers", 2, "--draft_arch", "qwen3", "--sliding_window", 24, "--sliding_window_indices", 1
 SHAPE = *SHAPE, "--fc_norm", "--norm_output", "--embed_requires_grad", "--freeze_head", "--gradient_checkpointing"
@@ -29,14 +27,7 @@ def work(tmp_path_factory):
 
 def test_a_stopped_run_is_continued_bit_by_bit(work, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    train(work, out, *FEW)
-    monkeypatch.undo()
-    assert (out / "latest").resolve().name == "step_00000003" and not (out / "final").exists()
-    train(work, out, *FEW, "--resume")
-    assert timeless(out) == timeless(work / "shaped")
-    for name in ("step_00000004", "final"):
-        assert [x for x in different(out / name, work / "shaped" / name) if "run.json" not in x] == [], name
+    check_continued(monkeypatch, work, out, work / "shaped", *FEW)
     line = refused(capsys, work, out, *FEW, "--freeze_head", "false", "--resume")
     assert "was trained with freeze_head True, not False" in line
     line = refused(capsys, work, out, *FEW, "--norm_output", "false", "--resume")

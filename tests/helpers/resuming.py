@@ -1,6 +1,8 @@
 """Runs that are stopped and continued, bit by bit: a run that nothing disturbed, and how others differ from it."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -79,6 +81,18 @@ def at_step(monkeypatch, step, act):
         return result
 
     monkeypatch.setattr(optimization, "optimizer_step", counted)
+
+
+def check_continued(monkeypatch, work, out, undisturbed, *flags):
+    """A training of 4 steps that is asked to stop after the third, and continued, is the undisturbed one bit by bit."""
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(work, out, *flags)
+    monkeypatch.undo()
+    assert (out / "latest").resolve().name == "step_00000003" and not (out / "final").exists()
+    train(work, out, *flags, "--resume")
+    assert rows(out) == rows(undisturbed)
+    for name in ("step_00000004", "final"):
+        assert [x for x in different(out / name, undisturbed / name) if "run.json" not in x] == [], name
 
 
 def same_run(a, b, names=("step_00000005", "step_00000010", "step_00000012", "final")):
