@@ -136,6 +136,18 @@ def without(args, *switches):
     return f"write {off}{recipe}"
 
 
+def format_table(lines):
+    """Lines of texts, the header first, as a table in Markdown: the first column to the left, numbers to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    table = []
+    for first, *others in [lines[0], rule, *lines[1:]]:
+        cells = [first.ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
 # ==================== Files ==========================================================================================
 
 

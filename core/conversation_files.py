@@ -73,7 +73,7 @@ def add_preparation_flags(add):
     add("--max_rejected_ratio", type=common.at_least(float, 0), help=ratio)
 
 
-PROMPT_FLAGS = ("dataset_config", "prompt_column", "response_column", "prompt_split")
+PROMPT_FLAGS = ("dataset_path", "dataset_config", "prompt_column", "response_column", "prompt_split")
 
 FLAGS = ("dataset_path", "dataset_config", "prompt_column", "response_column", "train_split", "validation_split")
 
@@ -230,6 +230,8 @@ def find_preset(name, preset, dataset_path, part):
     if split not in preset.files:
         common.fail(f"preset {name} has no {split} split: give a data set of your own")
     patterns = list(preset.files[split])
+    if dataset_path and Path(dataset_path).expanduser().is_file() and part == "prompt":
+        return [Path(dataset_path).expanduser()]
     if dataset_path and preset.hub:
         # One copy holds the files of all the repositories.
         return match_files(name, preset, Path(dataset_path).expanduser(), patterns, least=len(preset.hub))

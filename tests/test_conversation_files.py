@@ -17,9 +17,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import evaluate_draft
 import prepare_data
-from core import conversation_files, conversations, dataloader
+from core import conversation_files, conversations, dataloader, prompts
 from helpers import tiny
 
 FOLDER = tiny.REPOSITORY / "tests" / "cases"
@@ -491,14 +490,14 @@ def test_prompts_are_the_first_rows_that_ask_something(tmp_path, capsys):
     rows = [{"messages": []}, {"prompt": "no turns", "messages": ROWS[0]["messages"]}, {"prompt": "Once"}, ROWS[1]]
     tokenizer = tiny.tokenizer()
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines(rows)))
-    first, second = evaluate_draft.read_prompts(tmp_path / "rows.jsonl.gz", tokenizer, limit=2)
+    first, second = prompts.read_prompts(tmp_path / "rows.jsonl.gz", tokenizer, limit=2)
     question = ROWS[0]["messages"][:1]
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(first) == text and second == tokenizer("Once")["input_ids"]
+    assert tokenizer.decode(first.ids) == text and second.ids == tokenizer("Once")["input_ids"]
     assert "line 1 of" in capsys.readouterr().out
     path = tiny.write_jsonl(tmp_path / "columns.jsonl", [{"q": ["three?", "and then?"], "a": "3"}])
-    (prompt,) = evaluate_draft.read_prompts(path, tokenizer, prompt_column="q")
-    assert "three?" in tokenizer.decode(prompt) and "and then?" not in tokenizer.decode(prompt)
+    (prompt,) = prompts.read_prompts(path, tokenizer, prompt_column="q")
+    assert "three?" in tokenizer.decode(prompt.ids) and not prompt.questions
 
 
 # --- rows that others tokenised ---

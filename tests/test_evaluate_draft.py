@@ -12,7 +12,7 @@ import transformers
 import evaluate_draft
 import prepare_data
 import train_eagle3
-from core import dataloader, draft_config, draft_files, slots, target_files, target_model
+from core import dataloader, decoding, draft_config, draft_files, prompts, slots, target_files, target_model
 from helpers import dense, tiny, training
 from helpers.chat_templates import family_tokenizer
 
@@ -99,12 +99,12 @@ def trained(folder, target):
 
     texts: [(prompt, reply)] with the target's own greedy replies, some ended by a token and some by their length.
     """
-    prompts = [p.tolist() for p in random_prompts([3, 20, 1, 9, 40, 5, 12, 30, 7, 2])]
-    replies = [own_greedy(target, p) for p in prompts]
+    asked = [p.tolist() for p in random_prompts([3, 20, 1, 9, 40, 5, 12, 30, 7, 2])]
+    replies = [own_greedy(target, p) for p in asked]
     # The two ids that end most replies early without ending all.
     ends = {i: sum(i in r[1:] for r in replies) for i in {i for r in replies for i in r[8:]}}
     eos_ids = sorted((i for i in ends if all(i not in r[:4] for r in replies)), key=lambda i: (-ends[i], i))[:2]
-    texts = [(p, own_greedy(target, p, eos_ids=eos_ids)) for p in prompts]
+    texts = [(p, own_greedy(target, p, eos_ids=eos_ids)) for p in asked]
     draft, d2t = random_draft(folder, target, columns=200)
     # The draft vocabulary leaves out tokens of the text, but not all that end it.
     ids = sorted({*eos_ids, *range(0, VOCABULARY, 7), *[i for _, r in texts for i in r if i % 11]})
@@ -198,8 +198,8 @@ def test_the_objective_predicts_what_a_saved_draft_drafts(shape, folder, target,
     seen = set()
     for prompt in (p.tolist() for p in random_prompts([40, 12, 25, 18])):
         auxiliary, _ = target.hidden_states(torch.tensor(prompt), [len(prompt)])
-        cached = evaluate_draft.CachedDraft(*loaded)
-        drafted, _ = cached.propose(prompt[1:], auxiliary[:-1], COUNT, evaluate_draft.greedy)
+        cached = decoding.CachedDraft(*loaded)
+        drafted, _ = cached.propose(prompt[1:], auxiliary[:-1], COUNT, decoding.greedy)
         seen.update(drafted)
         for right in (COUNT, 2):  # drafts that the text and the teacher follow
             text = prompt + drafted[:right] + [(token + 1) % size for token in drafted[right:]]
@@ -214,18 +214,18 @@ def test_the_objective_predicts_what_a_saved_draft_drafts(shape, folder, target,
 
 def compare_chains(draft, d2t, target, monkeypatch):
     """Tokens and logits of every chain that a speculative decoding drafts are those of the training code's pieces."""
-    calls, propose = [], evaluate_draft.CachedDraft.propose
+    calls, propose = [], decoding.CachedDraft.propose
 
     def recorded(self, tokens, auxiliary, count, choose):
         drafted, rows = propose(self, tokens, auxiliary, count, choose)
         calls.append((tokens, drafted, rows))
         return drafted, rows
 
-    monkeypatch.setattr(evaluate_draft.CachedDraft, "propose", recorded)
+    monkeypatch.setattr(decoding.CachedDraft, "propose", recorded)
     seen = set()
     for prompt in (p.tolist() for p in random_prompts([1, 2, 17, 400])):
         calls.clear()
-        evaluate_draft.speculate(target, draft, d2t, prompt, COUNT, 16, set())
+        decoding.speculate(target, draft, d2t, prompt, COUNT, 16, set())
         text = torch.tensor(prompt[:1] + [token for tokens, _, _ in calls for token in tokens])
         auxiliary, _ = target.hidden_states(text, [len(text)])
         known = 1
@@ -261,7 +261,7 @@ def test_greedy_text_is_the_targets_and_passes_are_those_of_the_training_code(tr
                 [len(mask) for mask in masks]
             )
         for (prompt, own), n, mask in zip(texts, accepted, masks, strict=True):
-            reply, passes = evaluate_draft.speculate(target, draft, d2t, prompt, COUNT, NEW_TOKENS, eos_ids)
+            reply, passes = decoding.speculate(target, draft, d2t, prompt, COUNT, NEW_TOKENS, eos_ids)
             assert reply == own
             assert passes == slots.acceptance_walk(n.tolist(), mask)
             assert 1 + sum(n + 1 for n in passes) >= len(reply)
@@ -282,9 +282,9 @@ def test_any_number_of_tokens_and_drafts(max_new_tokens, trained, target):
         inputs, masks = objective_inputs(target, d2t, [(prompt, own)], count)
         with torch.no_grad():
             n = train_eagle3.chain_lengths(train_eagle3.objective(draft, **inputs)[2]).tolist()
-        reply, passes = evaluate_draft.speculate(target, draft, d2t, prompt, count, max_new_tokens, set())
+        reply, passes = decoding.speculate(target, draft, d2t, prompt, count, max_new_tokens, set())
         assert (reply, passes) == (own, slots.acceptance_walk(n, masks[0]))
-        assert evaluate_draft.generate(target, prompt, max_new_tokens, set()) == own
+        assert decoding.generate(target, prompt, max_new_tokens, set()) == own
 
 
 FAMILIES = {
@@ -323,11 +323,11 @@ def test_rejected_drafts_leave_no_trace_in_the_targets_cache(family, tmp_path, m
             right = torch.rand(count, generator=random) < 0.7
             return [own[self.known + i] if yes else 3 for i, yes in enumerate(right)], torch.zeros(count, 1)
 
-    monkeypatch.setattr(evaluate_draft, "CachedDraft", Oracle)
+    monkeypatch.setattr(decoding, "CachedDraft", Oracle)
     for prompt in (p.tolist() for p in random_prompts([2, 25])):
         own = own_greedy(target, prompt, 60)
         states.clear()
-        reply, passes = evaluate_draft.speculate(target, None, None, prompt, COUNT, 50, set())
+        reply, passes = decoding.speculate(target, None, None, prompt, COUNT, 50, set())
         assert reply == own[:50] and len(set(reply)) > 5
         lengths.update(passes)
         found, text = torch.cat(states), torch.tensor(prompt + own)
@@ -337,15 +337,14 @@ def test_rejected_drafts_leave_no_trace_in_the_targets_cache(family, tmp_path, m
     with torch.inference_mode():  # scale and soft cap do not show in greedy text
         logits = target.model(text[None]).logits[0]
     assert (
-        float((evaluate_draft.CachedTarget(target).feed(text.tolist())[1] - logits).abs().max() / logits.abs().max())
-        < 1e-5
+        float((decoding.CachedTarget(target).feed(text.tolist())[1] - logits).abs().max() / logits.abs().max()) < 1e-5
     )
 
 
 def test_a_long_prompts_logits_are_formed_for_its_last_token_only(target, monkeypatch):
-    rows, logits = [], evaluate_draft.CachedTarget.feed
-    monkeypatch.setattr(evaluate_draft.CachedTarget, "feed", lambda *a, **k: rows.append(logits(*a, **k)) or rows[-1])
-    evaluate_draft.generate(target, list(range(50)), 3, set())
+    rows, logits = [], decoding.CachedTarget.feed
+    monkeypatch.setattr(decoding.CachedTarget, "feed", lambda *a, **k: rows.append(logits(*a, **k)) or rows[-1])
+    decoding.generate(target, list(range(50)), 3, set())
     assert [(len(auxiliary), len(z)) for auxiliary, z in rows] == [(50, 1), (1, 1), (1, 1)]
 
 
@@ -408,8 +407,8 @@ def test_sampling_is_lossless(temperature, monkeypatch):
                 drafted.append(token)
             return drafted, torch.stack(rows)
 
-    monkeypatch.setattr(evaluate_draft, "CachedTarget", Target)
-    monkeypatch.setattr(evaluate_draft, "CachedDraft", Draft)
+    monkeypatch.setattr(decoding, "CachedTarget", Target)
+    monkeypatch.setattr(decoding, "CachedDraft", Draft)
     p = (chain / temperature).softmax(-1)
     exact = p[0][:, None, None] * p[:, :, None] * p[None]  # of the first three tokens behind token 0
 
@@ -417,13 +416,13 @@ def test_sampling_is_lossless(temperature, monkeypatch):
         counts = torch.zeros(vocabulary, vocabulary, vocabulary)
         accepted = set()
         for _ in range(runs):
-            reply, passes = evaluate_draft.speculate(None, None, None, [0], 3, 3, set(), choose, verify)
+            reply, passes = decoding.speculate(None, None, None, [0], 3, 3, set(), choose, verify)
             counts[tuple(reply)] += 1
             accepted.update(passes)
         return counts, accepted
 
     generator = torch.Generator().manual_seed(0)
-    choose, verify = evaluate_draft.sampling(temperature, generator, ids, vocabulary)
+    choose, verify = decoding.sampling(temperature, generator, ids, vocabulary)
     counts, accepted = observed(choose, verify, 6000)
     assert accepted == {0, 1, 2}
     assert p_value(counts, exact) > 1e-3
@@ -433,7 +432,7 @@ def test_sampling_is_lossless(temperature, monkeypatch):
 
 
 def test_sampling_keeps_a_draft_that_equals_the_target_and_drops_what_it_never_says():
-    choose, verify = evaluate_draft.sampling(0.5, torch.Generator().manual_seed(0), torch.arange(4), 4)
+    choose, verify = decoding.sampling(0.5, torch.Generator().manual_seed(0), torch.arange(4), 4)
     z = torch.randn(3, 4)
     for _ in range(50):
         drafted = [choose(z[0]), choose(z[1])]
@@ -460,12 +459,12 @@ def test_sampling_with_models_is_lossless(temperature, tmp_path):
     exact = p[0, 0, 0][:, None] * p[:, 0, 1]  # [first, second]
     second, third = exact.sum(0), (exact[..., None] * p[:, :, 2]).sum((0, 1))
     generator = torch.Generator().manual_seed(0)
-    choose, verify = evaluate_draft.sampling(temperature, generator, torch.arange(9) + d2t, 12)
+    choose, verify = decoding.sampling(temperature, generator, torch.arange(9) + d2t, 12)
 
     def observed(verify, runs):
         counts, accepted = torch.zeros(2, 12), 0
         for _ in range(runs):
-            reply, passes = evaluate_draft.speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
+            reply, passes = decoding.speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
             counts[0, reply[1]] += 1
             counts[1, reply[2]] += 1
             accepted += sum(passes)
@@ -484,7 +483,7 @@ def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
     draft, d2t, texts, _, _ = trained
     lengths = []
 
-    verify_greedy, speculate = evaluate_draft.verify_greedy, evaluate_draft.speculate
+    verify_greedy, speculate = decoding.verify_greedy, decoding.speculate
 
     def wrong(drafted, rows, logits):
         accepted, own = verify_greedy(drafted, rows, logits)
@@ -496,17 +495,17 @@ def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
     args = evaluate_draft.parse_args(
         ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "40"]
     )
-    prompts = [prompt for prompt, _ in texts]
-    assert len(evaluate_draft.measure(target, draft, d2t, prompts[:2], args, set())) == 2
+    asked = [prompts.Prompt(prompt) for prompt, _ in texts]
+    assert len(evaluate_draft.measure(target, draft, d2t, asked[:2], args, set())) == 2
 
     def spoilt(*arguments):
         lengths.clear()
         return speculate(*arguments)
 
-    monkeypatch.setattr(evaluate_draft, "verify_greedy", wrong)
-    monkeypatch.setattr(evaluate_draft, "speculate", spoilt)
+    monkeypatch.setattr(decoding, "verify_greedy", wrong)
+    monkeypatch.setattr(decoding, "speculate", spoilt)
     with pytest.raises(SystemExit) as stop:
-        evaluate_draft.measure(target, draft, d2t, prompts, args, set())
+        evaluate_draft.measure(target, draft, d2t, asked, args, set())
     assert stop.value.code == 1
     line = capsys.readouterr().err.strip()
     at = next(sum(lengths[:i]) - 1 for i in range(5, len(lengths) + 1) if lengths[i - 1] <= 4)
@@ -526,7 +525,7 @@ class Scripted:
 
 
 def test_rounding_is_among_the_most_likely_tokens_of_a_half_precision_target(monkeypatch):
-    monkeypatch.setattr(evaluate_draft, "CachedTarget", Scripted)
+    monkeypatch.setattr(decoding, "CachedTarget", Scripted)
 
     def judged(dtype, reply, alone, at=1):
         return evaluate_draft.find_wrong(SimpleNamespace(embedding=torch.zeros(1, dtype=dtype)), [0], reply, alone, at)
@@ -566,10 +565,10 @@ def test_a_half_precision_target_leaves_its_own_text_but_a_wrong_token_behind_is
     config = tiny.llama_config(vocab_size=VOCABULARY, initializer_range=0.1)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     target = target_model.load(tmp_path)
-    prompts = [p.tolist() for p in random_prompts([20] * 6)]
+    asked = [prompts.Prompt(p.tolist()) for p in random_prompts([20] * 6)]
     args = ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "100"]
     args = evaluate_draft.parse_args(args)
-    owns = {tuple(prompt): evaluate_draft.generate(target, prompt, 100 + COUNT, set()) for prompt in prompts}
+    owns = {tuple(prompt.ids): decoding.generate(target, prompt.ids, 100 + COUNT, set()) for prompt in asked}
 
     class Perfect:
         """Drafts `own`, the text as the target alone has it."""
@@ -582,14 +581,14 @@ def test_a_half_precision_target_leaves_its_own_text_but_a_wrong_token_behind_is
             self.known += len(tokens) if self.known else 1
             return self.own[self.known : self.known + count], torch.zeros(count, 1)
 
-    speculate = evaluate_draft.speculate
+    speculate = decoding.speculate
 
     def drafted(target, draft, d2t, prompt, *others):
         return speculate(target, owns[tuple(prompt)], d2t, prompt, *others)
 
-    monkeypatch.setattr(evaluate_draft, "CachedDraft", Perfect)
-    monkeypatch.setattr(evaluate_draft, "speculate", drafted)
-    rows = evaluate_draft.measure(target, None, None, prompts, args, set())
+    monkeypatch.setattr(decoding, "CachedDraft", Perfect)
+    monkeypatch.setattr(decoding, "speculate", drafted)
+    rows = evaluate_draft.measure(target, None, None, asked, args, set())
     figures = evaluate_draft.summarise(rows, args)
     assert figures["texts_parted_by_rounding"] > 0 and figures["rounding_ties"] <= 0.05 * figures["new_tokens"]
     number, at = next((i, r["parted_by_rounding_at"]) for i, r in enumerate(rows) if "parted_by_rounding_at" in r)
@@ -597,14 +596,14 @@ def test_a_half_precision_target_leaves_its_own_text_but_a_wrong_token_behind_is
 
     def spoilt(target, draft, d2t, prompt, *others):
         reply, passes = drafted(target, draft, d2t, prompt, *others)
-        if len(reply) == 100 and prompt == prompts[number]:
-            reply[-1] = int(evaluate_draft.CachedTarget(target).feed(prompt + reply[:-1], last=1)[1][-1].argmin())
+        if len(reply) == 100 and prompt == asked[number].ids:
+            reply[-1] = int(decoding.CachedTarget(target).feed(prompt + reply[:-1], last=1)[1][-1].argmin())
         return reply, passes
 
-    monkeypatch.setattr(evaluate_draft, "speculate", spoilt)
+    monkeypatch.setattr(decoding, "speculate", spoilt)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        evaluate_draft.measure(target, None, None, prompts, args, set())
+        evaluate_draft.measure(target, None, None, asked, args, set())
     line = capsys.readouterr().err.strip()
     assert stop.value.code == 1 and line.startswith(f"error: prompt {number}: ") and "\n" not in line
     assert f"at token {at} by rounding, but goes on at token 99 with [" in line
@@ -616,33 +615,39 @@ def test_a_half_precision_target_leaves_its_own_text_but_a_wrong_token_behind_is
 )
 def test_ties_of_rounding_are_few(count, tokens, ties, ends, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_draft, "find_wrong", lambda *_: (None, ties))
-    monkeypatch.setattr(evaluate_draft, "generate", lambda *_: [1] * tokens)
-    monkeypatch.setattr(evaluate_draft, "speculate", lambda *_: ([2] * tokens, [1]))
+    monkeypatch.setattr(decoding, "generate", lambda *_: [1] * tokens)
+    monkeypatch.setattr(decoding, "speculate", lambda *_: ([2] * tokens, [1]))
     args = evaluate_draft.parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p"])
     target = SimpleNamespace(embedding=torch.zeros(1))
     if ends:
         with pytest.raises(SystemExit) as stop:
-            evaluate_draft.measure(target, None, None, [[0]] * count, args, set())
+            evaluate_draft.measure(target, None, None, [prompts.Prompt([0])] * count, args, set())
         line = capsys.readouterr().err
         assert stop.value.code == 1 and line.count("\n") == 1
         assert f"{ends[0]} of {ends[1]} drafted tokens" in line and "too many for rounding" in line
     else:
-        rows = evaluate_draft.measure(target, None, None, [[0]] * count, args, set())
+        rows = evaluate_draft.measure(target, None, None, [prompts.Prompt([0])] * count, args, set())
         figures = evaluate_draft.summarise(rows, args)
         assert (figures["texts_parted_by_rounding"], figures["rounding_ties"]) == (count, count * ties)
 
 
 def test_summary_is_made_of_sums():
     rows = [
-        {"passes": [2, 0, 1], "loss_mask": [0, 1, 1, 1], "seconds": 1.0, "tokens_alone": 3, "seconds_alone": 2.0},
-        {"passes": [3], "loss_mask": [1, 1, 1, 1, 1], "seconds": 1.0, "tokens_alone": 5, "seconds_alone": 2.0},
-        {"passes": [], "loss_mask": [0, 1], "seconds": 1.0, "tokens_alone": 1, "seconds_alone": 2.0},
+        {"passes": [2, 0, 1], "loss_mask": [0, 1, 1, 1], "tokens_alone": 3, "category": "math", "turn": 1},
+        {"passes": [3], "loss_mask": [1, 1, 1, 1, 1], "tokens_alone": 5, "category": None, "turn": 1},
+        {"passes": [], "loss_mask": [0, 1], "tokens_alone": 1, "category": "math", "turn": 1},
     ]
+    for row in rows:
+        row |= {"seconds": 1.0, "seconds_alone": 2.0}
     figures = evaluate_draft.summarise(rows, SimpleNamespace(num_draft_tokens=3))
     assert figures["acceptance_length"] == 1 + 6 / 4
     assert figures["accepted_by_position"] == [3 / 4, 2 / 4, 1 / 4]
     assert (figures["passes"], figures["prompts"], figures["new_tokens"]) == (4, 3, 9)
     assert (figures["tokens_per_second_with_draft"], figures["speedup"]) == (3.0, 2.0)
+    math = {"acceptance_length": 2.0, "accepted_by_position": [2 / 3, 1 / 3, 0.0], "passes": 3, "prompts": 2}
+    none = {"acceptance_length": 4.0, "accepted_by_position": [1.0, 1.0, 1.0], "passes": 1, "prompts": 1}
+    assert figures["by_category"] == {"math": math, "none": none}
+    assert figures["by_turn"] == {}  # there is only one
 
 
 # ---------------------------------------------------------------------------- command line
@@ -677,8 +682,8 @@ def test_command_line(paths, tmp_path, capsys, target):
     tokenizer = tiny.tokenizer(VOCABULARY)
     conversation = tiny.conversations(1, turns=2)[0]["conversations"][:-1]
     text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A generator is", text)]
-    for row, prompt in zip(rows, prompts, strict=False):
+    asked = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A generator is", text)]
+    for row, prompt in zip(rows, asked, strict=False):
         own = own_greedy(target, prompt, 12, {4})
         assert row["input_ids"] == prompt + own
         assert row["loss_mask"] == [0] * len(prompt) + [1] * len(own)
@@ -715,9 +720,7 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
     (tmp_path / "cut.jsonl").write_text('{"prompt": "Hello"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text('["prompt"]\n')
     (tmp_path / "turn.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hello"}]}\n')
-    tiny.write_jsonl(
-        tmp_path / "bench.jsonl", [{"question_id": 81, "category": "writing", "turns": ["Hello", "and?"]}] * 80
-    )
+    tiny.write_jsonl(tmp_path / "bench.jsonl", [{"question_id": 81, "category": "writing", "question": "Hello"}] * 80)
     (tmp_path / "bare.jsonl").write_text('{"prompt": ""}\n')
     other_vocabulary = edited(paths["draft_model_path"], tmp_path / "other", vocab_size=VOCABULARY + 8)
     torch.manual_seed(0)
@@ -739,7 +742,7 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"prompts": tmp_path / "turn.jsonl"}, "has no prompts, or an empty one"),
         (
             {"prompts": tmp_path / "bench.jsonl"},
-            f"line 1 of {tmp_path}/bench.jsonl is not a prompt: unknown form: fields question_id, category, turns: "
+            f"line 1 of {tmp_path}/bench.jsonl is not a prompt: unknown form: fields question_id, category, question: "
             "name the one of the questions by --prompt_column",
         ),
         ({"prompts": tmp_path / "bare.jsonl"}, "an empty one"),
@@ -774,14 +777,14 @@ def test_chat_template_switches_the_thinking_of_the_prompts(paths, tmp_path, mon
     """A target that answers at once is measured as it is served: behind the empty thought."""
     tokenizer = tiny.tokenizer(VOCABULARY)
     tokenizer.chat_template = (tiny.REPOSITORY / "tests" / "templates" / "qwen3.jinja").read_text()
-    seen, read_prompts = [], evaluate_draft.read_prompts
+    seen, read_prompts = [], prompts.read_prompts
     monkeypatch.setattr(target_files, "load_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(evaluate_draft, "read_prompts", lambda *args, **flags: seen.extend(read_prompts(*args)) or seen)
+    monkeypatch.setattr(prompts, "read_prompts", lambda *args, **flags: seen.extend(read_prompts(*args)) or seen)
     monkeypatch.setattr(evaluate_draft, "measure", lambda *args: (_ for _ in ()).throw(InterruptedError))
     tiny.write_jsonl(tmp_path / "prompts.jsonl", tiny.conversations(2))
     with pytest.raises(InterruptedError):
         run(paths, prompts=tmp_path / "prompts.jsonl", chat_template=name)
-    assert len(seen) == 2 and all(tokenizer.decode(ids).endswith(end) for ids in seen)
+    assert len(seen) == 2 and all(tokenizer.decode(prompt.ids).endswith(end) for prompt in seen)
 
 
 def test_prompts_of_prepared_data_are_before_the_last_reply(folder, tmp_path):
@@ -789,8 +792,9 @@ def test_prompts_of_prepared_data_are_before_the_last_reply(folder, tmp_path):
     path = tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(3, turns=2))
     prepare_data.prepare(path, tmp_path / "data", folder, num_proc=1)
     tokenizer = tiny.tokenizer(VOCABULARY)
-    found = evaluate_draft.read_prompts(tmp_path / "data", tokenizer)
-    assert found == evaluate_draft.read_prompts(path, tokenizer) and len(found) == 3
+    found = prompts.read_prompts(tmp_path / "data", tokenizer)
+    chats = prompts.read_prompts(path, tokenizer)
+    assert [prompt.ids for prompt in found] == [prompt.ids for prompt in chats] and len(found) == 3
 
 
 def test_a_row_that_ends_with_a_question_is_a_prompt(tmp_path, capsys):
@@ -800,10 +804,10 @@ def test_a_row_that_ends_with_a_question_is_a_prompt(tmp_path, capsys):
     tokenizer = family_tokenizer("qwen")
     for turns in ([question], [question, reply, question], called):
         path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"messages": [*turns, reply]}, {"messages": turns}])
-        complete, open_ended = evaluate_draft.read_prompts(path, tokenizer)
-        assert complete == open_ended and tokenizer.decode(complete).count("Why?") == turns.count(question)
-    for name, rows in {"a": [{"prompt": "Once"}], "b": [{"prompt": "Once"}, {"prompt": ["x"]}]}.items():
+        complete, open_ended = prompts.read_prompts(path, tokenizer)
+        assert complete == open_ended and tokenizer.decode(complete.ids).count("Why?") == turns.count(question)
+    for name, rows in {"a": [{"prompt": "Once"}], "b": [{"prompt": "Once"}, {"prompt": [1]}]}.items():
         tiny.write_jsonl(tmp_path / f"{name}.json", rows)
     with pytest.raises(SystemExit):
-        evaluate_draft.read_prompts(tmp_path / "*.json", tokenizer)
+        prompts.read_prompts(tmp_path / "*.json", tokenizer)
     assert f"error: line 2 of {tmp_path}/b.json is not a prompt: unknown form: fields prompt" in capsys.readouterr().err

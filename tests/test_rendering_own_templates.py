@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import evaluate_draft
 import prepare_data
-from core import conversations, dataloader, rendering, setup
+from core import conversations, dataloader, prompts, rendering, setup
 from helpers import tiny
 from helpers.chat_templates import CONVERSATIONS, family_tokenizer, marked
 
@@ -133,8 +132,8 @@ def test_prompts_of_an_evaluation_take_the_named_template(tmp_path, capsys):
     tokenizer = bare_tokenizer("llama3")
     path = tiny.write_jsonl(tmp_path / "prompts.jsonl", [CONVERSATIONS["turns"]])
     named, _ = rendering.with_own_template(tokenizer, "llama3", prepare_data.TEMPLATES["llama3"])
-    (prompt,) = evaluate_draft.read_prompts(path, named)
-    assert named.decode(prompt).endswith("and?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    (prompt,) = prompts.read_prompts(path, named)
+    assert named.decode(prompt.ids).endswith("and?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
     with pytest.raises(SystemExit):
-        evaluate_draft.read_prompts(path, tokenizer)
+        prompts.read_prompts(path, tokenizer)
     assert "no chat template in the tokenizer: name one with --chat_template" in capsys.readouterr().err

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import build_vocab_mapping
-import evaluate_draft
 import prepare_data
-from core import dataloader, draft_files, target_files, target_model, vocabulary
+from core import dataloader, draft_files, prompts, target_files, target_model, vocabulary
 from helpers import tiny
 from helpers.commands import SCRIPTS, flags_of
 from helpers.training import refused
@@ -264,7 +263,7 @@ def test_a_chat_template_runs_in_its_sandbox(boom, target, tmp_path, capfd):
     (folder / "tokenizer_config.json").write_text(json.dumps({**tokens, "chat_template": escape}))
     (folder / "chat_template.jinja").write_text(escape)
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(4))
-    assert "SecurityError" in refused(capfd, evaluate_draft.read_prompts, rows, target_files.load_tokenizer(folder), 1)
+    assert "SecurityError" in refused(capfd, prompts.read_prompts, rows, target_files.load_tokenizer(folder), 1)
     capfd.readouterr()
     with pytest.raises(SystemExit):
         prepare_data.prepare(rows, tmp_path / "data", folder, chat_template="auto")

@@ -1,0 +1,228 @@
+"""Speculative decoding of one conversation: the target and the draft with their caches, and chains of drafts.
+
+In:  a target_model.Target, a DraftModel with its mapping d2t, the prompt's token ids.
+Out: the reply's token ids and the number of drafts that each pass of the target accepts.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from core import draft_files, vocabulary
+
+# ==================== Target and draft with their caches =============================================================
+
+
+class Snapshot(NamedTuple):
+    """A target's cache before a feed, and the tokens of that feed."""
+
+    cache: DynamicCache
+    length: int
+    tokens: list
+
+
+class CachedTarget:
+    """The target with its cache: feeds tokens, forgets rejected ones."""
+
+    def __init__(self, target):
+        self.target = target
+        self.length = 0
+        self.cache = DynamicCache(config=target.config)
+        self.snapshot = None
+        # The single state of linear attention cannot drop tokens: it is copied before each feed.
+        self.copies = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache.layers)
+        if not self.copies:  # sliding windows forget what a rejection must restore
+            self.cache.activate_past_recording()
+
+    @torch.inference_mode()
+    def feed(self, tokens, last=0):
+        """tokens (list of n ids) -> auxiliary hidden states [n, 3·Ht], fp32 logits of what follows each [n, V].
+
+        last: logits of the last tokens only, because those of a long prompt would fill the memory (0 = all).
+        """
+        device = self.target.embedding.device
+        ids = torch.tensor([tokens], device=device)
+        positions = torch.arange(self.length, self.length + len(tokens), device=device)
+        if self.copies:
+            self.snapshot = Snapshot(copy.deepcopy(self.cache), self.length, tokens)
+        output = self.target.decoder(
+            input_ids=ids,
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.length += len(tokens)
+        hidden = output.last_hidden_state[0, -last:]
+        return self.target.auxiliary(), self.target.head.logits(hidden)
+
+    def forget(self, count):
+        """Drop the last `count` tokens, all of them from the last feed."""
+        if not count:
+            return
+        if self.copies:
+            before = self.snapshot
+            self.cache = before.cache
+            self.length = before.length
+            self.feed(before.tokens[:-count], last=1)
+        else:
+            self.cache.crop(-count)
+            self.length -= count
+
+
+class CachedDraft:
+    """The draft with its cache. Slot j reads token x[j+1] and the target's hidden states at j (in a chain, its own)."""
+
+    def __init__(self, draft, d2t):
+        self.draft = draft
+        self.target_ids = vocabulary.target_ids(d2t)
+        self.windows = draft_files.windows(draft.config)
+        self.cache = [None] * len(self.windows)  # of each layer: keys and values [slots, G, D]
+        self.length = 0  # slots
+
+    def _attend(self, layer, q, k, v):
+        """Attention of n new slots, appended to the cache: each sees the cached slots and the new ones up to itself."""
+        if self.cache[layer]:
+            before_k, before_v = self.cache[layer]
+            k = torch.cat([before_k, k])
+            v = torch.cat([before_v, v])
+        self.cache[layer] = (k, v)
+        new = len(q)
+        slots = len(k)
+        mask = torch.ones(new, slots, dtype=torch.bool, device=q.device)
+        mask = mask.tril(slots - new)
+        if self.windows[layer]:
+            mask = mask.triu(slots - new - self.windows[layer] + 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return attended[0].transpose(0, 1)
+
+    def _step(self, tokens, feature, first):
+        device = feature.device
+        ids = torch.tensor(tokens, device=device)
+        positions = torch.arange(first, first + len(tokens), device=device)
+        return self.draft.step(ids, feature, positions, self._attend)
+
+    @torch.inference_mode()
+    def propose(self, tokens, auxiliary, count, choose):
+        """A chain of `count` drafted tokens after the last of `tokens`.
+
+        tokens: the n ids that entered the text since the last call. auxiliary [n, 3·Ht]: the target's hidden states one
+        position before each. Their slots stay in the cache, those of the chain are dropped.
+        choose(logits [Vd]) -> index into the draft vocabulary. Returns target ids [count] and logits [count, Vd].
+        """
+        slots = self.length
+        feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
+        feature, logits = self._step(tokens, feature, slots)
+        kept = slots + len(tokens)
+        drafted = []
+        rows = []
+        for position in range(count):
+            rows.append(logits[-1].float())
+            chosen = choose(rows[-1])
+            drafted.append(int(self.target_ids[chosen]))
+            if position + 1 < count:
+                feature, logits = self._step(drafted[-1:], feature[-1:], kept + position)
+        self.cache = [(k[:kept], v[:kept]) for k, v in self.cache]
+        self.length = kept
+        return drafted, torch.stack(rows)
+
+
+# ==================== Speculative decoding ===========================================================================
+
+
+def greedy(logits):
+    return int(logits.argmax())
+
+
+def verify_greedy(drafted, _, target_logits):
+    """The number of leading drafts that are the target's argmax, and the target's token after them."""
+    own = target_logits.argmax(dim=-1).tolist()
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == own[accepted]:
+        accepted += 1
+    return accepted, own[accepted]
+
+
+def sampling(temperature, generator, draft_ids, vocab_size):
+    """(choose, verify) of lossless speculative sampling. draft_ids [Vd]: target ids of the draft vocabulary.
+
+    A draft x is kept with probability min(1, p(x) / q(x)); the first rejected one is replaced by a sample of
+    max(p - q, 0), normalised. Every token is then distributed as the target's own (arXiv 2211.17192, theorem 1).
+    """
+
+    def draw(probabilities):
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    def choose(logits):
+        return draw((logits / temperature).softmax(dim=-1))
+
+    def verify(drafted, draft_logits, target_logits):
+        p = (target_logits / temperature).softmax(dim=-1)  # [n + 1, V]
+        if not drafted:
+            return 0, draw(p[-1])
+        own = (draft_logits / temperature).softmax(dim=-1)
+        q = torch.zeros(len(drafted), vocab_size, device=p.device)
+        q[:, draft_ids] = own
+        for i, token in enumerate(drafted):
+            chance = torch.rand((), generator=generator, device=p.device)
+            if chance * q[i, token] < p[i, token]:
+                continue
+            rest = (p[i] - q[i]).clamp(min=0)
+            if not rest.sum() > 0:
+                rest = p[i]
+            return i, draw(rest)
+        return len(drafted), draw(p[-1])
+
+    return choose, verify
+
+
+def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose=greedy, verify=verify_greedy):
+    """Generate with chains of `count` drafts. Returns the new token ids and the number of drafts accepted in each pass.
+
+    choose(logits [Vd]) picks a draft; verify(drafted, their logits [n, Vd], the target's logits [n + 1, V]) returns how
+    many to accept and the target's token after them. The reply's first token is the target's own; a pass is one further
+    forward of the target. As in slots.acceptance_walk, drafts after the end of the reply (its end-of-turn token, or
+    max_new_tokens) are not counted.
+    """
+    cached_target = CachedTarget(target)
+    cached_draft = CachedDraft(draft, d2t)
+    auxiliary, logits = cached_target.feed(prompt, last=1)
+    _, first = verify([], None, logits)
+    reply = [first]
+    passes = []
+    tokens = [*prompt[1:], first]  # of the draft's slots 0 .. len(prompt) - 1
+    while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
+        drafted, draft_logits = cached_draft.propose(tokens, auxiliary, count, choose)
+        auxiliary, logits = cached_target.feed([reply[-1], *drafted])
+        accepted, own = verify(drafted, draft_logits, logits)
+        cached_target.forget(count - accepted)
+        tokens = [*drafted[:accepted], own]
+        auxiliary = auxiliary[: accepted + 1]
+        new = until_end(tokens[: max_new_tokens - len(reply)], eos_ids)
+        reply += new
+        passes.append(min(accepted, len(new)))
+    return reply, passes
+
+
+def until_end(tokens, eos_ids):
+    """The tokens up to the first one that ends a reply."""
+    for number, token in enumerate(tokens, 1):
+        if token in eos_ids:
+            return tokens[:number]
+    return tokens
+
+
+def generate(target, prompt, max_new_tokens, eos_ids, choose=greedy):
+    """The target without a draft, token by token with its cache. Returns the new token ids."""
+    cached = CachedTarget(target)
+    _, logits = cached.feed(prompt, last=1)
+    first = choose(logits[-1])
+    reply = [first]
+    while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
+        _, logits = cached.feed(reply[-1:])
+        reply.append(choose(logits[-1]))
+    return reply
