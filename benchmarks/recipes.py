@@ -278,15 +278,8 @@ def base_flags(args):
     if args.draft_vocab_size:
         flags += ["--draft_vocab_size", str(args.draft_vocab_size)]
     if args.bf16:
-        flags += ["--deepspeed_config", str(Path(args.output).resolve() / "bf16.json")]
+        flags += ["--precision", "bf16"]
     return flags + shlex.split(args.trainer_flags)
-
-
-def write_bf16(output):
-    """DeepSpeed's configuration with bf16 on CPUs too."""
-    config = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
-    config["bf16"] = {"enabled": True}
-    common.write_atomic(output / "bf16.json", json.dumps(config, indent=2) + "\n")
 
 
 def trainer_command(args, flags, folder, steps, seed):
@@ -584,7 +577,6 @@ def main(args):
     refused = {}
     folder = budget_folder(args)
     if not args.table:
-        write_bf16(output)
         write_data(args, output / "data")
         keep_settings(args, RUN_SETTINGS, folder)
         refused = train_all(args, variants)

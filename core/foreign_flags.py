@@ -104,7 +104,7 @@ def is_harmless(foreign, name, value):
 
 PREPARE = "prepare the conversations with prepare_data.py"
 EAGLE3 = "EAGLE-3 drafts are what is trained here"
-PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see bf16 in --deepspeed_config"
+PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see --precision"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
 CLASS_KNOWS = "the model's class knows it, drop it"
 MEASURED = "benchmarks/step.py measures: drop it"

@@ -35,6 +35,8 @@ def add_flags(parser):
         "rate of a matrix: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) for updates of AdamW's size"
     )
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help=matrices)
+    precision = "of the draft, bf16 with fp32 master weights; auto: bf16 on GPUs, fp32 on CPUs"
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help=precision)
     add("--learning_rate", type=NOT_NEGATIVE, default=1e-4, help="peak")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.01, help="of AdamW")
     add("--muon_lr", type=NOT_NEGATIVE, default=0.02, help="peak")
@@ -99,9 +101,16 @@ def engine_config(args, micro_batch_size, accumulation_steps):
     decide("gradient_accumulation_steps", "draft_accumulation_steps", accumulation_steps)
     decide("train_batch_size", "draft_global_batch_size", batch_size)
     decide("gradient_clipping", "max_grad_norm", max_grad_norm)
-    precision = config.setdefault("bf16", {})
-    if precision.get("enabled", "auto") == "auto":  # CPUs train in fp32 unless the file asks for bf16
-        precision["enabled"] = torch.cuda.is_available()
+    bf16 = config.setdefault("bf16", {})
+    if args.precision != "auto":
+        enabled = args.precision == "bf16"
+        if bf16.get("enabled", "auto") not in ("auto", enabled):
+            common.fail(
+                f"{path}: bf16 {bf16['enabled']} contradicts precision {args.precision}; remove it from the file"
+            )
+        bf16["enabled"] = enabled
+    if bf16.get("enabled", "auto") == "auto":
+        bf16["enabled"] = torch.cuda.is_available()
     config.setdefault("steps_per_print", sys.maxsize)
     config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device in each micro-batch
     return config

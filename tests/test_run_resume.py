@@ -172,8 +172,7 @@ def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatc
     assert "ZeRO stage 2" in line and "deepspeed_config" in line and "stage 3" in line and "without --resume" in line
     line = refused(capsys, work, out, "--resume", *stage("2_offload"))
     assert "optimizer AdamW" in line and "DeepSpeedCPUAdam" in line
-    (tmp_path / "bf16.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
-    line = refused(capsys, work, out, "--resume", "--deepspeed_config", tmp_path / "bf16.json")
+    line = refused(capsys, work, out, "--resume", "--precision", "bf16")
     assert "precision fp32" in line and "bf16" in line
     path = out / "step_00000012" / "trainer_state.json"
     before = path.read_text()
@@ -277,9 +276,7 @@ def test_a_longer_training_goes_on_where_the_shorter_one_ended(work, tmp_path, c
 
 @pytest.mark.slow
 def test_in_bf16_masters_and_weights_are_as_they_were(work, tmp_path, monkeypatch):
-    config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
-    (tmp_path / "bf16.json").write_text(json.dumps(config))
-    flags = "--deepspeed_config", tmp_path / "bf16.json"
+    flags = "--precision", "bf16"
     train(work, tmp_path / "whole", *flags)
     at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(work, tmp_path / "out", *flags)

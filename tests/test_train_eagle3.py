@@ -205,10 +205,11 @@ def test_bf16_and_stage_0_train_as_well(work, tmp_path):
     for path in (tiny.REPOSITORY / "ds_configs").glob("*.json"):
         if path.stem == "zero3_nvme":  # it names a disk: test_run_offload.py
             continue
-        engines[path.stem] = json.loads(path.read_text()) | {"bf16": {"enabled": True}}
+        engines[path.stem] = json.loads(path.read_text())
     for name, engine in engines.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(engine))
-        rows = run(work, tmp_path / name, "--total_steps", 4, "--deepspeed_config", tmp_path / f"{name}.json")
+        flags = "--precision", "fp32" if name == "stage0" else "bf16"
+        rows = run(work, tmp_path / name, "--total_steps", 4, "--deepspeed_config", tmp_path / f"{name}.json", *flags)
         assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=0.02)
         assert draft_files.check_draft(tmp_path / name / "final") == []
     assert furthest(weights(tmp_path / "stage0" / "final"), weights(tmp_path / "plain" / "final")) < 1e-5
@@ -330,6 +331,8 @@ def bad_inputs(work, folder):
     listed.write_text("[1]")
     half.write_text('{"fp16": {"enabled": true}}')
     contradiction.write_text(json.dumps({"gradient_clipping": 7.0}))
+    in_bf16 = folder / "bf16.json"
+    in_bf16.write_text(json.dumps({"bf16": {"enabled": True}}))
     broken.write_text("{")
     split, model = ("--dataset_train_split", work / "train.jsonl"), ("--data_path", work / "data")
     return {
@@ -353,6 +356,7 @@ def bad_inputs(work, folder):
         "half a mapping": ([*split, "--d2t_path", "d2t.npy"], "t2d_path"),
         "tensor parallel": ([*split, "--tp_size", 2], "tp_size 2"),
         "contradiction": ([*split, "--deepspeed_config", contradiction], "clipping 7.0 contradicts max_grad_norm"),
+        "precision": ([*split, "--deepspeed_config", in_bf16, "--precision", "fp32"], "contradicts precision fp32"),
         "broken engine file": ([*split, "--deepspeed_config", broken], "broken.json"),
         "engine file of a list": ([*split, "--deepspeed_config", listed], "listed.json"),
         "engine in fp16": ([*split, "--deepspeed_config", half], "bf16 is what trains"),
