@@ -109,9 +109,11 @@ def check_same_as_plain(work, started):
 
 @pytest.mark.slow
 def test_service_that_sets_the_variables_without_local_rank(work, started):
-    started.service(*train(work, started))
+    port = tiny.free_port()
+    started.service(*train(work, started), MASTER_PORT=port)
     assert started.wait(300) == ([0, 0], [[], []]), started.printed()
     check_same_as_plain(work, started)
+    assert [path.name for path in Path("/dev/shm").iterdir() if str(port) in path.name] == []  # nothing stays in memory
     assert "ranks       world 2" in started.printed()[0] and "step 3/3" in started.printed()[0]
     assert not [line for line in started.printed()[1].splitlines() if line.startswith(("ranks", "step", "saved"))]
 
