@@ -1,17 +1,20 @@
-"""Compare trainings side by side, by the metrics that they wrote; loads no model.
+"""Compare trainings and evaluations side by side, by the figures that they wrote; loads no model.
 
-In:  output folders of trainings, or their metrics.jsonl.
-Out: a table on the terminal; a folder with comparison.png (the curves of all runs) and comparison.json.
+In:  output folders of trainings, or their metrics.jsonl; folders of evaluations, or their evaluation.json.
+Out: a table of each kind on the terminal; a folder with comparison.json (both tables), comparison.png (the curves of
+     the trainings) and evaluations.png (acceptance by position and category, tokens/s).
 
     python compare_runs.py output/a output/b --output compared
+    python compare_runs.py output/evaluation_a output/evaluation_b --output compared
 """
 
 import json
 import statistics
+from pathlib import Path
 
-from core import common, run_record
+from core import common, evaluations, run_record
 
-WHOLE_NUMBERS = ("steps", "tokens/s", "at step")
+WHOLE_NUMBERS = ("steps", "tokens/s", "at step", "prompts", "passes")
 
 
 def last_and_best(rows, split, name):
@@ -52,9 +55,9 @@ def format_value(column, value):
     return f"{value:.0f}" if column in WHOLE_NUMBERS else f"{value:.3f}"
 
 
-def print_table(table):
-    """Print {run: {column: value}} in Markdown."""
-    header = ["run", *next(iter(table.values()))]
+def print_table(kind, table):
+    """Print {path: {column: value}} in Markdown; kind: header of the paths."""
+    header = [kind, *next(iter(table.values()))]
     lines = [header]
     for path, columns in table.items():
         values = [format_value(column, value) for column, value in columns.items()]
@@ -67,27 +70,54 @@ def print_table(table):
         print(f"| {' | '.join(cells)} |")
 
 
+def read_trainings(paths):
+    """{path: rows of its metrics.jsonl}"""
+    runs = {path: run_record.read_metrics(path) for path in paths}
+    for path, rows in runs.items():
+        if not rows:
+            common.fail(f"{path} has no rows in its metrics.jsonl")
+    return runs
+
+
+def is_evaluation(path):
+    """Whether a path means an evaluation; a folder that has a training's metrics.jsonl as well means the training."""
+    return not (Path(path) / "metrics.jsonl").is_file() and evaluations.find_evaluation(path) is not None
+
+
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", help="output folders of trainings, or their metrics.jsonl")
+    parser.add_argument("runs", nargs="+", help="output folders of trainings and evaluations, or their files")
     parser.add_argument("--output", default="comparison", help="folder to write")
     return parser.parse_args(argv)
 
 
 def main(args):
-    runs = {path: run_record.read_metrics(path) for path in args.runs}
-    for path, rows in runs.items():
-        if not rows:
-            common.fail(f"{path} has no rows in its metrics.jsonl")
-    table = {path: describe_run(rows) for path, rows in runs.items()}
-    print_table(table)
+    runs = read_trainings([path for path in args.runs if not is_evaluation(path)])
+    measured = {path: evaluations.read_evaluation(path) for path in args.runs if is_evaluation(path)}
+    table = {}
+    pictures = {}
+    if runs:
+        described = {path: describe_run(rows) for path, rows in runs.items()}
+        print_table("run", described)
+        table |= described
+        pictures["comparison.png"] = (run_record.draw_curves, runs)
+    if runs and measured:
+        print()
+    if measured:
+        described = evaluations.describe(measured)
+        print_table("evaluation", described)
+        table |= described
+        pictures["evaluations.png"] = (evaluations.draw_evaluations, measured)
+        if differences := evaluations.find_differences(measured):
+            print(f"the evaluations differ in their settings: {differences}")
     output = common.open_output(args.output)
     common.write_atomic(output / "comparison.json", json.dumps(table, indent=2) + "\n")
     try:
-        common.write_atomic(output / "comparison.png", run_record.draw_curves(runs))
+        for name, (draw, given) in pictures.items():
+            common.write_atomic(output / name, draw(given))
     except ImportError as error:
         common.fail(f"no picture without matplotlib: {error}")
-    print(f"written to {output / 'comparison.json'} and comparison.png")
+    print(f"written to {output / 'comparison.json'} and {', '.join(pictures)}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
-"""Check a draft checkpoint, or convert it into the form that a serving engine loads.
+"""Check a draft checkpoint, convert it into the form that a serving engine loads, and publish it.
 
 In:  a draft in the flat form (this project's, SpecForge's, ModelOpt's, EAGLE's own releases) or the speculators form.
-Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads.
+Out: the flat form, which vLLM and SGLang both load, or the speculators form, which vLLM loads; beside it README.md, the
+     model card; on the terminal the commands that serve it.
 
     python export_draft.py --check output/final
     python export_draft.py output/final --format speculators --output served \
         --target_model_path meta-llama/Llama-3.1-8B-Instruct
     python export_draft.py someone_elses_draft --format flat --output flat
+    python export_draft.py output/best --format flat --output served --evaluation output/evaluation \
+        --base_model meta-llama/Llama-3.1-8B-Instruct --push_to_hub my-org/my-draft
+    python export_draft.py served --push_to_hub my-org/my-draft          # as it is, the card edited by hand
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
+import huggingface_hub
 from safetensors import safe_open
 
-from core import checkpoints, common, draft_files, target_files
+from core import checkpoints, common, draft_files, evaluations, model_card, serving, target_files
 
 
 def check(folder):
@@ -35,7 +41,7 @@ def check(folder):
         f"positions {config['max_position_embeddings']:,}, rope theta {config['rope_theta']:g}, "
         f"{config['torch_dtype']}, auxiliary layers {layers}"
     )
-    for note in draft_files.serving_notes(config):
+    for note in serving.serving_notes(config):
         print(f"note: {note}")
     print(f"complete: {len(tensors)} tensors, {parameters:,} parameters")
     return 0
@@ -79,6 +85,43 @@ def write_speculators(args, config, tensors):
     )
 
 
+def write_card(args, folder, config, tensors, measured):
+    """Write the model card, and print the commands that serve the draft."""
+    training = model_card.find_training(folder)
+    target = args.target_model_path or (training and training.flags["target_model_path"])
+    form = {"is_flat": args.format == "flat"}
+    if not form["is_flat"]:
+        form["tokens"] = args.speculative_tokens
+    place = (args.push_to_hub, False) if args.push_to_hub else (Path(args.output).name, True)
+    card = model_card.compose(
+        (config, tensors),
+        args.base_model or target,
+        training,
+        flags_given(training.flags) if training else {},
+        measured,
+        place,
+        args.license,
+        **form,
+    )
+    common.write_atomic(Path(args.output) / model_card.NAME, str(card))
+    if not target:
+        print("the commands that serve it need the target: --target_model_path")
+        return
+    commands = serving.serving_commands(args.output, config, target, args.tp_size, **form)
+    if commands:
+        print("serve it:")
+    for command in commands.values():
+        print(f"  {command}")
+
+
+def flags_given(flags):
+    """{flag: value} of a training's flags that differ from the trainer's defaults."""
+    import train_eagle3  # slow: it imports DeepSpeed
+
+    defaults = vars(train_eagle3.parse_args(["--target_model_path", "target"]))
+    return {name: flags[name] for name in defaults if name in flags and flags[name] != defaults[name]}
+
+
 def export(args):
     if not (args.checkpoint and args.format and args.output):
         common.fail("give a checkpoint folder, --format flat|speculators and --output FOLDER; or --check FOLDER")
@@ -90,14 +133,76 @@ def export(args):
             "--format speculators needs --target_model_path: the form names the target and holds its embeddings"
         )
     common.check_writable("output", args.output)
+    measured = {path: evaluations.read_evaluation(path) for path in args.evaluation}
     config, tensors = read(args, folder)
+    for path, figures in measured.items():
+        model_card.check_evaluated(path, figures, tensors)
     if args.format == "flat":
         draft_files.write_draft(args.output, config, tensors)
     else:
         write_speculators(args, config, tensors)
-    for note in draft_files.serving_notes(config):
+    for note in serving.serving_notes(config):
         print(f"note: {note}")
     print(f"written to {args.output} ({args.format} form)")
+    write_card(args, folder, config, tensors, list(measured.values()))
+    if args.push_to_hub:
+        push(args, args.output)
+
+
+# ==================== The hub ========================================================================================
+
+
+def check_push(args):
+    """End the program if an upload cannot begin: a name that the hub does not take, no token, no network wanted."""
+    name = args.push_to_hub
+    problem = "" if re.fullmatch(common.HUB_ID, name) else "not of the form ORG/NAME"
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except huggingface_hub.errors.HFValidationError as error:
+        problem = str(error)
+    if problem:
+        common.fail(f"push_to_hub {name} is no name of a repository: {problem}")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        common.fail(f"push_to_hub {name}: HF_HUB_OFFLINE is set, unset it")
+    if not huggingface_hub.get_token():
+        common.fail(f"push_to_hub {name}: no token: run `hf auth login`, or set HF_TOKEN to one with write access")
+
+
+def push(args, folder):
+    """Upload the draft in a folder and its card, nothing else that may be there."""
+    name = args.push_to_hub
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(name, private=args.private or None, exist_ok=True)
+        is_public = args.private and not api.model_info(name).private
+        if not is_public:
+            api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                allow_patterns=[model_card.NAME, "config.json", "model.safetensors"],
+                commit_message="Upload an EAGLE-3 draft",
+            )
+    except Exception as error:  # of several libraries; each means that the files are not on the hub
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reasons = {
+            401: "the hub does not accept the token: run `hf auth login`, or set HF_TOKEN",
+            403: f"the token may not write there: take one with write access to {name.split('/')[0]}",
+        }
+        reason = reasons.get(status, f"the hub fails with {type(error).__name__}: {error}")
+        common.fail(f"push_to_hub {name}: {reason}; the draft is complete in {folder}")
+    if is_public:
+        common.fail(f"push_to_hub {name} exists and is public: make it private on the hub first, or drop --private")
+    print(f"uploaded to {url}")
+
+
+def push_as_it_is(args):
+    """Upload an exported folder, whose card may have been edited."""
+    folder = Path(args.checkpoint)
+    if problems := draft_files.check_draft(folder):
+        common.fail(f"push_to_hub: {folder} is not a complete draft: {problems[0]}")
+    if not (folder / model_card.NAME).exists():
+        common.fail(f"push_to_hub: {folder} has no {model_card.NAME}, the model card: --format and --output write it")
+    push(args, folder)
 
 
 def parse_args(argv=None):
@@ -117,17 +222,39 @@ def parse_args(argv=None):
         default=5,
         help="tokens that an engine drafts by default; speculators form",
     )
+    tp_size = "GPUs that share the target, in the commands that serve it"
+    add("--tp_size", type=common.at_least(int, 1), default=1, help=tp_size)
+    add = parser.add_argument_group("model card and upload").add_argument
+    evaluation = "folders of evaluate_draft.py --output, whose figures the card shows"
+    add("--evaluation", nargs="+", default=[], help=evaluation)
+    add("--base_model", help="hub id of the target; none: target_model_path, or that of the run, if it is one")
+    add("--license", help="of the draft, as the hub names it, such as apache-2.0")
+    push_to_hub = "ORG/NAME: upload the exported folder; without --format and --output the given one as it is"
+    add("--push_to_hub", help=push_to_hub)
+    add("--private", action=common.Switch, help="create a private repository")
     args = parser.parse_args(argv)
-    if args.check is not None and (args.format or args.output or (args.check and args.checkpoint)):
+    others = args.format or args.output or args.push_to_hub
+    if args.check is not None and (others or (args.check and args.checkpoint)):
         common.fail("--check reads one folder and writes nothing: drop it, or the rest")
     if args.format == "flat" and args.speculative_tokens != parser.get_default("speculative_tokens"):
         common.fail("--speculative_tokens is kept in the speculators form alone: drop it")
+    if args.private and not args.push_to_hub:
+        common.fail("--private is about the repository of --push_to_hub: give that, or drop it")
+    if not args.format and (args.evaluation or args.base_model or args.license):
+        common.fail(
+            "--evaluation, --base_model and --license are written in the model card of an export: give --format"
+        )
     return args
 
 
 def main(args):
+    if args.push_to_hub:
+        check_push(args)
     if args.check is None:
-        export(args)
+        if args.push_to_hub and args.checkpoint and not (args.format or args.output):
+            push_as_it_is(args)
+        else:
+            export(args)
         return
     folder = args.check or args.checkpoint
     if not folder:

@@ -46,6 +46,7 @@ from core import (
     ranks,
     run_record,
     server,
+    serving,
     setup,
     slots,
     states,
@@ -903,6 +904,7 @@ def start(args, device):
         if train(args, run, engine, source, data, d2t, record, progress, save):
             checkpoints.write_final(engine, final, {"run.json": run_record.as_text(settings)}, progress, write_draft)
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {final}")
+            serving.print_advice(record, args, progress, config)
     except server.ServerFailed as error:
         folder = save(progress)
         record.close(2)

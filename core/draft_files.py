@@ -404,33 +404,6 @@ def _relation_problems(config):
     return problems
 
 
-def serving_notes(config):
-    """What a complete draft cannot do in one of the engines, one line each."""
-    notes = []
-    if config.get("norm_before_residual"):
-        notes.append("norm_before_residual: SGLang cannot serve this draft, vLLM can")
-    if has_head_norms(config):
-        notes.append("model_type qwen3: SGLang has no such draft and cannot serve this one, vLLM can")
-    of_layers = set(windows(config))
-    if len(of_layers) > 1:
-        notes.append(
-            "layer_types mixes full and sliding attention: SGLang cannot serve this draft, vLLM's V1 runner needs "
-            "--disable-hybrid-kv-cache-manager"
-        )
-    elif window := max(of_layers):  # the query is not a part of SGLang's window
-        notes.append(f"sliding_window {window}: SGLang needs --speculative-draft-window-size {window - 1}")
-    has_targets_width = config.get("target_hidden_size", config["hidden_size"]) == config["hidden_size"]
-    if config.get("embed_requires_grad") and has_targets_width:
-        notes.append("embed_requires_grad: SGLang puts the target's table in the place of the draft's, vLLM does not")
-    if num_auxiliary(config) == 1 and has_targets_width:
-        notes.append("one auxiliary layer as wide as the draft: SGLang leaves out fc and cannot serve this draft")
-    if config["torch_dtype"] == "float32":
-        notes.append("torch_dtype float32: SGLang serves it as float16 unless started with --dtype")
-    if config["hidden_act"] != "silu":
-        notes.append(f"hidden_act {config['hidden_act']}: the engines know silu only and do not start with this draft")
-    return notes
-
-
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 

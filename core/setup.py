@@ -23,6 +23,7 @@ from core import (
     draft_config,
     draft_files,
     optimization,
+    serving,
     slots,
     states,
     target_files,
@@ -314,7 +315,7 @@ def check_shape(args, config, text_config):
     window = max(draft_files.windows(config))
     if 0 < window < args.ttt_length:
         common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
-    for note in draft_files.serving_notes(config):
+    for note in serving.serving_notes(config):
         print(f"note: {note}")
     targets = getattr(text_config, "sliding_window", None)
     kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"]

@@ -502,24 +502,6 @@ def test_biases_and_head_norms(tmp_path):
     ]
 
 
-def test_notes_about_what_one_engine_cannot_serve():
-    assert draft_files.serving_notes(CONFIG) == []
-    assert "SGLang cannot" in draft_files.serving_notes({**CONFIG, "norm_before_residual": True})[0]
-    assert "float16" in draft_files.serving_notes({**CONFIG, "torch_dtype": "float32"})[0]
-    assert "silu" in draft_files.serving_notes({**CONFIG, "hidden_act": "gelu"})[0]
-    assert "SGLang has no such draft" in draft_files.serving_notes({**CONFIG, **QWEN3})[0]
-    window = draft_files.window_keys(8, [True])
-    assert "--speculative-draft-window-size 7" in draft_files.serving_notes({**CONFIG, **window})[0]
-    mixed = {"num_hidden_layers": 2, **draft_files.window_keys(8, [True, False])}
-    assert "SGLang cannot serve this draft" in draft_files.serving_notes({**CONFIG, **mixed})[0]
-    one = draft_files.with_auxiliary_layers(CONFIG, [4])
-    assert "SGLang leaves out fc" in draft_files.serving_notes(one)[0]
-    assert "SGLang puts the target's table" in draft_files.serving_notes({**CONFIG, "embed_requires_grad": True})[0]
-    narrow = {"embed_requires_grad": True, "target_hidden_size": 20}  # then SGLang keeps the draft's
-    assert draft_files.serving_notes({**CONFIG, **narrow}) == []
-    assert draft_files.serving_notes({**CONFIG, **VARIANTS["two layers"]}) == []
-
-
 def test_the_speculators_form_says_how_many_states_fc_reads():
     """vLLM's Llama class looks for it among the layer's keys alone; it would make an fc for three."""
     config, tensors = draft(**VARIANTS["four layers"])
