@@ -241,9 +241,7 @@ def parse_args(argv=None):
     if args.private and not args.push_to_hub:
         common.fail("--private is about the repository of --push_to_hub: give that, or drop it")
     if not args.format and (args.evaluation or args.base_model or args.license):
-        common.fail(
-            "--evaluation, --base_model and --license are written in the model card of an export: give --format"
-        )
+        common.fail("--evaluation, --base_model and --license are for the model card of an export: give --format")
     return args
 
 

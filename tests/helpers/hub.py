@@ -116,7 +116,7 @@ def stand_in(**tokens):
     server.repositories = {}
     server.objects = {}
     server.requests = []
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
     finally:
