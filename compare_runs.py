@@ -57,17 +57,11 @@ def format_value(column, value):
 
 def print_table(kind, table):
     """Print {path: {column: value}} in Markdown; kind: header of the paths."""
-    header = [kind, *next(iter(table.values()))]
-    lines = [header]
+    lines = [[kind, *next(iter(table.values()))]]
     for path, columns in table.items():
         values = [format_value(column, value) for column, value in columns.items()]
         lines.append([path, *values])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    for run, *values in lines:
-        cells = [run.ljust(widths[0])]
-        cells += [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        print(f"| {' | '.join(cells)} |")
+    print(common.format_table(lines))
 
 
 def read_trainings(paths):

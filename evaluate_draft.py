@@ -39,6 +39,7 @@ from core import (
     decoding,
     draft_config,
     draft_files,
+    evaluations,
     prompts,
     rendering,
     target_files,
@@ -371,7 +372,7 @@ def main(args):
     )
     draft, d2t = load_draft(config, tensors, target)
     rows = measure(target, draft, d2t, asked, args, eos_token_ids(target, tokenizer))
-    figures = summarise(rows, args)
+    figures = summarise(rows, args) | evaluations.describe_origin(target.embedding.device)
     print_figures(figures, is_greedy=args.temperature == 0)
     if folder:
         write_report(folder, figures, rows, tokenizer)

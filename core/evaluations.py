@@ -5,7 +5,10 @@ Those of a server have the same keys, but not all of them: what an evaluation do
 
 import datetime
 import io
+import platform
 from pathlib import Path
+
+import torch
 
 from core import common, draft_files
 
@@ -22,6 +25,23 @@ SPEEDS = {
     "tokens/s without": "tokens_per_second_without",
     "speedup": "speedup",
 }
+
+
+def describe_origin(device):
+    """{"date", "machine"} of an evaluation that ends now, on this torch.device of this machine."""
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    return {"date": f"{datetime.date.today()}", "machine": f"{machine}, torch {torch.__version__}"}
+
+
+def cpu_name():
+    """The model of the CPU where Linux knows it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            return line.split(": ", 1)[1]
+    return platform.machine()
 
 
 def find_evaluation(path):
@@ -47,40 +67,50 @@ def read_evaluation(path):
     return {"date": f"{written:%Y-%m-%d}"} | figures
 
 
-def categories_of(evaluations):
+def categories_of(measured):
     """The names of all categories of evaluations {path: figures}, in the order in which they come."""
-    names = [name for figures in evaluations.values() for name in figures.get("by_category") or {}]
-    return list(dict.fromkeys(names))
+    names = {}
+    for figures in measured.values():
+        names |= dict.fromkeys(figures.get("by_category") or {})
+    return list(names)
 
 
-def describe(evaluations):
-    """{path: {column: value}}, None where an evaluation has none; the columns are the same for all."""
-    positions = max(len(figures["accepted_by_position"]) for figures in evaluations.values())
+def describe(measured):
+    """{path: {column: value}} of evaluations {path: figures}, None where one has none; all have the same columns."""
+    positions = max(len(figures["accepted_by_position"]) for figures in measured.values())
     table = {}
-    for path, figures in evaluations.items():
-        columns = {name: figures.get(name) for name in ("prompts", "passes", "acceptance_length")}
+    for path, figures in measured.items():
+        columns = {}
+        for name in ("prompts", "passes", "acceptance_length"):
+            columns[name] = figures.get(name)
         by_category = figures.get("by_category") or {}
-        for name in categories_of(evaluations):
+        for name in categories_of(measured):
             columns[name] = by_category.get(name, {}).get("acceptance_length")
         shares = figures["accepted_by_position"]
         for position in range(positions):
-            columns[f"accepted {position + 1}"] = shares[position] if position < len(shares) else None
-        columns |= {title: figures.get(key) for title, key in SPEEDS.items()}
+            share = shares[position] if position < len(shares) else None
+            columns[f"accepted {position + 1}"] = share
+        for title, key in SPEEDS.items():
+            columns[title] = figures.get(key)
         table[path] = columns
     return table
 
 
-def find_differences(evaluations):
-    """What decisive settings differ in, as a line; "" if none does. A setting that one does not have differs not."""
+def find_differences(measured):
+    """The decisive settings that are not equal, in one line; "" if all are.
+
+    A setting that an evaluation does not have is none that differs.
+    """
     found = []
     for name in DECISIVE:
         paths = {}  # by value
-        for path, figures in evaluations.items():
-            value = (figures.get("settings") or {}).get(name)
+        for path, figures in measured.items():
+            value = figures.get("settings", {}).get(name)
             if value is not None:
                 paths.setdefault(str(value), []).append(path)
         if len(paths) > 1:
-            found.append(f"{name} " + ", ".join(f"{value} ({' '.join(which)})" for value, which in paths.items()))
+            parts = [f"{value} ({' '.join(which)})" for value, which in paths.items()]
+            found.append(f"{name} {', '.join(parts)}")
     return "; ".join(found)
 
 
@@ -91,7 +121,8 @@ def draw_bars(axis, names, groups, title):
     """Bars side by side of groups {label: [value of each name, or None]}."""
     width = 0.8 / len(groups)
     for number, (label, values) in enumerate(groups.items()):
-        places = [i - 0.4 + width * (number + 0.5) for i in range(len(names))]
+        first = width * (number + 0.5) - 0.4
+        places = [first + i for i in range(len(names))]
         heights = [float("nan") if value is None else value for value in values]  # no bar
         axis.bar(places, heights, width, color=f"C{number % 10}", label=label)
     axis.set_xticks(range(len(names)), names, rotation=30 if len(names) > 4 else 0)
@@ -99,25 +130,25 @@ def draw_bars(axis, names, groups, title):
     axis.grid(alpha=0.3, axis="y")
 
 
-def draw_evaluations(evaluations):
-    """PNG (bytes) of evaluations {path: figures}: acceptance by position and category, and tokens/s."""
+def draw_evaluations(measured):
+    """PNG (bytes) of evaluations {path: figures}: acceptance by position and by category, and tokens/s."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8), layout="constrained")
     by_position, by_category, speed, legend = figure.subplots(2, 2).flat
-    for number, (path, figures) in enumerate(evaluations.items()):
+    for number, (path, figures) in enumerate(measured.items()):
         shares = figures["accepted_by_position"]
-        by_position.plot(range(1, len(shares) + 1), shares, "o-", color=f"C{number % 10}", label=path)
+        positions = range(1, len(shares) + 1)
+        by_position.plot(positions, shares, "o-", color=f"C{number % 10}", label=path)
     by_position.set(xlabel="position in the chain", ylabel="share of passes that accept the draft", ylim=(0, 1))
     by_position.grid(alpha=0.3)
-    table = describe(evaluations)
-    lengths = ["acceptance_length", *categories_of(evaluations)]
-    names = ["all", *lengths[1:]]
-    groups = {path: [columns[name] for name in lengths] for path, columns in table.items()}
-    draw_bars(by_category, names, groups, "acceptance length")
-    titles = list(SPEEDS)[:2]
-    groups = {path: [columns[title] for title in titles] for path, columns in table.items()}
-    draw_bars(speed, titles, groups, "tokens/s")
+    table = describe(measured)
+    names = ["acceptance_length", *categories_of(measured)]
+    lengths = {path: [columns[name] for name in names] for path, columns in table.items()}
+    draw_bars(by_category, ["all", *names[1:]], lengths, "acceptance length")
+    names = ["tokens/s with draft", "tokens/s without"]
+    speeds = {path: [columns[name] for name in names] for path, columns in table.items()}
+    draw_bars(speed, names, speeds, "tokens/s")
     legend.axis("off")
     legend.legend(*by_position.get_legend_handles_labels(), loc="center")
     image = io.BytesIO()

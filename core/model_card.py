@@ -104,6 +104,14 @@ def show(name):
     return hub_id(name) or Path(str(name)).name
 
 
+def show_prompts(name):
+    """Where the prompts of an evaluation come from, as the end of a phrase."""
+    if not name:
+        return ""
+    data = read_json(Path(name) / "data_config.json").get("dataset")
+    return f" of prepared rows of {show(data.get('validation') or data['train'])}" if data else f" of {show(name)}"
+
+
 def hub_datasets(training):
     """Hub ids of the data that a draft was trained on, without repeats."""
     found = []
@@ -132,13 +140,6 @@ def metadata(target, training, engines, license=None):
     )
 
 
-def table(rows):
-    """A list of rows, the first of which is the header, in Markdown."""
-    header, *others = rows
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return [f"| {' | '.join(map(str, row))} |" for row in (header, rule, *others)]
-
-
 def serving_lines(commands, notes, stands_for):
     """stands_for: {word in the commands: what a reader writes in its place}."""
     lines = ["## Serving", ""]
@@ -154,32 +155,33 @@ def serving_lines(commands, notes, stands_for):
 def draft_lines(config, tensors):
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in draft_files.MAPPING)
     layers = draft_files.auxiliary_layers(config) or "2, L//2 and L-3 of its L layers, the engines' default"
+    count = config["num_hidden_layers"]
     return [
         "## Draft",
         "",
-        f"- {config['num_hidden_layers']} layer(s) of the {config['model_type']} kind, hidden size "
-        f"{config['hidden_size']:,}, {parameters:,} parameters in {config['torch_dtype']}",
+        f"- {count} decoder layer{'s' * (count > 1)} ({config['model_type']}), hidden size {config['hidden_size']:,}, "
+        f"{parameters:,} parameters in {config['torch_dtype']}",
         f"- drafts {config['draft_vocab_size']:,} of the target's {config['vocab_size']:,} tokens",
         f"- reads the target's hidden states behind layers {layers}",
         "",
     ]
 
 
-def acceptance_row(name, figures, prompts):
+def acceptance_row(name, figures, count):
+    """A row of the table with `count` positions."""
     shares = [f"{share:.3f}" for share in figures["accepted_by_position"]]
-    return [name, prompts, f"{figures['acceptance_length']:.3f}", *shares]
+    shares += ["-"] * (count - len(shares))
+    return [name, str(figures.get("prompts", "-")), f"{figures['acceptance_length']:.3f}", *shares]
 
 
 def acceptance_lines(figures):
     """The table of an evaluation, and how it was measured."""
     settings = figures.get("settings", {})
     count = len(figures["accepted_by_position"])
-    rows = [["prompts", "number", "acceptance length", *range(1, count + 1)]]
-    categories = figures.get("by_category") or {}
-    for name, part in categories.items():
-        rows.append(acceptance_row(name, part, part.get("prompts", "-")))
-    prompts = show(settings["prompts"]) if settings.get("prompts") else "-"
-    rows.append(acceptance_row(f"**all** of {prompts}", figures, figures.get("prompts", "-")))
+    rows = [["category", "prompts", "acceptance length", *map(str, range(1, count + 1))]]
+    for name, part in (figures.get("by_category") or {}).items():
+        rows.append(acceptance_row(name, part, count))
+    rows.append(acceptance_row(f"**all**{show_prompts(settings.get('prompts'))}", figures, count))
     how = [f"{count} tokens drafted a pass"]
     if "temperature" in settings:
         greedy = settings["temperature"] == 0
@@ -193,7 +195,7 @@ def acceptance_lines(figures):
         slow = f"{figures['tokens_per_second_without']:.1f} without"
         how.append(f"{fast}, {slow}: {figures['speedup']:.2f} times")
     how += [f"on {figures['machine']}"] if figures.get("machine") else []
-    return [*table(rows), "", f"Measured on {figures['date']}: {', '.join(how)}.", ""]
+    return [common.format_table(rows), "", f"Measured on {figures['date']}: {', '.join(how)}.", ""]
 
 
 def data_lines(training):

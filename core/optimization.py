@@ -12,7 +12,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -194,6 +193,8 @@ def muon_groups(matrices, args):
 
 def build_engine(draft, groups, config, device):
     """The DeepSpeed engine around the draft, with AdamW over these parameter groups, and Muon where they say so."""
+    import deepspeed  # here and below: it is slow, and commands that train nothing do without it
+
     options = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}  # the loop sets the learning rate
     if offload_device(config) == "none":
         adamw = torch.optim.AdamW
@@ -377,5 +378,7 @@ def trained(engine):
 
 def gathered(engine, parameter, **options):
     """Within it every rank has the full tensor of a parameter, under ZeRO-3 too."""
+    import deepspeed
+
     enabled = engine.zero_optimization_stage() == 3
     return deepspeed.zero.GatheredParameters(parameter, enabled=enabled, **options)

@@ -114,10 +114,18 @@ def choose_checkpoint(output_dir, best, metric):
 
 
 def print_advice(record, args, progress, config):
-    """The last lines of a finished training: which checkpoint to serve, why, and the commands that do so."""
+    """The last lines of a finished training: which checkpoint to serve, why, and the commands that do so.
+
+    A checkpoint also holds the training's state, which an engine may take for weights: it is exported first.
+    """
     if not record.is_main:
         return
     folder, why = choose_checkpoint(args.output_dir, progress.best, args.best_metric)
     record.line(f"serve {folder}: {why}")
+    if folder.name != "final":
+        served = Path(args.output_dir) / "served"
+        command = ["python", "export_draft.py", str(folder), "--format", "flat", "--output", str(served)]
+        record.line(f"  {shlex.join(command)}")
+        folder = served
     for command in serving_commands(folder, config, args.target_model_path, args.tp_size).values():
         record.line(f"  {command}")

@@ -73,23 +73,19 @@ if [[ $STAGES == *3* ]]; then
 fi
 
 if [[ $STAGES == *4* ]]; then
-    echo "=== 4. the best checkpoint: export, check and evaluation"
+    echo "=== 4. the best checkpoint: check, evaluation and export"
     # Drafts overfit: the last step is seldom the best one.
     BEST=$OUTPUT/draft/best
     [ ! -f "$BEST" ] || BEST=$OUTPUT/draft/$(cat "$BEST") # on storage without links a file with the checkpoint's name
     [ -e "$BEST" ] || BEST=$OUTPUT/draft/final            # no validation rows
-    # The draft alone: a checkpoint has other files, which an engine may take for weights.
-    python export_draft.py "$BEST" --format flat --output "$OUTPUT/served"
-    python export_draft.py --check "$OUTPUT/served"
-    [ "$NUM_PROMPTS" = 0 ] || python evaluate_draft.py \
-        --target_model_path "$TARGET" --draft_model_path "$OUTPUT/served" \
-        --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
-        --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
-
-    echo "Serve it:"
-    echo "  vllm serve $TARGET --tensor-parallel-size $SERVE_GPUS --speculative-config '{\"method\": \"eagle3\"," \
-        "\"model\": \"$OUTPUT/served\", \"num_speculative_tokens\": 3}'"
-    echo "  python -m sglang.launch_server --model-path $TARGET --tp-size $SERVE_GPUS --speculative-algorithm EAGLE3" \
-        "--speculative-draft-model-path $OUTPUT/served --speculative-num-steps 3 --speculative-eagle-topk 1" \
-        "--speculative-num-draft-tokens 4"
+    python export_draft.py --check "$BEST"
+    evaluation=()
+    if [ "$NUM_PROMPTS" != 0 ]; then
+        python evaluate_draft.py --target_model_path "$TARGET" --draft_model_path "$BEST" \
+            --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
+            --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
+        evaluation=(--evaluation "$OUTPUT/evaluation")
+    fi
+    # The draft alone, its model card, and the commands that serve it: a checkpoint has other files as well.
+    python export_draft.py "$BEST" --format flat --output "$OUTPUT/served" --tp_size "$SERVE_GPUS" "${evaluation[@]}"
 fi

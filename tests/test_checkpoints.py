@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ def work(tmp_path_factory):
     return write_work(tmp_path_factory.mktemp("work"))
 
 
-def test_limit_keeps_the_newest_the_best_and_what_is_not_ours(work, tmp_path, monkeypatch):
+def test_limit_keeps_the_newest_the_best_and_what_is_not_ours(work, tmp_path, monkeypatch, capsys):
     """acceptance_length is best at step 4; loss at its least in the end."""
     out, values = tmp_path / "out", iter([1.5, 2.5, 2.0, 1.0, 2.25, 1.75])
     evaluate = train_eagle3.evaluate
@@ -46,6 +47,18 @@ def test_limit_keeps_the_newest_the_best_and_what_is_not_ours(work, tmp_path, mo
     state = checkpoints.read_state(out / "step_00000012")
     assert state["best"][:3] == [2.5, 4, "acceptance_length"]
     readable(out)
+    end = capsys.readouterr().out.split(f": {out / 'final'}\n")[1].splitlines()  # behind "finished 12 steps"
+    assert end[0] == (
+        f"serve {out / 'best'}: the best checkpoint by acceptance_length, 2.500 at step 4, against 1.750 at the last, "
+        "12"
+    )
+    export = ["python", "export_draft.py", str(out / "best"), "--format", "flat", "--output", str(out / "served")]
+    assert shlex.split(end[1]) == export
+    assert [line.split()[:3] for line in end[2:]] == [
+        ["vllm", "serve", str(work / "target")],
+        ["python", "-m", "sglang.launch_server"],
+    ]
+    assert all(str(out / "served") in line for line in end[2:])
 
 
 def test_best_by_loss_needs_a_checkpoint_that_is_due_unless_save_best_is_given(work, tmp_path):

@@ -25,7 +25,7 @@ EVALUATION = {
     "accepted_by_position": [0.75, 0.5],
     "by_category": {
         "writing": {"acceptance_length": 2.0, "accepted_by_position": [0.6, 0.4], "passes": 1100, "prompts": 2},
-        "math": {"acceptance_length": 2.5, "accepted_by_position": [0.9, 0.6], "passes": 134, "prompts": 1},
+        "math": {"acceptance_length": 2.5, "accepted_by_position": [0.9], "passes": 134, "prompts": 1},
     },
     "passes": 1234,
     "prompts": 3,
@@ -104,15 +104,17 @@ def test_what_a_person_reads(card):
     lines = body.splitlines()
     headings = [line for line in lines if line.startswith("#")]
     assert headings == [f"# EAGLE-3 draft for {TARGET}", "## Serving", "## Acceptance", "## Draft", "## Training"]
-    at = lines.index("| prompts | number | acceptance length | 1 | 2 |")
-    assert lines[at + 2 : at + 7] == [
-        "| writing | 2 | 2.000 | 0.600 | 0.400 |",
-        "| math | 1 | 2.500 | 0.900 | 0.600 |",
-        "| **all** of mt_bench.jsonl | 3 | 2.250 | 0.750 | 0.500 |",
-        "",
-        "Measured on 2026-01-02: 2 tokens drafted a pass, greedy, replies of up to 128 tokens, 1,234 passes of the "
-        "target, 90.5 tokens/s with the draft, 45.2 without: 2.00 times, on one H200.",
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[:1] + table[2:] == [
+        ["category", "prompts", "acceptance length", "1", "2"],
+        ["writing", "2", "2.000", "0.600", "0.400"],
+        ["math", "1", "2.500", "0.900", "-"],
+        ["**all** of mt_bench.jsonl", "3", "2.250", "0.750", "0.500"],
     ]
+    assert (
+        "Measured on 2026-01-02: 2 tokens drafted a pass, greedy, replies of up to 128 tokens, 1,234 passes of the "
+        "target, 90.5 tokens/s with the draft, 45.2 without: 2.00 times, on one H200."
+    ) in lines
     assert f"hidden size 16, {drafts.PARAMETERS:,} parameters in bfloat16" in body
     training = lines[lines.index("## Training") + 2 :]
     assert training[:3] == [

@@ -34,7 +34,14 @@ def test_llama3_recipe_with_a_small_target(tmp_path):
     # What is served is the best checkpoint, also where storage keeps its name in a file instead of a link.
     best = (out / "draft" / "best").resolve()
     assert training.furthest(training.weights(out / "served"), training.weights(best)) == 0
-    assert {path.name for path in (out / "served").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (out / "served").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    # The training and the export say how to serve it, the card what was measured.
+    assert f"\nserve {out / 'draft' / 'best'}: the best checkpoint by acceptance_length, " in printed
+    commands = printed.split("serve it:\n")[1].splitlines()
+    assert len(commands) == 2 and all(f"{out / 'served'}" in line for line in commands)
+    length = json.loads((out / "evaluation" / "evaluation.json").read_text())["acceptance_length"]
+    card = (out / "served" / "README.md").read_text()
+    assert f" {length:.3f} " in card and "trained on: chats.jsonl, " in card and str(tmp_path) not in card
     (out / "draft" / "best").unlink()
     (out / "draft" / "best").write_text(best.name)
     (out / "served" / "model.safetensors").unlink()
