@@ -21,7 +21,6 @@ from pathlib import Path
 import huggingface_hub
 from safetensors import safe_open
 
-import train_eagle3
 from core import checkpoints, common, draft_files, evaluations, model_card, serving, target_files
 
 
@@ -117,6 +116,8 @@ def write_card(args, folder, config, tensors, measured):
 
 def flags_given(flags):
     """{flag: value} of a training's flags that differ from the trainer's defaults."""
+    import train_eagle3  # slow, and of no use to a draft that it did not train
+
     defaults = vars(train_eagle3.parse_args(["--target_model_path", "target"]))
     return {name: flags[name] for name in defaults if name in flags and flags[name] != defaults[name]}
 
