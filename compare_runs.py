@@ -101,6 +101,10 @@ def main(args):
         described = evaluations.describe(measured)
         print_table("evaluation", described)
         table |= described
+        if served := evaluations.describe_concurrency(measured):
+            print()
+            print_table("requests at a time", served)
+            table |= served
         pictures["evaluations.png"] = (evaluations.draw_evaluations, measured)
         if differences := evaluations.find_differences(measured):
             print(f"the evaluations differ in their settings: {differences}")

@@ -26,6 +26,8 @@ SPEEDS = {
     "speedup": "speedup",
 }
 
+WAITING = {"ms to first token": "seconds_to_first_token", "ms per token": "seconds_per_token"}  # medians
+
 
 def describe_origin(device):
     """{"date", "machine"} of an evaluation that ends now, on this torch.device of this machine."""
@@ -93,6 +95,18 @@ def describe(measured):
         for title, key in SPEEDS.items():
             columns[title] = figures.get(key)
         table[path] = columns
+    return table
+
+
+def describe_concurrency(measured):
+    """{path and requests at a time: {column: value}} of the evaluations of servers among {path: figures}."""
+    table = {}
+    for path, figures in measured.items():
+        for level in figures.get("by_concurrency") or ():
+            columns = {title: level.get(key) for title, key in SPEEDS.items()}
+            for title, key in WAITING.items():
+                columns[title] = 1000 * level[key]["median"] if level.get(key) else None
+            table[f"{path} at {level['concurrency']}"] = columns
     return table
 
 

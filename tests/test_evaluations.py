@@ -83,6 +83,29 @@ def test_evaluations_are_rows_and_what_one_does_not_have_is_a_dash(compare):
     ]
 
 
+def test_speed_of_a_server_by_requests_at_a_time(compare, tmp_path):
+    """By hand: 0.25 s are 250 ms; the second level was measured without a baseline."""
+    first = {
+        "concurrency": 1,
+        "tokens_per_second_with_draft": 30.0,
+        "tokens_per_second_without": 20.0,
+        "speedup": 1.5,
+        "seconds_to_first_token": {"median": 0.25, "p90": 1.0},
+        "seconds_per_token": {"median": 0.004, "p90": 1.0},
+    }
+    second = {"concurrency": 4, "tokens_per_second_with_draft": 50.0, "seconds_per_token": None}
+    write(tmp_path / "b", SERVED | {"by_concurrency": [first, second]})
+    cells, _ = compare("a", "b")
+    at = [row[0] for row in cells].index("requests at a time")
+    assert cells[at][1:] == [
+        "tokens/s with draft", "tokens/s without", "speedup", "ms to first token", "ms per token",
+    ]  # fmt: skip
+    assert cells[at + 2 :] == [
+        ["b at 1", "30.000", "20.000", "1.500", "250.000", "4.000"],
+        ["b at 4", "50.000", "-", "-", "-", "-"],
+    ]
+
+
 def test_what_is_written(compare, tmp_path):
     compare("a", "b")
     written = tmp_path / "comparison"
