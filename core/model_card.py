@@ -178,11 +178,12 @@ def acceptance_lines(figures):
     """The table of an evaluation, and how it was measured."""
     settings = figures.get("settings", {})
     count = len(figures["accepted_by_position"])
-    rows = [["category", "prompts", "acceptance length", *map(str, range(1, count + 1))]]
+    rows = [["category", "replies", "acceptance length", *map(str, range(1, count + 1))]]
     for name, part in (figures.get("by_category") or {}).items():
         rows.append(acceptance_row(name, part, count))
     rows.append(acceptance_row(f"**all**{show_prompts(settings.get('prompts'))}", figures, count))
     how = [f"{count} tokens drafted a pass"]
+    how += ["by the counters of a running engine"] if settings.get("server") else []
     if "temperature" in settings:
         greedy = settings["temperature"] == 0
         how.append("greedy" if greedy else f"temperature {settings['temperature']}")
@@ -277,7 +278,7 @@ def compose(draft, target, training, given, evaluations, place, license=None, is
     if evaluations:
         lines += ["## Acceptance", ""]
         lines += ["The acceptance length is the number of tokens per pass of the target; the numbered columns are the"]
-        lines += ["share of passes that accept the draft at this position.", ""]
+        lines += ["shares of passes that accept the drafted token at that position.", ""]
     for figures in evaluations:
         lines += acceptance_lines(figures)
     lines += draft_lines(config, tensors)

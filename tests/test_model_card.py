@@ -1,6 +1,7 @@
 """The model card: what the hub reads, what a person reads, and that it says what is known and nothing else."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -106,7 +107,7 @@ def test_what_a_person_reads(card):
     assert headings == [f"# EAGLE-3 draft for {TARGET}", "## Serving", "## Acceptance", "## Draft", "## Training"]
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert table[:1] + table[2:] == [
-        ["category", "prompts", "acceptance length", "1", "2"],
+        ["category", "replies", "acceptance length", "1", "2"],
         ["writing", "2", "2.000", "0.600", "0.400"],
         ["math", "1", "2.500", "0.900", "-"],
         ["**all** of mt_bench.jsonl", "3", "2.250", "0.750", "0.500"],
@@ -188,6 +189,23 @@ def test_the_prepared_data_are_told_only_if_they_are_those_of_the_run(tmp_path):
     export(draft, "--format", "flat", "--output", tmp_path / "served")
     metadata, body = read_card(tmp_path / "served")
     assert "datasets" not in metadata and "34,567" not in body and "fingerprint ffffffffffff" in body
+
+
+def test_figures_of_a_server_say_so(tmp_path):
+    """It knows neither the draft's folder nor its speed without one."""
+    evaluation = write_evaluation(tmp_path / "evaluation", server="http://127.0.0.1:8000", draft_model_path=None)
+    figures = json.loads((evaluation / "evaluation.json").read_text())
+    for name in ("date", "machine", "speedup", "by_category"):
+        del figures[name]
+    (evaluation / "evaluation.json").write_text(json.dumps(figures))
+    os.utime(evaluation / "evaluation.json", (0, 86400 * 365))  # one year after 1970 began
+    draft = drafts.write(tmp_path / "draft")
+    export(draft, "--format", "flat", "--output", tmp_path / "served", "--evaluation", evaluation)
+    line = next(line for line in read_card(tmp_path / "served")[1].splitlines() if line.startswith("Measured"))
+    assert line == (
+        "Measured on 1971-01-01: 2 tokens drafted a pass, by the counters of a running engine, greedy, replies of up "
+        "to 128 tokens, 1,234 passes of the target."
+    )
 
 
 def test_figures_of_another_draft_are_refused(tmp_path, capsys):
