@@ -78,7 +78,7 @@ def write_speculators(args, config, tensors):
         args.output,
         config,
         tensors,
-        target_model_path=args.target_model_path,
+        target_model_path=args.base_model or args.target_model_path,
         target_architectures=target_config.get("architectures") or [],
         embed_tokens=None if own_table else draft_files.read_embedding(model_dir),
         speculative_tokens=args.speculative_tokens,
@@ -89,9 +89,8 @@ def write_card(args, folder, config, tensors, measured):
     """Write the model card, and print the commands that serve the draft."""
     training = model_card.find_training(folder)
     target = args.target_model_path or (training and training.flags["target_model_path"])
-    form = {"is_flat": args.format == "flat"}
-    if not form["is_flat"]:
-        form["tokens"] = args.speculative_tokens
+    is_flat = args.format == "flat"
+    tokens = serving.TOKENS if is_flat else args.speculative_tokens
     place = (args.push_to_hub, False) if args.push_to_hub else (Path(args.output).name, True)
     card = model_card.compose(
         (config, tensors),
@@ -101,13 +100,14 @@ def write_card(args, folder, config, tensors, measured):
         measured,
         place,
         args.license,
-        **form,
+        is_flat,
+        tokens,
     )
     common.write_atomic(Path(args.output) / model_card.NAME, str(card))
     if not target:
         print("the commands that serve it need the target: --target_model_path")
         return
-    commands = serving.serving_commands(args.output, config, target, args.tp_size, **form)
+    commands = serving.serving_commands(args.output, config, target, args.tp_size, tokens, is_flat)
     if commands:
         print("serve it:")
     for command in commands.values():
@@ -227,7 +227,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model card and upload").add_argument
     evaluation = "folders of evaluate_draft.py --output, whose figures the card shows"
     add("--evaluation", nargs="+", default=[], help=evaluation)
-    add("--base_model", help="hub id of the target; none: target_model_path, or that of the run, if it is one")
+    add(
+        "--base_model",
+        help="hub id of the target, for others; none: target_model_path or that of the run, if it is one",
+    )
     add("--license", help="of the draft, as the hub names it, such as apache-2.0")
     push_to_hub = "ORG/NAME: upload the exported folder; without --format and --output the given one as it is"
     add("--push_to_hub", help=push_to_hub)

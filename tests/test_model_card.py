@@ -182,6 +182,20 @@ def test_a_local_target_is_named_without_its_place_and_is_no_base_model(tmp_path
     assert metadata["base_model"] == TARGET and f"vllm serve {TARGET} " in body
 
 
+def test_the_speculators_form_is_vllms_and_names_the_target_for_others(tmp_path):
+    """Its own number of drafted tokens; no folder of this machine in config.json either."""
+    target = tiny.write_target(tmp_path / "target", vocab_size=400)
+    draft = drafts.write(tmp_path / "draft", vocab_size=400, draft_vocab_size=400, hidden_size=64)
+    argv = (draft, "--format", "speculators", "--output", tmp_path / "served", "--speculative_tokens", 4)
+    export(*argv, "--target_model_path", target, "--base_model", TARGET)
+    metadata, body = read_card(tmp_path / "served")
+    assert metadata["tags"][3:] == ["vllm"] and "sglang" not in body
+    assert '"num_speculative_tokens": 4' in body
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == TARGET
+    assert str(tmp_path) not in json.dumps(config)
+
+
 def test_the_prepared_data_are_told_only_if_they_are_those_of_the_run(tmp_path):
     draft = write_run(tmp_path / "run")
     path = tmp_path / "run" / "prepared" / "data_config.json"
