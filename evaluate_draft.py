@@ -1,4 +1,4 @@
-"""Measure a draft as serving uses it: real speculative decoding against the target, one chain of drafts per pass.
+"""Measure a draft as serving uses it: real speculative decoding against the target, a chain or a tree per pass.
 
 In:  a target, a draft checkpoint (flat or speculators form), and prompts: a benchmark by its name, a data set of
      conversations (without the reply at their end), of {"prompt": text} or of MT-Bench's {"turns", "category"}, or a
@@ -39,6 +39,7 @@ from core import (
     decoding,
     draft_config,
     draft_files,
+    draft_trees,
     prompts,
     rendering,
     target_files,
@@ -165,8 +166,11 @@ def measure(target, draft, d2t, asked, args, eos_ids):
         generator = torch.Generator(target.embedding.device).manual_seed(args.seed)
         draft_ids = vocabulary.target_ids(d2t)
         choose, verify = decoding.sampling(args.temperature, generator, draft_ids, target.config.vocab_size)
+    shape = draft_trees.shape_of(args)
 
     def with_draft(prompt, max_new_tokens):
+        if shape:
+            return draft_trees.speculate(target, draft, d2t, prompt, shape, max_new_tokens, eos_ids, choose)
         count = args.num_draft_tokens
         return decoding.speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose, verify)
 
@@ -228,15 +232,17 @@ def summarise(rows, args):
     new_tokens = sum(sum(row["loss_mask"]) for row in rows)
     with_draft = new_tokens / sum(row["seconds"] for row in rows)
     alone = sum(row["tokens_alone"] for row in rows) / sum(row["seconds_alone"] for row in rows)
-    return summarise_passes(rows, args.num_draft_tokens) | {
-        "by_category": summarise_by("category", rows, args.num_draft_tokens),
-        "by_turn": summarise_by("turn", rows, args.num_draft_tokens),
+    longest = args.depth or args.num_draft_tokens  # drafts that a pass can accept
+    return summarise_passes(rows, longest) | {
+        "by_category": summarise_by("category", rows, longest),
+        "by_turn": summarise_by("turn", rows, longest),
         "new_tokens": new_tokens,
         "texts_parted_by_rounding": sum("parted_by_rounding_at" in row for row in rows),
         "rounding_ties": sum(row.get("rounding_ties", 0) for row in rows),
         "tokens_per_second_with_draft": with_draft,
         "tokens_per_second_without": alone,
         "speedup": with_draft / alone,
+        "sglang_flags": draft_trees.sglang_flags(args),
         "settings": vars(args),
     }
 
@@ -260,7 +266,7 @@ def plot(figures):
         axes.plot(positions, group["accepted_by_position"], marker="o", markersize=3, label=label)
     if figures["by_category"]:
         axes.legend(title="acceptance length", fontsize=8)
-    axes.set(xlabel="position of the draft in the chain", ylabel="share of passes that accept it", ylim=(0, 1))
+    axes.set(xlabel="position of the draft", ylabel="share of passes that accept it", ylim=(0, 1))
     axes.set_title(f"acceptance length {figures['acceptance_length']:.2f} over {figures['passes']} passes")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
@@ -292,6 +298,8 @@ def print_figures(figures, is_greedy):
         f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
         f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast"
     )
+    flags = " ".join(f"{name} {value}" for name, value in figures["sglang_flags"].items())
+    print(f"SGLang serves this with {flags}")
     if is_greedy:
         parted = figures["texts_parted_by_rounding"]
         exception = f", except for {parted} that leave it at a rounding tie" if parted else ""
@@ -337,12 +345,14 @@ def parse_args(argv=None):
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
 
     add = parser.add_argument_group("generation and output").add_argument
-    add("--num_draft_tokens", type=common.at_least(int, 1), default=7, help="drafts per pass")
+    draft_trees.add_flags(add)
     add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
     add("--temperature", type=common.at_least(float, 0), default=0.0, help="0 = greedy")
     add("--seed", type=common.SEED, default=0, help="of sampling at a temperature above 0")
     add("--output", help="folder for the figures, texts and plot; none: printed only")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    draft_trees.fill_flags(args)
+    return args
 
 
 def main(args):
@@ -362,6 +372,8 @@ def main(args):
     prompts.check_tokens(args.prompts, asked, text_config.vocab_size)
     config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    if shape := draft_trees.shape_of(args):
+        draft_trees.check(shape, text_config, config["draft_vocab_size"])
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     target = target_model.load(
         model_dir,
@@ -369,6 +381,8 @@ def main(args):
         layer_ids=draft_files.auxiliary_layers(config),
         trust_remote_code=args.trust_remote_code,
     )
+    if shape:
+        draft_trees.check_masks(target)
     draft, d2t = load_draft(config, tensors, target)
     rows = measure(target, draft, d2t, asked, args, eos_token_ids(target, tokenizer))
     figures = summarise(rows, args)

@@ -42,7 +42,33 @@ class Tree:
         return on_path
 
 
-# ==================== What can be served by a tree ===================================================================
+# ==================== Flags, and what a tree needs ===================================================================
+
+
+def add_flags(add):
+    """The flags of chains and trees; add: the add_argument of their group."""
+    positive = common.at_least(int, 1)
+    add("--tree", choices=("none", "dynamic"), default="none", help="none: a chain; dynamic: EAGLE-2's tree")
+    add("--num_draft_tokens", type=positive, help="drafts per pass, without a tree's root; none: 7, of a tree 60")
+    add("--topk", type=positive, help="of a tree: nodes expanded per level, and children of each; none: 10")
+    add("--depth", type=positive, help="of a tree: levels of drafts; none: 7")
+
+
+def fill_flags(args):
+    """Fill in the defaults of flags that depend on --tree; ends the program if it does not read one that is given."""
+    is_tree = args.tree == "dynamic"
+    for name in ("topk", "depth"):
+        if getattr(args, name) and not is_tree:
+            common.fail(f"{name} is of a tree, and a chain has num_draft_tokens alone: drop it, or give --tree dynamic")
+    args.num_draft_tokens = args.num_draft_tokens or (60 if is_tree else 7)
+    if is_tree:
+        args.topk = args.topk or 10
+        args.depth = args.depth or 7
+
+
+def shape_of(args):
+    """The Shape that the flags ask for; None for a chain."""
+    return Shape(args.topk, args.depth, args.num_draft_tokens) if args.tree == "dynamic" else None
 
 
 def nodes_of(topk, depth, draft_vocab_size):
@@ -96,12 +122,15 @@ def check_masks(target):
         )
 
 
-def sglang_flags(topk, depth, size):
-    """SGLang's flags for `depth` levels and `size` drafts. Its num_draft_tokens counts the root, too."""
+def sglang_flags(args):
+    """{SGLang's flag: value} that serves what these flags measure; its num_draft_tokens counts the root, too.
+
+    For a chain it sets num_draft_tokens to num_steps + 1 itself.
+    """
     return {
-        "--speculative-num-steps": depth,
-        "--speculative-eagle-topk": topk,
-        "--speculative-num-draft-tokens": size + 1,
+        "--speculative-num-steps": args.depth or args.num_draft_tokens,
+        "--speculative-eagle-topk": args.topk or 1,
+        "--speculative-num-draft-tokens": args.num_draft_tokens + 1,
     }
 
 

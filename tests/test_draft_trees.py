@@ -200,6 +200,23 @@ def test_rejected_branches_leave_no_trace_in_the_targets_cache(family, tmp_path,
     assert depths == set(range(5))
 
 
+# ---------------------------------------------------------------------------- what has no trees
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(transformers.Qwen3NextConfig, "linear_attention"), (transformers.Llama4TextConfig, "chunked_attention")],
+)
+def test_a_target_whose_cache_cannot_keep_a_path_is_refused(config, kind, capsys):
+    line = tiny.fails(capsys, draft_trees.check, SHAPE, config(), 300)
+    assert f"the target has {kind} layers" in line and "drop --tree, chains work" in line
+
+
+def test_a_target_that_ignores_the_mask_is_refused(target, capsys, monkeypatch):
+    draft_trees.check_masks(target)
+    decoder = target.decoder
+    monkeypatch.setattr(target, "decoder", lambda attention_mask, **others: decoder(**others))
+    assert "model_type llama does not follow the mask of a tree" in tiny.fails(capsys, draft_trees.check_masks, target)
+
+
 # ---------------------------------------------------------------------------- sampling
 def accept_as_if_sampled(table):
     """A wrong rule: candidates tried with the draft's q, as if they were samples of it and not its likeliest tokens."""

@@ -561,7 +561,7 @@ def test_summary_is_made_of_sums():
     ]
     for row in rows:
         row |= {"seconds": 1.0, "seconds_alone": 2.0}
-    figures = evaluate_draft.summarise(rows, SimpleNamespace(num_draft_tokens=3))
+    figures = evaluate_draft.summarise(rows, SimpleNamespace(num_draft_tokens=3, depth=None, topk=None))
     assert figures["acceptance_length"] == 1 + 6 / 4
     assert figures["accepted_by_position"] == [3 / 4, 2 / 4, 1 / 4]
     assert (figures["passes"], figures["prompts"], figures["new_tokens"]) == (4, 3, 9)
@@ -625,6 +625,19 @@ def test_command_line(paths, tmp_path, capsys, target):
     run({**paths, "prompts": tmp_path / "data"}, num_draft_tokens=2, max_new_tokens=5, num_prompts=2, temperature=0.8)
     assert "of 2 prompts" in capsys.readouterr().out
 
+    run(paths, tree="dynamic", topk=3, depth=4, num_draft_tokens=9, max_new_tokens=12, output=tmp_path / "tree")
+    printed = capsys.readouterr().out
+    assert (
+        "SGLang serves this with --speculative-num-steps 4 --speculative-eagle-topk 3 "
+        "--speculative-num-draft-tokens 10\n"
+    ) in printed
+    tree = json.loads((tmp_path / "tree" / "evaluation.json").read_text())
+    assert len(tree["accepted_by_position"]) == 4 and tree["new_tokens"] == figures["new_tokens"]
+    assert tree["sglang_flags"]["--speculative-num-draft-tokens"] == 10
+    assert figures["sglang_flags"] == {
+        "--speculative-num-steps": 3, "--speculative-eagle-topk": 1, "--speculative-num-draft-tokens": 4,
+    }  # fmt: skip
+
 
 def edited(draft, path, **changes):
     """A copy of a draft with other sizes in a whole checkpoint."""
@@ -674,6 +687,11 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"target_model_path": shallow}, "has 6 layers"),
         ({"target_model_path": tmp_path / "nothing"}, "nothing"),
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"depth": 3}, "depth is of a tree, and a chain has num_draft_tokens alone: drop it, or give --tree dynamic"),
+        (
+            {"tree": "dynamic", "topk": 3, "depth": 2},
+            "num_draft_tokens 60: a tree of topk 3 and depth 2 has 12 nodes; give at most 12",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_prompts": 0}, "num_prompts is 0"),
         ({"temperature": -1}, "temperature is -1.0; it must be at least 0"),
