@@ -284,3 +284,105 @@ def test_sampling_with_trees_is_lossless_and_another_rule_is_not(monkeypatch):
     assert drafts.p_value(counts, exact) > 1e-3
     monkeypatch.setattr(draft_trees, "verify", accept_as_if_sampled(table))
     assert drafts.p_value(observed(4000)[0], exact) < 1e-6
+
+
+class Replay:
+    """In place of a cache: the calls so far. What a real one answers behind the same calls is computed once."""
+
+    memory = {}
+
+    def __init__(self, make, *models):
+        self.make = lambda: make(*models)
+        self.calls = []
+        self.keys = (make.__name__,)
+
+    def ask(self, key, call, lasting=True):
+        """call(real cache) behind the calls so far; lasting: it is one of them from now on."""
+        keys = (*self.keys, key)
+        calls = [*self.calls, call]
+        if keys not in self.memory:
+            real = self.make()
+            self.memory[keys] = [call(real) for call in calls][-1]
+        if lasting:
+            self.keys, self.calls = keys, calls
+        return self.memory[keys]
+
+    def feed(self, tokens, last=0):
+        return self.ask(("feed", *tokens), lambda real: real.feed(tokens, last))
+
+    def forget(self, count):
+        self.ask(("forget", count), lambda real: real.forget(count))
+
+    def propose(self, tokens, auxiliary, count, choose):
+        """Each draft is chosen anew from the logits behind those before it."""
+        picked, rows = [], []
+        for length in range(1, count + 1):
+            walk = iter([*picked, 0])
+            arguments = (tokens, auxiliary, length, lambda _, walk=walk: next(walk))
+            key = ("propose", *tokens, "then", *picked)
+            drafted, logits = self.ask(key, lambda real, given=arguments: real.propose(*given), lasting=False)
+            rows.append(logits[-1])
+            picked.append(choose(rows[-1]))
+            ids = [*drafted[:-1], self.make().target_ids[picked[-1]]]
+        self.ask(("proposed", *tokens), lambda real: real.propose(tokens, auxiliary, 1, decoding.greedy))
+        return [int(token) for token in ids], torch.stack(rows)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Caches whose answers are remembered, in this module's decoding.speculate and draft_trees.speculate."""
+    target, draft = decoding.CachedTarget, decoding.CachedDraft
+    monkeypatch.setattr(Replay, "memory", {})
+    monkeypatch.setattr(decoding, "CachedTarget", lambda *models: Replay(target, *models))
+    monkeypatch.setattr(decoding, "CachedDraft", lambda *models: Replay(draft, *models))
+
+    def patch(name, key_of):
+        function = getattr(draft_trees, name)
+
+        def asked(cached, *args):
+            return cached.ask((name, *key_of(*args)), lambda real: function(real, *args))
+
+        monkeypatch.setattr(draft_trees, name, asked)
+
+    patch("grow", lambda tokens, auxiliary, shape: tokens)
+    patch("feed", lambda tree: tree.tokens)  # which the text before it determines
+    patch("keep", lambda tree, path: path)
+
+
+@pytest.mark.parametrize(
+    ("form", "temperature", "runs"),
+    [
+        ("tree", 0.7, 1000),
+        pytest.param("chain", 1.0, 20_000, marks=pytest.mark.slow),
+        pytest.param("tree", 1.0, 20_000, marks=pytest.mark.slow),
+    ],
+)
+def test_samples_of_models_are_the_targets(form, temperature, runs, tmp_path, replayed):
+    """The first three tokens together; the first is the target's own, the second and third are drafted."""
+    options = {"vocab_size": 12, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}
+    torch.manual_seed(2)
+    transformers.LlamaForCausalLM(tiny.llama_config(**options)).save_pretrained(tmp_path)
+    target = target_model.load(tmp_path)
+    draft, d2t = drafts.random_draft(tmp_path, target, columns=9)
+    prompt = [3, 4, 5]
+    texts = torch.tensor([[*prompt, a, b] for a in range(12) for b in range(12)])
+    with torch.inference_mode():
+        p = (target.model(texts).logits[:, 2:] / temperature).softmax(-1).double().view(12, 12, 3, 12)
+    exact = p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]  # [first, second, third]
+    generator = torch.Generator().manual_seed(0)
+    rules = decoding.sampling(temperature, generator, vocabulary.target_ids(d2t), 12)
+    shape = draft_trees.Shape(3, 2, 8)
+    counts, accepted = torch.zeros(12, 12, 12), 0
+    for _ in range(runs):
+        if form == "tree":
+            reply, passes = draft_trees.speculate(target, draft, d2t, prompt, shape, 3, set(), rules[0])
+        else:
+            reply, passes = decoding.speculate(target, draft, d2t, prompt, 1, 3, set(), *rules)
+        counts[tuple(reply)] += 1
+        accepted += sum(passes)
+    assert accepted > runs / 20
+    for at in range(3):
+        rest = [axis for axis in range(3) if axis != at]
+        assert drafts.p_value(counts.sum(rest), exact.sum(rest)) > 1e-3
+        assert drafts.p_value(counts.sum(at), exact.sum(at)) > 1e-3
+    assert drafts.p_value(counts, exact) > 1e-3

@@ -366,40 +366,6 @@ def test_sampling_keeps_a_draft_that_equals_the_target_and_drops_what_it_never_s
         assert accepted == 0 and own != 3
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
-def test_sampling_with_models_is_lossless(temperature, tmp_path):
-    """The second and third token of real runs, twelve tokens to choose from."""
-    options = {"vocab_size": 12, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}
-    torch.manual_seed(2)
-    transformers.LlamaForCausalLM(tiny.llama_config(**options)).save_pretrained(tmp_path)
-    target = target_model.load(tmp_path)
-    draft, d2t = random_draft(tmp_path, target, columns=9)
-    prompt = [3, 4, 5]
-    texts = torch.tensor([[*prompt, a, b] for a in range(12) for b in range(12)])
-    with torch.inference_mode():
-        p = (target.model(texts).logits[:, 2:] / temperature).softmax(-1).double().view(12, 12, 3, 12)
-    exact = p[0, 0, 0][:, None] * p[:, 0, 1]  # [first, second]
-    second, third = exact.sum(0), (exact[..., None] * p[:, :, 2]).sum((0, 1))
-    generator = torch.Generator().manual_seed(0)
-    choose, verify = decoding.sampling(temperature, generator, torch.arange(9) + d2t, 12)
-
-    def observed(verify, runs):
-        counts, accepted = torch.zeros(2, 12), 0
-        for _ in range(runs):
-            reply, passes = decoding.speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
-            counts[0, reply[1]] += 1
-            counts[1, reply[2]] += 1
-            accepted += sum(passes)
-        return counts, accepted
-
-    counts, accepted = observed(verify, 400)
-    assert accepted > 50
-    assert p_value(counts[0], second) > 1e-3 and p_value(counts[1], third) > 1e-3
-    if temperature == 1.0:
-        counts, _ = observed(wrong_rules(torch.arange(9) + d2t, generator)["accept always"], 400)
-        assert p_value(counts[0], second) < 1e-6
-
-
 # ---------------------------------------------------------------------------- measuring
 def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
     draft, d2t, texts, _, _ = trained
