@@ -279,11 +279,11 @@ def test_sampling_with_trees_is_lossless_and_another_rule_is_not(monkeypatch):
             depths.update(passes)
         return counts, depths
 
-    counts, depths = observed(4000)
+    counts, depths = observed(2500)
     assert depths == {0, 1, 2}
     assert drafts.p_value(counts, exact) > 1e-3
     monkeypatch.setattr(draft_trees, "verify", accept_as_if_sampled(table))
-    assert drafts.p_value(observed(4000)[0], exact) < 1e-6
+    assert drafts.p_value(observed(2500)[0], exact) < 1e-6
 
 
 class Replay:
@@ -352,7 +352,7 @@ def replayed(monkeypatch):
 @pytest.mark.parametrize(
     ("form", "temperature", "runs"),
     [
-        ("tree", 0.7, 1000),
+        ("tree", 0.7, 400),
         pytest.param("chain", 1.0, 20_000, marks=pytest.mark.slow),
         pytest.param("tree", 1.0, 20_000, marks=pytest.mark.slow),
     ],
@@ -385,4 +385,5 @@ def test_samples_of_models_are_the_targets(form, temperature, runs, tmp_path, re
         rest = [axis for axis in range(3) if axis != at]
         assert drafts.p_value(counts.sum(rest), exact.sum(rest)) > 1e-3
         assert drafts.p_value(counts.sum(at), exact.sum(at)) > 1e-3
-    assert drafts.p_value(counts, exact) > 1e-3
+    if runs * exact.max() > 10:
+        assert drafts.p_value(counts, exact) > 1e-3
