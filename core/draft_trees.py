@@ -68,7 +68,9 @@ def fill_flags(args):
 
 def shape_of(args):
     """The Shape that the flags ask for; None for a chain."""
-    return Shape(args.topk, args.depth, args.num_draft_tokens) if args.tree == "dynamic" else None
+    if args.tree == "none":
+        return None
+    return Shape(args.topk, args.depth, args.num_draft_tokens)
 
 
 def nodes_of(topk, depth, draft_vocab_size):
@@ -108,14 +110,17 @@ def check_masks(target):
         cached.feed(text, last=1)
         _, logits = feed(cached, tree)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:  # of the family's own code
-        problem = str(error).strip().splitlines()[0]
+        problem = str(error).strip().partition("\n")[0]
         common.fail(f"tree dynamic: model_type {target.config.model_type} takes no mask of a tree: {problem}")
-    for path in tree.paths():
-        nodes = path.nonzero()[:, 0].tolist()
-        _, alone = decoding.CachedTarget(target).feed(text + [tree.tokens[node] for node in nodes], last=1)
-        apart.append((logits[nodes[-1]] - alone[0]).norm() / alone.norm())
+    for node, path in enumerate(tree.paths()):
+        tokens = [tree.tokens[other] for other in path.nonzero()]
+        cached = decoding.CachedTarget(target)
+        _, alone = cached.feed(text + tokens, last=1)
+        gap = (logits[node] - alone[0]).norm() / alone.norm()
+        apart.append(gap)
+    # The median, because rounding may send single tokens to other experts.
     tolerance = 1e-4 if target.embedding.dtype == torch.float32 else 5e-2
-    if not torch.stack(apart).median() < tolerance:  # rounding may send single tokens to other experts
+    if not torch.stack(apart).median() < tolerance:
         common.fail(
             f"tree dynamic: model_type {target.config.model_type} does not follow the mask of a tree: drop --tree, "
             "chains work"
@@ -141,33 +146,39 @@ class Nodes:
     """All nodes of a growing tree, level by level; number 0 is the root."""
 
     def __init__(self, device):
-        self.ids = [torch.zeros(1, dtype=torch.int64, device=device)]  # indices into the draft vocabulary
-        self.parents = [torch.full((1,), -1, device=device)]
-        self.scores = [torch.zeros(1, device=device)]  # log of the product of the probabilities along the path
-        self.count = 1
+        root = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ids = root  # [nodes] indices into the draft vocabulary
+        self.parents = root - 1  # [nodes]
+        self.scores = root.float()  # [nodes] log of the product of the probabilities along the path
 
     def add_children(self, parents, logits, topk):
         """The `topk` likeliest children of the nodes `parents` [m], whose drafts have logits [m, Vd].
 
         Returns the numbers of the best `topk` of all these children.
         """
-        found = logits.float().log_softmax(dim=-1).topk(min(topk, logits.shape[-1]), dim=-1)
-        scores = torch.cat(self.scores)[parents, None] + found.values
-        self.ids.append(found.indices.flatten())
-        self.parents.append(parents.repeat_interleave(found.indices.shape[1]))
-        self.scores.append(scores.flatten())
-        best = scores.flatten().topk(min(topk, scores.numel())).indices
-        first = self.count
-        self.count += scores.numel()
-        return first + best
+        log_q = logits.float().log_softmax(dim=-1)
+        width = min(topk, log_q.shape[1])
+        steps, ids = log_q.topk(width, dim=-1)  # [m, width]
+        scores = self.scores[parents, None] + steps
+        scores = scores.flatten()
+        first = len(self.ids)
+        self.ids = torch.cat([self.ids, ids.flatten()])
+        self.parents = torch.cat([self.parents, parents.repeat_interleave(width)])
+        self.scores = torch.cat([self.scores, scores])
+        best = scores.topk(min(topk, len(scores)))
+        return first + best.indices
 
     def best(self, size, root, target_ids):
         """The Tree of the `size` best nodes; root: its token. Of equal scores the parent's counts as the better one."""
-        order = torch.cat(self.scores).sort(descending=True, stable=True).indices[: size + 1].sort().values
-        parents = torch.cat(self.parents)[order].tolist()
-        place = {old: new for new, old in enumerate(order.tolist())}
-        tokens = target_ids[torch.cat(self.ids)[order]].tolist()
-        return Tree([root, *tokens[1:]], [-1, *(place[parent] for parent in parents[1:])])
+        order = self.scores.sort(descending=True, stable=True).indices
+        order = order[: size + 1].sort().values
+        tokens = target_ids[self.ids[order]].tolist()
+        tokens[0] = root
+        place = {-1: -1}
+        for new, old in enumerate(order.tolist()):
+            place[old] = new
+        parents = [place[parent] for parent in self.parents[order].tolist()]
+        return Tree(tokens, parents)
 
 
 @torch.inference_mode()
@@ -191,15 +202,16 @@ def grow(cached, tokens, auxiliary, shape):
         best = nodes.add_children(expanded, logits, shape.topk)
         if level + 1 == shape.depth:
             break
-        parents = torch.cat(nodes.parents)[best]
+        parents = nodes.parents[best]
         rows = (parents[:, None] == expanded).long().argmax(dim=1)  # of the parents among `expanded`
         expanded = best
         own = torch.eye(len(best), dtype=torch.bool, device=device)
         seen = torch.cat([seen[rows], own], dim=1)
         place = torch.full((len(best),), kept + level, device=device)
         positions = torch.cat([positions, place])
-        ids = cached.target_ids[torch.cat(nodes.ids)[best]]
-        feature, logits = cached.draft.step(ids, feature[rows], place, attention_to(cached, seen, positions))
+        tokens_of = cached.target_ids[nodes.ids[best]]
+        attend = attention_to(cached, seen, positions)
+        feature, logits = cached.draft.step(tokens_of, feature[rows], place, attend)
     cached.cache = text
     return nodes.best(shape.size, tokens[-1], cached.target_ids)
 
@@ -219,7 +231,8 @@ def attention_to(cached, seen, positions):
         if window := cached.windows[layer]:
             mask = mask & (positions > positions[-1] - window)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)[0].transpose(0, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return mixed[0].transpose(0, 1)
 
     return attend
 
@@ -235,7 +248,8 @@ def feed(cached, tree):
     """
     on_path = tree.paths()
     positions = cached.length + on_path.sum(dim=1) - 1  # [n + 1]
-    return cached.feed(tree.tokens, positions=positions, mask=masks(cached, on_path, positions))
+    mask = masks(cached, on_path, positions)
+    return cached.feed(tree.tokens, positions=positions, mask=mask)
 
 
 def masks(cached, on_path, positions):
@@ -253,19 +267,24 @@ def masks(cached, on_path, positions):
         length, first = layer.get_mask_sizes(count)
         text = torch.arange(first, first + length - count)
         places = torch.cat([text, positions])
-        seen = torch.cat([torch.ones(count, len(text), dtype=torch.bool), on_path], dim=1)
+        of_text = torch.ones(count, len(text), dtype=torch.bool)
+        seen = torch.cat([of_text, on_path], dim=1)
         if layer.is_sliding:
             seen &= places > positions[:, None] - layer.sliding_window
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(embedding.dtype).min)
-        found[kind] = mask[None, None].to(embedding.device, embedding.dtype)
-    return found if len(found) > 1 else next(iter(found.values()))
+        mask = torch.zeros(1, 1, *seen.shape, dtype=embedding.dtype)
+        mask[:, :, ~seen] = torch.finfo(embedding.dtype).min
+        found[kind] = mask.to(embedding.device)
+    if len(found) > 1:
+        return found
+    return found.popitem()[1]
 
 
 @torch.no_grad()
 def keep(cached, tree, path):
     """Of the tree that was fed last the cache keeps the root and the nodes `path`, in this order."""
     count = len(tree.tokens)
-    kept = torch.tensor([0, *path], device=cached.target.embedding.device)
+    device = cached.target.embedding.device
+    kept = torch.tensor([0, *path], device=device)
     for layer in cached.cache.layers:
         if layer.keys is not None:
             for states in (layer.keys, layer.values):  # [1, G, slots, D]
@@ -283,8 +302,9 @@ def verify(tree, logits, choose):
     else p(x) is set to 0 and p normalised before the next sibling. Then x is accepted with its own p, and no sibling
     with what is left of p. (Its q in place of 1, as for sampled drafts in arXiv 2305.09781, would change the texts.)
     """
-    nodes = range(len(tree.tokens))
-    children = {(tree.parents[node], tree.tokens[node]): node for node in nodes}
+    children = {}
+    for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True)):
+        children[parent, token] = node
     path = []
     node = 0
     while True:
@@ -312,7 +332,8 @@ def speculate(target, draft, d2t, prompt, shape, max_new_tokens, eos_ids, choose
         auxiliary, logits = feed(cached_target, tree)
         path, own = verify(tree, logits, choose)
         keep(cached_target, tree, path)
-        tokens = [*(tree.tokens[node] for node in path), own]
+        accepted = [tree.tokens[node] for node in path]
+        tokens = [*accepted, own]
         auxiliary = auxiliary[[0, *path]]
         new = decoding.until_end(tokens[: max_new_tokens - len(reply)], eos_ids)
         reply += new
