@@ -1,4 +1,4 @@
-"""Measure a draft as serving uses it: real speculative decoding against the target, one chain of drafts per pass.
+"""Measure a draft as serving uses it: real speculative decoding against the target, a chain or a tree per pass.
 
 In:  a target, a draft checkpoint (flat or speculators form), and prompts: a benchmark by its name, a data set of
      conversations (without the reply at their end), of {"prompt": text} or of MT-Bench's {"turns", "category"}, or a
@@ -11,6 +11,9 @@ Out: acceptance length and share accepted by position, of all prompts and by cat
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts mt_bench --output measured
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \
         --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
+    python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts mt_bench --tree dynamic
+    deepspeed --num_gpus 2 evaluate_draft.py --target_model_path M --draft_model_path output/final \
+        --prompts mt_bench --tp_size 2
 
 At temperature 0 every drafted text must equal the target's own greedy text, token by token, or the program ends with
 exit code 1. One exception: a text of a half-precision target may leave it at a tie of rounding, if from there on the
@@ -29,6 +32,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import prepare_data
 import train_eagle3
@@ -39,8 +43,10 @@ from core import (
     decoding,
     draft_config,
     draft_files,
+    draft_trees,
     evaluations,
     prompts,
+    ranks,
     rendering,
     target_files,
     target_model,
@@ -123,8 +129,8 @@ def find_wrong(target, prompt, reply, alone, at):
 
 def check_greedy(target, rows, alone):
     """Note where the last row's text leaves `alone`, the target's own; exit code 1 unless rounding explains it."""
-    number = len(rows) - 1
     row = rows[-1]
+    number = row["prompt"]
     prompt = row["input_ids"][: row["loss_mask"].index(1)]
     reply = row["input_ids"][len(prompt) :]
     if reply == alone:
@@ -155,19 +161,25 @@ def check_greedy(target, rows, alone):
     raise SystemExit(1)
 
 
-def measure(target, draft, d2t, asked, args, eos_ids):
+def measure(target, draft, d2t, asked, args, eos_ids, numbers=None):
     """Generate a reply to every prompt with the draft and without; returns one row per prompt and turn.
 
-    Each next turn of a prompt follows the target's own reply, whatever the draft.
+    Each next turn of a prompt follows the target's own reply, whatever the draft. numbers: of these prompts among all,
+    if ranks share them; samples of a prompt hang on its number and the seed alone.
     """
+    if not asked:
+        return []
     choose = decoding.greedy
     verify = decoding.verify_greedy
     if args.temperature > 0:
-        generator = torch.Generator(target.embedding.device).manual_seed(args.seed)
+        generator = torch.Generator(target.embedding.device)
         draft_ids = vocabulary.target_ids(d2t)
         choose, verify = decoding.sampling(args.temperature, generator, draft_ids, target.config.vocab_size)
+    shape = draft_trees.shape_of(args)
 
     def with_draft(prompt, max_new_tokens):
+        if shape:
+            return draft_trees.speculate(target, draft, d2t, prompt, shape, max_new_tokens, eos_ids, choose)
         count = args.num_draft_tokens
         return decoding.speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose, verify)
 
@@ -175,9 +187,12 @@ def measure(target, draft, d2t, asked, args, eos_ids):
     decoding.generate(target, asked[0].ids, 4, eos_ids, choose)
     with_draft(asked[0].ids, 4)
     rows = []
-    waiting = list(reversed(asked))
+    waiting = list(zip(numbers or range(len(asked)), asked, strict=True))
+    waiting.reverse()
     while waiting:
-        prompt = waiting.pop()
+        number, prompt = waiting.pop()
+        if args.temperature > 0 and prompt.turn == 1:
+            generator.manual_seed(args.seed + number)
         start = time.perf_counter()
         alone = decoding.generate(target, prompt.ids, args.max_new_tokens, eos_ids, choose)
         middle = time.perf_counter()
@@ -187,6 +202,7 @@ def measure(target, draft, d2t, asked, args, eos_ids):
             {
                 "input_ids": prompt.ids + reply,
                 "loss_mask": [0] * len(prompt.ids) + [1] * len(reply),
+                "prompt": number,
                 "category": prompt.category,
                 "turn": prompt.turn,
                 "passes": passes,
@@ -198,8 +214,26 @@ def measure(target, draft, d2t, asked, args, eos_ids):
         if args.temperature == 0:
             check_greedy(target, rows, alone)
         if following := prompt.following(alone):
-            waiting.append(following)
+            waiting.append((number, following))
     return rows
+
+
+def measure_shared(target, draft, d2t, asked, args, eos_ids, copies):
+    """`measure` where ranks share the prompts: `copies` groups of consecutive ranks hold a copy of the target each.
+
+    All rows, in the order of the prompts, on every rank.
+    """
+    size = dist.get_world_size() // copies
+    copy = dist.get_rank() // size
+    numbers = range(copy, len(asked), copies)
+    rows = measure(target, draft, d2t, asked[copy::copies], args, eos_ids, numbers)
+    gathered = ranks.gather(rows)
+    for rank, found in enumerate(gathered):
+        first = gathered[rank // size * size]
+        if [row["input_ids"] for row in found] != [row["input_ids"] for row in first]:
+            ranks.fail_together(f"rank {rank} has other texts than rank {rank // size * size}, which shares its target")
+    rows = [row for found in gathered[::size] for row in found]
+    return sorted(rows, key=lambda row: (row["prompt"], row["turn"]))
 
 
 def summarise_passes(rows, num_draft_tokens):
@@ -229,15 +263,17 @@ def summarise(rows, args):
     new_tokens = sum(sum(row["loss_mask"]) for row in rows)
     with_draft = new_tokens / sum(row["seconds"] for row in rows)
     alone = sum(row["tokens_alone"] for row in rows) / sum(row["seconds_alone"] for row in rows)
-    return summarise_passes(rows, args.num_draft_tokens) | {
-        "by_category": summarise_by("category", rows, args.num_draft_tokens),
-        "by_turn": summarise_by("turn", rows, args.num_draft_tokens),
+    longest = args.depth or args.num_draft_tokens  # drafts that a pass can accept
+    return summarise_passes(rows, longest) | {
+        "by_category": summarise_by("category", rows, longest),
+        "by_turn": summarise_by("turn", rows, longest),
         "new_tokens": new_tokens,
         "texts_parted_by_rounding": sum("parted_by_rounding_at" in row for row in rows),
         "rounding_ties": sum(row.get("rounding_ties", 0) for row in rows),
         "tokens_per_second_with_draft": with_draft,
         "tokens_per_second_without": alone,
         "speedup": with_draft / alone,
+        "sglang_flags": draft_trees.sglang_flags(args),
         "settings": vars(args),
     }
 
@@ -261,7 +297,7 @@ def plot(figures):
         axes.plot(positions, group["accepted_by_position"], marker="o", markersize=3, label=label)
     if figures["by_category"]:
         axes.legend(title="acceptance length", fontsize=8)
-    axes.set(xlabel="position of the draft in the chain", ylabel="share of passes that accept it", ylim=(0, 1))
+    axes.set(xlabel="position of the draft", ylabel="share of passes that accept it", ylim=(0, 1))
     axes.set_title(f"acceptance length {figures['acceptance_length']:.2f} over {figures['passes']} passes")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
@@ -293,6 +329,8 @@ def print_figures(figures, is_greedy):
         f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
         f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast"
     )
+    flags = " ".join(f"{name} {value}" for name, value in figures["sglang_flags"].items())
+    print(f"SGLang serves this with {flags}")
     if is_greedy:
         parted = figures["texts_parted_by_rounding"]
         exception = f", except for {parted} that leave it at a rounding tie" if parted else ""
@@ -337,17 +375,28 @@ def parse_args(argv=None):
     )
     add("--trust_remote_code", action=common.Switch, help="run code that comes with the target")
 
+    target_model.add_sharing_flags(parser, batches=False)
+
     add = parser.add_argument_group("generation and output").add_argument
-    add("--num_draft_tokens", type=common.at_least(int, 1), default=7, help="drafts per pass")
+    draft_trees.add_flags(add)
     add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
     add("--temperature", type=common.at_least(float, 0), default=0.0, help="0 = greedy")
     add("--seed", type=common.SEED, default=0, help="of sampling at a temperature above 0")
     add("--output", help="folder for the figures, texts and plot; none: printed only")
-    return parser.parse_args(argv)
+    add("--dist_timeout", type=common.above_zero, default=20, help="minutes a collective may take")
+    add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
+    args = parser.parse_args(argv)
+    draft_trees.fill_flags(args)
+    return args
 
 
-def main(args):
-    folder = common.open_output(args.output)
+def prepare(args):
+    """On the main rank, before the target loads: how ranks share it, prompts, tokenizer.
+
+    Ends the program if something is wrong.
+    """
+    sharding = target_model.resolve_sharding(args, dist.get_world_size())
+    common.open_output(args.output)
     is_prepared = Path(args.prompts, "data_config.json").is_file()
     if is_prepared and args.chat_template != "auto":
         common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
@@ -361,22 +410,33 @@ def main(args):
     asked = prompts.read_prompts(args.prompts, tokenizer, args.num_prompts, options, **flags)
     text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
     prompts.check_tokens(args.prompts, asked, text_config.vocab_size)
-    config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
+    config, _ = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    if shape := draft_trees.shape_of(args):
+        draft_trees.check(shape, text_config, config["draft_vocab_size"])
+    target_model.check_heads(text_config, args.tp_size)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
-    target = target_model.load(
-        model_dir,
-        "cuda" if torch.cuda.is_available() else "cpu",
-        layer_ids=draft_files.auxiliary_layers(config),
-        trust_remote_code=args.trust_remote_code,
-    )
+    return sharding, asked, tokenizer
+
+
+def main(args):
+    device = ranks.start_distributed(args.dist_timeout, args.local_rank)
+    sharding, asked, tokenizer = ranks.on_first_rank(lambda: prepare(args))
+    model_dir = ranks.on_each_node(lambda: target_files.resolve_target(args.target_model_path))
+    config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
+    layers = draft_files.auxiliary_layers(config)
+    target = target_model.load_as_asked(args, sharding, model_dir, device, layers)
+    if args.tree != "none":
+        draft_trees.check_masks(target)
     draft, d2t = load_draft(config, tensors, target)
-    rows = measure(target, draft, d2t, asked, args, eos_token_ids(target, tokenizer))
-    figures = summarise(rows, args) | evaluations.describe_origin(target.embedding.device)
-    print_figures(figures, is_greedy=args.temperature == 0)
-    if folder:
-        write_report(folder, figures, rows, tokenizer)
+    copies = 1 if sharding == "zero3" else dist.get_world_size() // args.tp_size
+    rows = measure_shared(target, draft, d2t, asked, args, eos_token_ids(target, tokenizer), copies)
+    if dist.get_rank() == 0:
+        figures = summarise(rows, args) | evaluations.describe_origin(device)
+        print_figures(figures, is_greedy=args.temperature == 0)
+        if args.output:
+            write_report(Path(args.output), figures, rows, tokenizer)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    ranks.run_watched(main, parse_args())

@@ -38,20 +38,23 @@ class CachedTarget:
         if not self.copies:  # sliding windows forget what a rejection must restore
             self.cache.activate_past_recording()
 
-    @torch.inference_mode()
-    def feed(self, tokens, last=0):
+    @torch.no_grad()  # not inference mode: targets that ranks share fail in it
+    def feed(self, tokens, last=0, positions=None, mask=None):
         """tokens (list of n ids) -> auxiliary hidden states [n, 3·Ht], fp32 logits of what follows each [n, V].
 
         last: logits of the last tokens only, because those of a long prompt would fill the memory (0 = all).
+        positions [n], mask: of the nodes of a tree (core/draft_trees.py); none: the tokens follow one another.
         """
         device = self.target.embedding.device
         ids = torch.tensor([tokens], device=device)
-        positions = torch.arange(self.length, self.length + len(tokens), device=device)
+        if positions is None:
+            positions = torch.arange(self.length, self.length + len(tokens))
         if self.copies:
             self.snapshot = Snapshot(copy.deepcopy(self.cache), self.length, tokens)
         output = self.target.decoder(
             input_ids=ids,
-            position_ids=positions[None],
+            position_ids=positions[None].to(device),
+            attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -106,18 +109,26 @@ class CachedDraft:
         positions = torch.arange(first, first + len(tokens), device=device)
         return self.draft.step(ids, feature, positions, self._attend)
 
+    def read(self, tokens, auxiliary):
+        """Add the slots of the text's next n tokens to the cache; returns features [n, H] and logits [n, Vd].
+
+        tokens: the ids that entered the text since the last call. auxiliary [n, 3·Ht]: the target's hidden states one
+        position before each.
+        """
+        feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
+        first = self.length
+        self.length += len(tokens)
+        return self._step(tokens, feature, first)
+
     @torch.inference_mode()
     def propose(self, tokens, auxiliary, count, choose):
         """A chain of `count` drafted tokens after the last of `tokens`.
 
-        tokens: the n ids that entered the text since the last call. auxiliary [n, 3·Ht]: the target's hidden states one
-        position before each. Their slots stay in the cache, those of the chain are dropped.
+        tokens, auxiliary: as `read` takes them. Their slots stay in the cache, those of the chain are dropped.
         choose(logits [Vd]) -> index into the draft vocabulary. Returns target ids [count] and logits [count, Vd].
         """
-        slots = self.length
-        feature = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
-        feature, logits = self._step(tokens, feature, slots)
-        kept = slots + len(tokens)
+        feature, logits = self.read(tokens, auxiliary)
+        kept = self.length
         drafted = []
         rows = []
         for position in range(count):
@@ -127,7 +138,6 @@ class CachedDraft:
             if position + 1 < count:
                 feature, logits = self._step(drafted[-1:], feature[-1:], kept + position)
         self.cache = [(k[:kept], v[:kept]) for k, v in self.cache]
-        self.length = kept
         return drafted, torch.stack(rows)
 
 
@@ -147,6 +157,16 @@ def verify_greedy(drafted, _, target_logits):
     return accepted, own[accepted]
 
 
+def sampled(temperature, generator=None):
+    """choose(logits [V]) -> a sample at this temperature."""
+
+    def choose(logits):
+        probabilities = (logits / temperature).softmax(dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    return choose
+
+
 def sampling(temperature, generator, draft_ids, vocab_size):
     """(choose, verify) of lossless speculative sampling. draft_ids [Vd]: target ids of the draft vocabulary.
 
@@ -154,11 +174,10 @@ def sampling(temperature, generator, draft_ids, vocab_size):
     max(p - q, 0), normalised. Every token is then distributed as the target's own (arXiv 2211.17192, theorem 1).
     """
 
+    choose = sampled(temperature, generator)
+
     def draw(probabilities):
         return int(torch.multinomial(probabilities, 1, generator=generator))
-
-    def choose(logits):
-        return draw((logits / temperature).softmax(dim=-1))
 
     def verify(drafted, draft_logits, target_logits):
         p = (target_logits / temperature).softmax(dim=-1)  # [n + 1, V]

@@ -162,16 +162,13 @@ SHARDINGS = ("none", "tp", "zero3")
 OFFLOADS = ("none", "cpu", "nvme")
 
 
-def add_sharing_flags(parser):
-    """The flags that say how ranks share the target."""
+def add_sharing_flags(parser, batches=True):
+    """The flags that say how ranks share the target; batches: whether its forwards take several sequences."""
     add = parser.add_argument_group("how ranks share the target").add_argument
     positive = common.at_least(int, 1)
-    add(
-        "--batch_size",
-        type=positive,
-        default=2,
-        help="sequences per rank in a forward of the target, and in evaluation",
-    )
+    if batches:
+        what = "sequences per rank in a forward of the target, and in evaluation"
+        add("--batch_size", type=positive, default=2, help=what)
     add("--tp_size", type=positive, default=1, help="ranks that share one copy of the target, tensor parallel")
     add("--dp_size", type=int, help="derived: ranks / tp_size; another value is replaced")
     add("--target_sharding", choices=SHARDINGS, help="zero3: gathered layer by layer; none given: as tp_size says")

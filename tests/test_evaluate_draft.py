@@ -12,17 +12,22 @@ import transformers
 import evaluate_draft
 import prepare_data
 import train_eagle3
-from core import dataloader, decoding, draft_config, draft_files, prompts, slots, target_files, target_model
-from helpers import dense, tiny, training
+from core import dataloader, decoding, draft_files, prompts, slots, target_files, target_model, vocabulary
+from helpers import tiny, training
 from helpers.chat_templates import family_tokenizer
+from helpers.drafts import (
+    ROPES,
+    SHAPES,
+    chain_logits,
+    own_greedy,
+    p_value,
+    random_draft,
+    random_prompts,
+    save_draft,
+)
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 VOCABULARY, COUNT, NEW_TOKENS = 300, 4, 40
-ROPES = {
-    "default": None,
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 16},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,43 +38,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def target(folder):
     return target_model.load(folder)
-
-
-def random_draft(folder, target, columns=None, rope="default", seed=0, **options):
-    """(DraftModel, d2t) with weights so large that its drafts vary; columns: size of a draft vocabulary."""
-    torch.manual_seed(seed)
-    vocabulary = target.config.vocab_size
-    ids = torch.randperm(vocabulary)[: columns or vocabulary].sort().values
-    given = {"draft_vocab_size": len(ids), "rope_scaling": ROPES[rope], **options}
-    config, _ = draft_config.configure(*target_files.read_target_config(folder), given)
-    draft = train_eagle3.DraftModel(config, target.embedding)
-    for parameter in draft.parameters():
-        scale = 1.0 if parameter.dim() == 1 else 1.5 * parameter.shape[1] ** -0.5
-        parameter.data = scale * torch.randn_like(parameter)
-    return draft, ids - torch.arange(len(ids))
-
-
-def save_draft(path, draft, d2t):
-    tensors = {name: p.detach() for name, p in draft.named_parameters()}
-    if len(d2t) < draft.config["vocab_size"]:
-        tensors |= {"d2t": d2t, "t2d": torch.zeros(draft.config["vocab_size"], dtype=torch.bool)}
-        tensors["t2d"][torch.arange(len(d2t)) + d2t] = True
-    draft_files.write_draft(path, draft.config, tensors)
-    return path
-
-
-def random_prompts(lengths, seed=0):
-    return torch.randint(5, VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).split(lengths)
-
-
-def own_greedy(target, prompt, max_new_tokens=NEW_TOKENS, eos_ids=()):
-    """The reply that transformers' own greedy generation gives."""
-    ids = torch.tensor([prompt])
-    ends = {"eos_token_id": list(eos_ids) or None, "pad_token_id": 0}
-    options = transformers.GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ends)
-    target.model.generation_config.eos_token_id = None  # else it would fill in what is None
-    reply = target.model.generate(ids, generation_config=options, attention_mask=torch.ones_like(ids))
-    return reply[0, len(prompt) :].tolist()
 
 
 def objective_inputs(target, d2t, texts, steps, draft=None):
@@ -123,45 +91,10 @@ def trained(folder, target):
 
 # ---------------------------------------------------------------------------- drafts
 def dense_chain(draft, d2t, ids, auxiliary, count):
-    """What the training code's pieces draft behind ids [n], each step fed with the argmax of the one before.
-
-    auxiliary [n - 1, 3·Ht]. Returns target ids [count] and logits [count, Vd] of the last slot.
-    """
-    slots = len(ids) - 1
-    positions, hidden_pairs = torch.arange(slots), torch.ones(slots, slots, dtype=torch.bool).triu(1)
-    windows = draft_files.windows(draft.config)
-    keys, values, drafted, rows = [[] for _ in windows], [[] for _ in windows], [], []
-
-    def attend(layer, q, k, v):
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        keys[layer].append(k.repeat_interleave(len(q) // len(k), dim=0))
-        values[layer].append(v.repeat_interleave(len(q) // len(v), dim=0))
-        unseen = hidden_pairs
-        if windows[layer]:  # which ends at the query's position: i further on than its slot
-            unseen = unseen | (positions <= positions[:, None] + len(keys[layer]) - 1 - windows[layer])
-        return dense.attention(q, keys[layer], values[layer], unseen).transpose(0, 1)
-
-    tokens, feature = ids[1:], draft.features(auxiliary)
-    for i in range(count):
-        feature, logits = draft.step(tokens, feature, positions + i, attend)
-        rows.append(logits[-1])
-        best = int(logits[-1].argmax())
-        drafted.append(best + int(d2t[best]))
-        tokens = tokens.roll(-1)
-        tokens[-1] = drafted[-1]
-    return drafted, torch.stack(rows)
-
-
-SHAPES = {
-    "two layers": {"num_hidden_layers": 2},
-    "two qwen3 layers, 3.1's norms": {
-        "num_hidden_layers": 2, "model_type": "qwen3", "fc_norm": True, "norm_output": True,
-    },
-    "a window": draft_files.window_keys(9, [True]),
-    "three layers, two windows, own table": {
-        "num_hidden_layers": 3, "embed_requires_grad": True, **draft_files.window_keys(12, [True, False, True]),
-    },
-}  # fmt: skip
+    """Target ids [count] and logits [count, Vd] that the training code's pieces draft behind ids [n]."""
+    known = vocabulary.target_ids(d2t)
+    rows = chain_logits(draft, ids, auxiliary, lambda rows: known[rows[-1].argmax()], count)
+    return known[rows.argmax(dim=-1)].tolist(), rows
 
 
 @pytest.mark.parametrize("columns", [None, 90])
@@ -349,17 +282,6 @@ def test_a_long_prompts_logits_are_formed_for_its_last_token_only(target, monkey
 
 
 # ---------------------------------------------------------------------------- sampling
-def p_value(counts, probabilities):
-    """Chance of counts at least this far from probabilities (chi-square; cells of small expectation are joined)."""
-    counts, expected = counts.double().flatten(), probabilities.double().flatten() * counts.sum()
-    small = expected < 5
-    pairs = [(counts[~small], expected[~small]), (counts[small].sum()[None], expected[small].sum()[None])]
-    counts, expected = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
-
-
 def wrong_rules(ids, generator):
     """Rules of verification at temperature 1 that change the distribution, by name."""
 
@@ -384,8 +306,8 @@ def wrong_rules(ids, generator):
 def test_sampling_is_lossless(temperature, monkeypatch):
     """speculate() on Markov chains in place of models: the next token hangs on the last one only, so all is exact."""
     torch.manual_seed(0)
-    vocabulary, ids = 5, torch.tensor([0, 2, 3])  # 1 and 4 cannot be drafted
-    chain, drafts = 1.5 * torch.randn(vocabulary, vocabulary), 2 * torch.randn(vocabulary, len(ids))
+    size, ids = 5, torch.tensor([0, 2, 3])  # 1 and 4 cannot be drafted
+    chain, drafts = 1.5 * torch.randn(size, size), 2 * torch.randn(size, len(ids))
     drafts[2] = chain[2, ids]  # drafts of every quality: here nearly right
 
     class Target:
@@ -413,7 +335,7 @@ def test_sampling_is_lossless(temperature, monkeypatch):
     exact = p[0][:, None, None] * p[:, :, None] * p[None]  # of the first three tokens behind token 0
 
     def observed(choose, verify, runs):
-        counts = torch.zeros(vocabulary, vocabulary, vocabulary)
+        counts = torch.zeros(size, size, size)
         accepted = set()
         for _ in range(runs):
             reply, passes = decoding.speculate(None, None, None, [0], 3, 3, set(), choose, verify)
@@ -422,7 +344,7 @@ def test_sampling_is_lossless(temperature, monkeypatch):
         return counts, accepted
 
     generator = torch.Generator().manual_seed(0)
-    choose, verify = decoding.sampling(temperature, generator, ids, vocabulary)
+    choose, verify = decoding.sampling(temperature, generator, ids, size)
     counts, accepted = observed(choose, verify, 6000)
     assert accepted == {0, 1, 2}
     assert p_value(counts, exact) > 1e-3
@@ -442,40 +364,6 @@ def test_sampling_keeps_a_draft_that_equals_the_target_and_drops_what_it_never_s
     for _ in range(50):
         accepted, own = verify([3, 1], z[:2], never)
         assert accepted == 0 and own != 3
-
-
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
-def test_sampling_with_models_is_lossless(temperature, tmp_path):
-    """The second and third token of real runs, twelve tokens to choose from."""
-    options = {"vocab_size": 12, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}
-    torch.manual_seed(2)
-    transformers.LlamaForCausalLM(tiny.llama_config(**options)).save_pretrained(tmp_path)
-    target = target_model.load(tmp_path)
-    draft, d2t = random_draft(tmp_path, target, columns=9)
-    prompt = [3, 4, 5]
-    texts = torch.tensor([[*prompt, a, b] for a in range(12) for b in range(12)])
-    with torch.inference_mode():
-        p = (target.model(texts).logits[:, 2:] / temperature).softmax(-1).double().view(12, 12, 3, 12)
-    exact = p[0, 0, 0][:, None] * p[:, 0, 1]  # [first, second]
-    second, third = exact.sum(0), (exact[..., None] * p[:, :, 2]).sum((0, 1))
-    generator = torch.Generator().manual_seed(0)
-    choose, verify = decoding.sampling(temperature, generator, torch.arange(9) + d2t, 12)
-
-    def observed(verify, runs):
-        counts, accepted = torch.zeros(2, 12), 0
-        for _ in range(runs):
-            reply, passes = decoding.speculate(target, draft, d2t, prompt, 2, 3, set(), choose, verify)
-            counts[0, reply[1]] += 1
-            counts[1, reply[2]] += 1
-            accepted += sum(passes)
-        return counts, accepted
-
-    counts, accepted = observed(verify, 400)
-    assert accepted > 50
-    assert p_value(counts[0], second) > 1e-3 and p_value(counts[1], third) > 1e-3
-    if temperature == 1.0:
-        counts, _ = observed(wrong_rules(torch.arange(9) + d2t, generator)["accept always"], 400)
-        assert p_value(counts[0], second) < 1e-6
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -639,7 +527,7 @@ def test_summary_is_made_of_sums():
     ]
     for row in rows:
         row |= {"seconds": 1.0, "seconds_alone": 2.0}
-    figures = evaluate_draft.summarise(rows, SimpleNamespace(num_draft_tokens=3))
+    figures = evaluate_draft.summarise(rows, SimpleNamespace(num_draft_tokens=3, depth=None, topk=None))
     assert figures["acceptance_length"] == 1 + 6 / 4
     assert figures["accepted_by_position"] == [3 / 4, 2 / 4, 1 / 4]
     assert (figures["passes"], figures["prompts"], figures["new_tokens"]) == (4, 3, 9)
@@ -703,6 +591,19 @@ def test_command_line(paths, tmp_path, capsys, target):
     run({**paths, "prompts": tmp_path / "data"}, num_draft_tokens=2, max_new_tokens=5, num_prompts=2, temperature=0.8)
     assert "of 2 prompts" in capsys.readouterr().out
 
+    run(paths, tree="dynamic", topk=3, depth=4, num_draft_tokens=9, max_new_tokens=12, output=tmp_path / "tree")
+    printed = capsys.readouterr().out
+    assert (
+        "SGLang serves this with --speculative-num-steps 4 --speculative-eagle-topk 3 "
+        "--speculative-num-draft-tokens 10\n"
+    ) in printed
+    tree = json.loads((tmp_path / "tree" / "evaluation.json").read_text())
+    assert len(tree["accepted_by_position"]) == 4 and tree["new_tokens"] == figures["new_tokens"]
+    assert tree["sglang_flags"]["--speculative-num-draft-tokens"] == 10
+    assert figures["sglang_flags"] == {
+        "--speculative-num-steps": 3, "--speculative-eagle-topk": 1, "--speculative-num-draft-tokens": 4,
+    }  # fmt: skip
+
 
 def edited(draft, path, **changes):
     """A copy of a draft with other sizes in a whole checkpoint."""
@@ -752,6 +653,11 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"target_model_path": shallow}, "has 6 layers"),
         ({"target_model_path": tmp_path / "nothing"}, "nothing"),
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"depth": 3}, "depth is of a tree, and a chain has num_draft_tokens alone: drop it, or give --tree dynamic"),
+        (
+            {"tree": "dynamic", "topk": 3, "depth": 2},
+            "num_draft_tokens 60: a tree of topk 3 and depth 2 has 12 nodes; give at most 12",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_prompts": 0}, "num_prompts is 0"),
         ({"temperature": -1}, "temperature is -1.0; it must be at least 0"),

@@ -9,7 +9,7 @@ import pytest
 
 import export_draft
 from core import draft_files
-from helpers import drafts, hub, tiny
+from helpers import hub, tiny, written_drafts
 
 FILES = ("README.md", "config.json", "model.safetensors")
 
@@ -36,7 +36,7 @@ def content(folder):
 
 def test_an_export_is_uploaded_by_the_command_line(tmp_path):
     """With the variables of the library, and files of somebody else in the folder, which stay here."""
-    draft = drafts.write(tmp_path / "draft")
+    draft = written_drafts.write(tmp_path / "draft")
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "notes.txt").write_text("mine")
     command = [sys.executable, tiny.REPOSITORY / "export_draft.py", draft, "--format", "flat", "--output", "served"]
@@ -57,7 +57,7 @@ def test_an_export_is_uploaded_by_the_command_line(tmp_path):
 
 
 def test_an_exported_folder_is_uploaded_as_it_is_with_its_edited_card(server, tmp_path):
-    export(drafts.write(tmp_path / "draft"), "--format", "flat", "--output", tmp_path / "served")
+    export(written_drafts.write(tmp_path / "draft"), "--format", "flat", "--output", tmp_path / "served")
     card = tmp_path / "served" / "README.md"
     card.write_text(card.read_text() + "\nWritten by hand.\n")
     for _ in range(2):  # the second time it is there
@@ -67,7 +67,7 @@ def test_an_exported_folder_is_uploaded_as_it_is_with_its_edited_card(server, tm
 
 
 def test_a_public_repository_does_not_get_what_is_meant_to_be_private(server, tmp_path, capsys):
-    export(drafts.write(tmp_path / "draft"), "--format", "flat", "--output", tmp_path / "served")
+    export(written_drafts.write(tmp_path / "draft"), "--format", "flat", "--output", tmp_path / "served")
     server.repositories["my-org/public"] = {"private": False, "files": {}, "messages": []}
     error = tiny.fails(capsys, export, tmp_path / "served", "--push_to_hub", "my-org/public", "--private")
     assert "exists and is public" in error and not server.repositories["my-org/public"]["files"]
@@ -87,7 +87,7 @@ def test_an_upload_that_is_refused_is_one_line(server, tmp_path, monkeypatch, ca
     """The export is kept where the fault is the hub's; a fault that is seen at once comes before it."""
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    draft = drafts.write(tmp_path / "draft")
+    draft = written_drafts.write(tmp_path / "draft")
     argv = (draft, "--format", "flat", "--output", tmp_path / "served", "--push_to_hub", name)
     assert expected in tiny.fails(capsys, export, *argv)
     assert not server.repositories
@@ -95,7 +95,7 @@ def test_an_upload_that_is_refused_is_one_line(server, tmp_path, monkeypatch, ca
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(server, tmp_path, monkeypatch, capsys):
-    draft = drafts.write(tmp_path / "draft")
+    draft = written_drafts.write(tmp_path / "draft")
     argv = (draft, "--format", "flat", "--output", tmp_path / "served", "--push_to_hub", "my-org/a-draft")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{tiny.free_port()}")
     error = tiny.fails(capsys, export, *argv)
@@ -106,7 +106,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(server, tmp_path, monkeypatch,
 
 
 def test_what_goes_together(server, tmp_path, capsys):
-    draft = drafts.write(tmp_path / "draft")
+    draft = written_drafts.write(tmp_path / "draft")
     to_hub = ("--push_to_hub", "my-org/a-draft")
     flat = ("--format", "flat", "--output", tmp_path / "served")
     for argv, expected in (

@@ -9,7 +9,7 @@ import yaml
 import export_draft
 import train_eagle3
 from core import draft_files, model_card
-from helpers import drafts, tiny
+from helpers import tiny, written_drafts
 
 TARGET = "org/Target-1B"
 DATA = {
@@ -54,7 +54,7 @@ def write_run(folder, target=TARGET, step=4):
         "flags": flags, "versions": versions, "world_size": 2, "device": "NVIDIA H200", "run_id": "x",
         "data_fingerprint": "f" * 64, "started": "2026-01-01T10:00:00+00:00",
     }  # fmt: skip
-    draft = drafts.write(folder / f"step_{step:08d}")
+    draft = written_drafts.write(folder / f"step_{step:08d}")
     state = {"step": step, "seconds": 5400.0, "flags": flags, "world_size": 2, "files": {}, "best": None}
     (draft / "trainer_state.json").write_text(json.dumps(state))
     (folder / "run.json").write_text(json.dumps(settings))
@@ -116,7 +116,7 @@ def test_what_a_person_reads(card):
         "Measured on 2026-01-02: 2 tokens drafted a pass, greedy, replies of up to 128 tokens, 1,234 passes of the "
         "target, 90.5 tokens/s with the draft, 45.2 without: 2.00 times, on one H200."
     ) in lines
-    assert f"hidden size 16, {drafts.PARAMETERS:,} parameters in bfloat16" in body
+    assert f"hidden size 16, {written_drafts.PARAMETERS:,} parameters in bfloat16" in body
     training = lines[lines.index("## Training") + 2 :]
     assert training[:3] == [
         "- trained on: sharegpt, 1,200 conversations, 34,567 tokens, 23,456 of them of the assistant",
@@ -150,7 +150,7 @@ def test_the_folder_is_served_as_it_was(card):
 
 def test_a_draft_of_somebody_else_has_a_short_card(tmp_path, capsys):
     """Nothing is known of its target, its data and its training; SGLang cannot serve this one."""
-    foreign = drafts.write(tmp_path / "foreign", norm_before_residual=True)
+    foreign = written_drafts.write(tmp_path / "foreign", norm_before_residual=True)
     export(foreign, "--format", "flat", "--output", tmp_path / "served")
     metadata, body = read_card(tmp_path / "served")
     assert metadata == {
@@ -185,7 +185,7 @@ def test_a_local_target_is_named_without_its_place_and_is_no_base_model(tmp_path
 def test_the_speculators_form_is_vllms_and_names_the_target_for_others(tmp_path):
     """Its own number of drafted tokens; no folder of this machine in config.json either."""
     target = tiny.write_target(tmp_path / "target", vocab_size=400)
-    draft = drafts.write(tmp_path / "draft", vocab_size=400, draft_vocab_size=400, hidden_size=64)
+    draft = written_drafts.write(tmp_path / "draft", vocab_size=400, draft_vocab_size=400, hidden_size=64)
     argv = (draft, "--format", "speculators", "--output", tmp_path / "served", "--speculative_tokens", 4)
     export(*argv, "--target_model_path", target, "--base_model", TARGET)
     metadata, body = read_card(tmp_path / "served")
@@ -213,7 +213,7 @@ def test_figures_of_a_server_say_so(tmp_path):
         del figures[name]
     (evaluation / "evaluation.json").write_text(json.dumps(figures))
     os.utime(evaluation / "evaluation.json", (0, 86400 * 365))  # one year after 1970 began
-    draft = drafts.write(tmp_path / "draft")
+    draft = written_drafts.write(tmp_path / "draft")
     export(draft, "--format", "flat", "--output", tmp_path / "served", "--evaluation", evaluation)
     line = next(line for line in read_card(tmp_path / "served")[1].splitlines() if line.startswith("Measured"))
     assert line == (
@@ -223,8 +223,8 @@ def test_figures_of_a_server_say_so(tmp_path):
 
 
 def test_figures_of_another_draft_are_refused(tmp_path, capsys):
-    draft = drafts.write(tmp_path / "draft")
-    other = drafts.write(tmp_path / "other", seed=1)
+    draft = written_drafts.write(tmp_path / "draft")
+    other = written_drafts.write(tmp_path / "other", seed=1)
     evaluation = write_evaluation(tmp_path / "evaluation", draft_model_path=str(other))
     argv = (draft, "--format", "flat", "--output", tmp_path / "served", "--evaluation", evaluation)
     error = tiny.fails(capsys, export, *argv)
