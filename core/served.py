@@ -8,6 +8,7 @@ Every request has token ids in place of a text, is greedy, and shares no cached 
 """
 
 import collections
+import io
 import itertools
 import re
 import time
@@ -117,7 +118,7 @@ class Vllm:
             found = counted.get("generation_tokens_total", new_tokens)
             if found >= new_tokens or time.monotonic() > end:
                 break
-            time.sleep(0.05)
+            time.sleep(0.02)
         if found > new_tokens:
             raise server.ServerFailed(
                 f"{self.where} counts {found:.0f} new tokens, {new_tokens} are ours: let nobody else use it meanwhile"
@@ -222,15 +223,14 @@ def converse(engine, number, prompt, max_new_tokens, salt):
     """[(row, Answer)] of a prompt and of those that follow, each behind the server's own reply."""
     found = []
     while prompt:
-        turn = len(found) + 1
-        what = f"prompt {number}, turn {turn}, of {len(prompt.ids)} tokens"
+        what = f"prompt {number}, turn {prompt.turn}, of {len(prompt.ids)} tokens"
         answer = ask(engine, what, prompt.ids, max_new_tokens, salt)
         row = {
             "input_ids": prompt.ids + answer.ids,
             "loss_mask": [0] * len(prompt.ids) + [1] * len(answer.ids),
             "category": prompt.category,
             "prompt": number,
-            "turn": turn,
+            "turn": prompt.turn,
             "seconds": answer.arrivals[-1][0],
             "parts": [count for _, count in answer.arrivals],
         }
@@ -241,7 +241,7 @@ def converse(engine, number, prompt, max_new_tokens, salt):
     return found
 
 
-def run_set(engine, prompts, concurrency, max_new_tokens, salt):
+def run_set(engine, asked, concurrency, max_new_tokens, salt):
     """Measured of a set: {number: Prompt}. Raises ServerFailed."""
 
     def work(item):
@@ -250,17 +250,17 @@ def run_set(engine, prompts, concurrency, max_new_tokens, salt):
     before = engine.counters()
     with ThreadPool(concurrency) as pool:
         start = time.perf_counter()
-        found = list(itertools.chain.from_iterable(pool.imap(work, prompts.items())))
+        found = list(itertools.chain.from_iterable(pool.imap(work, asked.items())))
         seconds = time.perf_counter() - start
     rows = [row for row, _ in found]
     answers = [answer for _, answer in found]
     return Measured(rows, answers, seconds, engine.accepted(before, answers))
 
 
-def split_sets(prompts, concurrency, by_category):
+def split_sets(asked, concurrency, by_category):
     """[{number: Prompt}]: sets of one category or of any, large enough to keep `concurrency` requests under way."""
     groups = collections.defaultdict(dict)
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(asked):
         groups[prompt.category if by_category else None][number] = prompt
     sets = []
     for group in groups.values():
@@ -272,46 +272,55 @@ def split_sets(prompts, concurrency, by_category):
 # ==================== Measuring ======================================================================================
 
 
-def warm_up(engines, prompt, salt):
-    """The first reply of each engine; ends the program if the first one has no draft, or the baseline has one."""
-    for number, engine in enumerate(engines):
-        measured = run_set(engine, {0: prompt}, 1, WARM_UP, salt)
-        if not number and measured.histogram is None:
-            common.fail(f"{engine.where} counts no drafts: {engine.without_draft}")
-        if number and measured.histogram is not None:
-            common.fail(f"{engine.where} has a draft: start it without one, it is what the draft is compared with")
-
-
-def check_lengths(engines, prompts, max_new_tokens):
+def check_lengths(engine, asked, max_new_tokens):
     """End the program if a server cannot read a prompt and write the reply; second turns show it when they are sent."""
-    for engine in engines:
-        for number, prompt in enumerate(prompts):
-            needed = len(prompt.ids) + max_new_tokens
-            if engine.longest and needed > engine.longest:
-                common.fail(
-                    f"{engine.where} reads {engine.longest} tokens, prompt {number} and its reply may have {needed}: "
-                    "give it a larger context, or leave out such prompts"
-                )
+    for number, prompt in enumerate(asked):
+        needed = len(prompt.ids) + max_new_tokens
+        if engine.longest and needed > engine.longest:
+            common.fail(
+                f"{engine.where} reads {engine.longest} tokens, prompt {number} and its reply may have {needed}: "
+                "give it a larger context, or leave out such prompts"
+            )
 
 
-def measure(engines, prompts, levels, max_new_tokens):
+def check_draft(engine, measured, is_baseline):
+    """End the program if a server has no draft, or the baseline has one."""
+    if is_baseline and measured.histogram:
+        common.fail(f"{engine.where} has a draft: start it without one, it is what the draft is compared with")
+    if not is_baseline and measured.histogram is None:
+        common.fail(f"{engine.where} counts no drafts: {engine.without_draft}")
+
+
+def measure(engines, asked, levels, max_new_tokens):
     """{concurrency: [[Measured of each set] of each engine]}; any fault of a server ends the program.
 
     engines: that with the draft, and the baseline if there is one. They get each set in turn, in alternating order, so
     that a noisy machine hits both. The smallest concurrency has sets by category.
     """
-    check_lengths(engines, prompts, max_new_tokens)
     run = uuid.uuid4().hex  # prompts that a server has cached in an earlier run would be faster
+
+    def measure_set(number, part, concurrency, count, salt):
+        measured = run_set(engines[number], part, concurrency, count, f"{run} {salt}")
+        check_draft(engines[number], measured, is_baseline=number > 0)
+        return measured
+
+    numbers = list(range(len(engines)))
     found = {}
     try:
-        warm_up(engines, prompts[0], f"{run} warm-up")
+        for number in numbers:
+            check_lengths(engines[number], asked, max_new_tokens)
+            measure_set(number, {0: asked[0]}, 1, WARM_UP, "warm-up")
         for concurrency in levels:
-            sets = split_sets(prompts, concurrency, concurrency == min(levels))
+            sets = split_sets(asked, concurrency, concurrency == min(levels))
+            smallest = min(map(len, sets))
+            if smallest < concurrency:
+                print(f"concurrency {concurrency}: a set has {smallest} prompts, so no more are under way at once")
             found[concurrency] = [[] for _ in engines]
-            for number, part in enumerate(tqdm(sets, f"concurrency {concurrency}", unit="set", mininterval=2)):
-                turn = list(zip(engines, found[concurrency], strict=True))
-                for engine, measured in turn if number % 2 == 0 else turn[::-1]:
-                    measured.append(run_set(engine, part, concurrency, max_new_tokens, f"{run} {concurrency}"))
+            for part in tqdm(sets, f"concurrency {concurrency}", unit="set", mininterval=2):
+                for number in numbers:
+                    measured = measure_set(number, part, concurrency, max_new_tokens, concurrency)
+                    found[concurrency][number].append(measured)
+                numbers.reverse()
     except server.ServerFailed as error:
         common.fail(error)
     return found
@@ -320,20 +329,34 @@ def measure(engines, prompts, levels, max_new_tokens):
 # ==================== Figures ========================================================================================
 
 
-def acceptance(sets, positions=0):
-    """Acceptance of measured sets; accepted_by_position[i] is the share of passes that accepted draft i.
+def acceptance(histograms, prompts, positions):
+    """Acceptance in a number of prompts; accepted_by_position[i] is the share of passes that accepted draft i.
 
-    positions: at least as many; the histograms of SGLang end with the most drafts that a pass accepted.
+    positions: at least as many, because the histograms of SGLang end with the most drafts that a pass accepted.
     """
-    histogram = added([[0] * (positions + 1), *(measured.histogram for measured in sets)])
+    histogram = added([[0] * (positions + 1), *histograms])
     passes = sum(histogram)
     shares = [sum(histogram[i:]) / max(passes, 1) for i in range(1, len(histogram))]
     return {
         "acceptance_length": 1 + sum(shares),
         "accepted_by_position": shares,
         "passes": passes,
-        "prompts": sum(len(measured.rows) for measured in sets),
+        "prompts": prompts,
     }
+
+
+def grouped(pairs, positions):
+    """{name: acceptance} of [(name, histogram, number of prompts)]; {} unless there are several names."""
+    groups = collections.defaultdict(list)
+    for name, *measured in pairs:
+        groups[name or "none"].append(measured)
+    if len(groups) < 2:
+        return {}
+    found = {}
+    for name, measured in groups.items():
+        histograms, counts = zip(*measured, strict=True)
+        found[name] = acceptance(histograms, sum(counts), positions)
+    return found
 
 
 def quantiles(seconds):
@@ -363,21 +386,138 @@ def speed(sets):
     }
 
 
-def equal_texts(sets, others):
-    """(texts that are equal, texts) of two engines, among those with equal prompts."""
-    same = 0
-    count = 0
-    for row, other in zip(rows_of(sets), rows_of(others), strict=True):
-        length = row["loss_mask"].count(0)
-        if row["loss_mask"].count(0) == other["loss_mask"].count(0) and (
-            row["input_ids"][:length] == other["input_ids"][:length]
-        ):
-            count += 1
-            same += row["input_ids"] == other["input_ids"]
-    return same, count
-
-
 def rows_of(sets):
     """The rows of measured sets in the order of their prompts."""
     rows = [row for measured in sets for row in measured.rows]
     return sorted(rows, key=lambda row: (row["prompt"], row["turn"]))
+
+
+def compare_texts(sets, others):
+    """How many prompts both engines got alike, which second turns are not always, and how many texts of them agree."""
+    texts = {}
+    for row in rows_of(others):
+        start = row["loss_mask"].index(1)
+        texts[tuple(row["input_ids"][:start]), row["prompt"]] = row["input_ids"]
+    compared = 0
+    equal = 0
+    for row in rows_of(sets):
+        start = row["loss_mask"].index(1)
+        other = texts.get((tuple(row["input_ids"][:start]), row["prompt"]))
+        compared += other is not None
+        equal += other == row["input_ids"]
+    return {"compared": compared, "equal": equal}
+
+
+def summarise_level(concurrency, sets, others, positions):
+    """The figures of one concurrency; others: the sets of the baseline, if there is one."""
+    measured = speed(sets)
+    histograms = [part.histogram for part in sets]
+    figures = {"concurrency": concurrency, **acceptance(histograms, len(rows_of(sets)), positions)}
+    figures["tokens_per_second_with_draft"] = measured.pop("tokens_per_second")
+    figures |= measured
+    if others:
+        figures["baseline"] = speed(*others)
+        figures["tokens_per_second_without"] = figures["baseline"]["tokens_per_second"]
+        figures["speedup"] = figures["tokens_per_second_with_draft"] / figures["tokens_per_second_without"]
+        figures["texts_of_baseline"] = compare_texts(sets, *others)
+    return figures
+
+
+def summarise(found):
+    """The figures of measure(), named as those of evaluate_draft.py; above all those of the smallest concurrency.
+
+    Acceptance by turn is known if each answer says its own.
+    """
+    positions = max(len(part.histogram) for sets, *_ in found.values() for part in sets) - 1
+    levels = [summarise_level(count, sets, others, positions) for count, (sets, *others) in found.items()]
+    lowest = min(found)
+    sets = found[lowest][0]
+    by_category = [(part.rows[0]["category"], part.histogram, len(part.rows)) for part in sets]
+    rows = rows_of(sets)
+    by_turn = [(row["turn"], row["accepted_histogram"], 1) for row in rows if "accepted_histogram" in row]
+    figures = next(dict(level) for level in levels if level["concurrency"] == lowest)
+    del figures["concurrency"]
+    return figures | {
+        "by_category": grouped(by_category, positions),
+        "by_turn": grouped(by_turn, positions),
+        "by_concurrency": levels,
+    }
+
+
+def evaluate(args, asked, targets):
+    """(figures, rows of the smallest concurrency) of the server and the baseline that the flags name.
+
+    targets: names and folders of the target, one of which a server has to have.
+    """
+    engines = [connect("server", args.server, targets)]
+    if args.baseline:
+        engines.append(connect("baseline", args.baseline, targets))
+    levels = list(dict.fromkeys(args.concurrency or [1]))
+    found = measure(engines, asked, levels, args.max_new_tokens)
+    figures = summarise(found)
+    figures["engine"] = type(engines[0]).__name__.lower()
+    figures["settings"] = vars(args)
+    return figures, rows_of(found[min(found)][0])
+
+
+# ==================== Report =========================================================================================
+
+
+def in_milliseconds(times):
+    """Median and 90th percentile as texts."""
+    return ["-", "-"] if times is None else [f"{1000 * times[name]:.0f}" for name in ("median", "p90")]
+
+
+def table_of(figures):
+    """The levels as lines for common.format_table; that of the baseline follows each level."""
+    first = ["requests at once", "draft", "length", "tokens/s", "speedup"]
+    table = [[*first, "first token, ms", "90 %", "each further, ms", "90 %"]]
+    for level in figures["by_concurrency"]:
+        rate = f"{level['tokens_per_second_with_draft']:.1f}"
+        speedup = f"{level['speedup']:.2f}" if "speedup" in level else "-"
+        cells = [str(level["concurrency"]), "yes", f"{level['acceptance_length']:.3f}", rate, speedup]
+        table.append(cells + times_of(level))
+        if baseline := level.get("baseline"):
+            cells = [str(level["concurrency"]), "no", "1", f"{baseline['tokens_per_second']:.1f}", "1"]
+            table.append(cells + times_of(baseline))
+    return table
+
+
+def times_of(figures):
+    """Both times, as cells."""
+    return in_milliseconds(figures["seconds_to_first_token"]) + in_milliseconds(figures["seconds_per_token"])
+
+
+def print_levels(figures):
+    """The table by concurrency, and whether the texts are the baseline's."""
+    print(common.format_table(table_of(figures)))
+    for level in figures["by_concurrency"]:
+        if texts := level.get("texts_of_baseline"):
+            print(
+                f"concurrency {level['concurrency']}: {texts['equal']} of {texts['compared']} texts behind equal "
+                "prompts equal the baseline's"
+            )
+
+
+def plot(figures):
+    """serving.png as bytes: tokens/s with the draft and without at each concurrency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    levels = figures["by_concurrency"]
+    places = np.arange(len(levels))
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    bars = axes.bar(places, [level["tokens_per_second_with_draft"] for level in levels], 0.4, label="with the draft")
+    if "speedup" in figures:
+        axes.bar_label(bars, [f"{level['speedup']:.2f} x" for level in levels])
+        axes.bar(places + 0.4, [level["tokens_per_second_without"] for level in levels], 0.4, label="without")
+        axes.legend()
+    axes.set_xticks(places, [str(level["concurrency"]) for level in levels])
+    axes.set(xlabel="requests under way at once", ylabel="tokens/s of all requests")
+    axes.set_title(f"acceptance length {figures['acceptance_length']:.2f} over {figures['passes']} passes")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    pyplot.close(figure)
+    return image.getvalue()

@@ -1,21 +1,23 @@
 """Drafts measured where they are served: figures against planned acceptance, two protocols, order, faults."""
 
 import itertools
+import json
 import re
 from dataclasses import dataclass
 
 import pytest
 
+import evaluate_draft
 from core import served
 from helpers import tiny
-from helpers.serving import reply_of, serve
+from helpers.serving import passes_of, reply_of, serve
 
 TOKENS = 9
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of two turns, as core/prompts.py makes them."""
+    """A prompt of two turns, as those of core/prompts.py are."""
 
     ids: list
     category: str | None = None
@@ -26,23 +28,24 @@ class Prompt:
 
 
 PROMPTS = [Prompt([10 + i, 7], "even" if i % 2 == 0 else "odd") for i in range(6)]
-PATTERNS = {0: [3, 0, 1], 1: [1]}  # drafts accepted in each pass behind a prompt, by its first token
+PATTERNS = {("even", 1): [3, 0, 1], ("even", 2): [1, 1, 3], ("odd", 1): [1], ("odd", 2): [0]}
 
 
 def accepted(ids):
-    return PATTERNS[ids[0] % 2]
+    """Drafts accepted in each pass behind a prompt of these tokens, again and again."""
+    return PATTERNS["even" if ids[0] % 2 == 0 else "odd", 1 if len(ids) == 2 else 2]
 
 
-def expected(prompts, max_new_tokens=TOKENS):
-    """The drafts accepted in each pass of both turns of prompts, in plain words."""
+def expected(category=None, turn=None, max_new_tokens=TOKENS):
+    """The drafts accepted in each pass of PROMPTS, in plain words; those of the last pass count beyond the end."""
     found = []
-    for prompt in prompts:
-        pattern = itertools.cycle(accepted(prompt.ids))
-        passes, told = [], 1
-        while told < max_new_tokens:
-            passes.append(next(pattern))
-            told += passes[-1] + 1
-        found += passes * 2  # the second turn begins as the first one does
+    for prompt in PROMPTS:
+        for key, pattern in PATTERNS.items():
+            if key[0] == prompt.category and category in (None, key[0]) and turn in (None, key[1]):
+                told, numbers = 1, itertools.cycle(pattern)
+                while told < max_new_tokens:
+                    found.append(next(numbers))
+                    told += found[-1] + 1
     return found
 
 
@@ -51,8 +54,7 @@ def measure(*servers, levels=(1,), prompts=PROMPTS, max_new_tokens=TOKENS):
     return served.measure(engines, prompts, levels, max_new_tokens)
 
 
-def same_acceptance(sets, passes):
-    figures = served.acceptance(sets, 3)
+def same_acceptance(figures, passes):
     assert figures["passes"] == len(passes)
     assert figures["acceptance_length"] == pytest.approx(1 + sum(passes) / len(passes))
     shares = [sum(number > i for number in passes) / len(passes) for i in range(3)]
@@ -70,13 +72,18 @@ ENGINES = {
 def test_acceptance_is_what_the_server_counted_for_these_prompts(engine):
     with serve(accepted=accepted, **ENGINES[engine]) as server:
         found = measure(server, levels=(2, 1))
-    assert list(found) == [2, 1]
-    for (sets,) in found.values():
-        same_acceptance(sets, expected(PROMPTS))
-    for category in ("even", "odd"):
-        of_category = [s for s in found[1][0] if s.rows[0]["category"] == category]
-        same_acceptance(of_category, expected(p for p in PROMPTS if p.category == category))
-        assert {row["category"] for s in of_category for row in s.rows} == {category}
+    figures = served.summarise(found)
+    assert [level["concurrency"] for level in figures["by_concurrency"]] == [2, 1]
+    for level in (figures, *figures["by_concurrency"]):
+        same_acceptance(level, expected())
+        assert level["prompts"] == 12 and level["new_tokens"] == 12 * TOKENS and "speedup" not in level
+    assert figures["by_category"].keys() == {"even", "odd"}
+    for category, of_category in figures["by_category"].items():
+        same_acceptance(of_category, expected(category))
+        assert of_category["prompts"] == 6
+    for turn, of_turn in figures["by_turn"].items():
+        same_acceptance(of_turn, expected(turn=turn))
+    assert list(figures["by_turn"]) == ([] if engine == "vllm" else [1, 2])
     for (sets,) in found.values():
         rows = served.rows_of(sets)
         assert [(row["prompt"], row["turn"]) for row in rows] == [(i, turn) for i in range(6) for turn in (1, 2)]
@@ -87,7 +94,7 @@ def test_acceptance_is_what_the_server_counted_for_these_prompts(engine):
             assert row["input_ids"] == ids + reply_of(ids, TOKENS)
             assert row["loss_mask"] == [0] * len(ids) + [1] * TOKENS
             if engine != "vllm":
-                passes = expected([PROMPTS[row["prompt"]]])[: len(row["parts"]) - 1]
+                passes, _ = passes_of(server.plan, ids, TOKENS)
                 assert row["accepted_histogram"] == [passes.count(i) for i in range(max(passes) + 1)]
 
 
@@ -115,20 +122,19 @@ def test_as_many_requests_as_asked_for_are_under_way(concurrency):
 
 def test_both_servers_get_each_set_in_alternating_order():
     log = []
-    with serve(log=log, accepted=accepted) as server, serve(log=log, drafts=None, delay=0.004) as baseline:
+    with serve(log=log, accepted=accepted) as server, serve(log=log, drafts=None) as baseline:
         found = measure(server, baseline, prompts=[Prompt([i]) for i in range(16)])
     order = [(name, len(list(group))) for name, group in itertools.groupby(name for name, _ in log[4:])]
     assert order == [("target", 8), ("baseline", 16), ("target", 16), ("baseline", 16), ("target", 8)]
     sets, others = found[1]
-    assert len(sets) == 4 and served.equal_texts(sets, others) == (32, 32)
-    assert served.speed(sets)["tokens_per_second"] > served.speed(others)["tokens_per_second"]
+    assert len(sets) == 4 and served.compare_texts(sets, others) == {"compared": 32, "equal": 32}
     assert [m.histogram for m in others] == [None] * 4
 
 
 def test_texts_that_differ_from_the_baselines_are_counted():
     with serve() as server, serve(drafts=None, offset=1) as baseline:
         sets, others = measure(server, baseline)[1]
-    assert served.equal_texts(sets, others) == (0, 6), "second turns have other prompts"
+    assert served.compare_texts(sets, others) == {"compared": 6, "equal": 0}, "second turns have other prompts"
 
 
 def test_sets_keep_the_requests_under_way():
@@ -180,6 +186,72 @@ process_open_fds 70.0
     name = "spec_decode_num_accepted_tokens_per_pos_total"
     assert counters["spec_decode_num_drafts_total"] == 12
     assert (counters[f"{name} 0"], counters[f"{name} 10"]) == (1235, 4)
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A target without weights, which nothing reads, and prompts of two turns and two categories."""
+    folder = tmp_path_factory.mktemp("target")
+    tiny.llama_config().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    turns = ["What is the quick brown fox?", "Tell me more about what you want."]
+    rows = [{"category": "even" if i % 2 == 0 else "odd", "turns": turns} for i in range(6)]
+    tiny.write_jsonl(folder / "prompts.jsonl", rows)
+    return folder
+
+
+def run(folder, *words):
+    given = ["--target_model_path", folder, "--prompts", folder / "prompts.jsonl", *words]
+    evaluate_draft.main(evaluate_draft.parse_args([str(word) for word in given]))
+
+
+def test_the_command_compares_a_server_with_its_baseline(folder, tmp_path, capsys):
+    patterns = [[3, 0, 1], [1]]
+    flags = ("--concurrency", 1, 3, "--max_new_tokens", TOKENS, "--num_prompts", 4, "--output", tmp_path)
+    plan = {"model": str(folder), "per_request": True}
+    drafting = {"accepted": lambda ids: patterns[len(ids) > 60]}
+    with serve(**plan, **drafting) as server, serve(**plan, drafts=None) as baseline:
+        run(folder, "--server", server.url, "--baseline", f"{baseline.url}/v1", *flags)
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    for level in figures["by_concurrency"]:
+        with_draft, without = level["tokens_per_second_with_draft"], level["tokens_per_second_without"]
+        assert with_draft == pytest.approx(8 * TOKENS / level["seconds"])
+        assert without == pytest.approx(8 * TOKENS / level["baseline"]["seconds"])
+        assert level["speedup"] == pytest.approx(with_draft / without)
+        assert level["texts_of_baseline"] == {"compared": 8, "equal": 8}
+    assert figures | figures["by_concurrency"][0] == figures | {"concurrency": 1}
+    lengths = {turn: group["acceptance_length"] for turn, group in figures["by_turn"].items()}
+    assert lengths == {"1": 1 + 7 / 4, "2": 2.0}, "3 0 1 3 and 1 1 1 1 accepted drafts"
+    assert figures["by_category"].keys() == {"even", "odd"} and figures["engine"] == "vllm"
+    assert figures["settings"]["server"] == server.url and figures["settings"]["concurrency"] == [1, 3]
+    texts = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["turn"]) for row in texts] == [(i, turn) for i in range(4) for turn in (1, 2)]
+    assert all(row["loss_mask"].count(1) == TOKENS and row["reply"] for row in texts)
+    for name in ("acceptance.png", "serving.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if re.match(r"\| [13] ", line)]
+    found = [(cells[0].strip(), cells[1].strip()) for cells in rows if cells[1].strip() in ("yes", "no")]
+    assert found == [("1", "yes"), ("1", "no"), ("3", "yes"), ("3", "no")]
+    assert "| even " in printed and "8 of 8 texts behind equal prompts equal the baseline's" in printed
+
+
+REFUSED = {
+    "--server http://localhost:1 --draft_model_path d": "draft_model_path: without effect beside --server",
+    "--server http://localhost:1 --num_draft_tokens 3 --temperature 1 --seed 3":
+        "num_draft_tokens, temperature, seed: without effect",
+    "--draft_model_path d --baseline http://localhost:1 --concurrency 4": "baseline, concurrency: without effect",
+    "": "draft_model_path is missing",
+    "--server http://localhost:1 --concurrency 0": "concurrency is 0; it must be at least 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_flags_without_effect_are_refused(words, folder, capsys):
+    assert REFUSED[words] in tiny.fails(capsys, run, folder, *words.split())
 
 
 # --- faults, a line each ---
