@@ -1,5 +1,6 @@
 """Drafts measured where they are served: figures against planned acceptance, two protocols, order, faults."""
 
+import collections
 import itertools
 import json
 import re
@@ -8,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 import evaluate_draft
-from core import served
-from helpers import tiny
+from core import decoding, prompts, served, target_files, target_model
+from helpers import real_vllm, tiny, training, vllm_server
 from helpers.serving import passes_of, reply_of, serve
 
 TOKENS = 9
@@ -204,17 +205,18 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *words):
-    given = ["--target_model_path", folder, "--prompts", folder / "prompts.jsonl", *words]
+    given = ["--target_model_path", folder, *words]
     evaluate_draft.main(evaluate_draft.parse_args([str(word) for word in given]))
 
 
 def test_the_command_compares_a_server_with_its_baseline(folder, tmp_path, capsys):
     patterns = [[3, 0, 1], [1]]
-    flags = ("--concurrency", 1, 3, "--max_new_tokens", TOKENS, "--num_prompts", 4, "--output", tmp_path)
+    flags = ["--prompts", folder / "prompts.jsonl", "--num_prompts", 4, "--max_new_tokens", TOKENS]
+    flags += ["--concurrency", 1, 3, "--output", tmp_path]
     plan = {"model": str(folder), "per_request": True}
     drafting = {"accepted": lambda ids: patterns[len(ids) > 60]}
     with serve(**plan, **drafting) as server, serve(**plan, drafts=None) as baseline:
-        run(folder, "--server", server.url, "--baseline", f"{baseline.url}/v1", *flags)
+        run(folder, *flags, "--server", server.url, "--baseline", f"{baseline.url}/v1")
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     for level in figures["by_concurrency"]:
         with_draft, without = level["tokens_per_second_with_draft"], level["tokens_per_second_without"]
@@ -227,7 +229,7 @@ def test_the_command_compares_a_server_with_its_baseline(folder, tmp_path, capsy
     assert lengths == {"1": 1 + 7 / 4, "2": 2.0}, "3 0 1 3 and 1 1 1 1 accepted drafts"
     assert figures["by_category"].keys() == {"even", "odd"} and figures["engine"] == "vllm"
     assert figures["settings"]["server"] == server.url and figures["settings"]["concurrency"] == [1, 3]
-    texts = [json.loads(line) for line in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    texts = read_texts(tmp_path)
     assert [(row["prompt"], row["turn"]) for row in texts] == [(i, turn) for i in range(4) for turn in (1, 2)]
     assert all(row["loss_mask"].count(1) == TOKENS and row["reply"] for row in texts)
     for name in ("acceptance.png", "serving.png"):
@@ -251,7 +253,55 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_flags_without_effect_are_refused(words, folder, capsys):
-    assert REFUSED[words] in tiny.fails(capsys, run, folder, *words.split())
+    assert REFUSED[words] in tiny.fails(capsys, run, folder, "--prompts", "p", *words.split())
+
+
+@pytest.mark.slow
+def test_a_real_vllm_accepts_what_the_same_draft_gets_here(tmp_path, capsys):
+    """Prompt by prompt: the same texts, and the same passes but for the last one, which vLLM counts beyond the end."""
+    target = tiny.write_target(tmp_path / "target", **vllm_server.HEADS)
+    turns = ["What is the quick brown fox?", "Tell me more about what you want."]
+    rows = [{"turns": [f"{i}: {turns[0]}", turns[1]], "category": "ab"[i % 2]} for i in range(6)]
+    asked = ("--prompts", tiny.write_jsonl(tmp_path / "prompts.jsonl", rows), "--max_new_tokens", 30)
+    replies = own_replies(target, asked[1])
+    work = training.write_workspace(tmp_path / "work", replies, (), **vllm_server.HEADS)
+    steps = ("--learning_rate", 3e-3, "--total_steps", 60, "--draft_global_batch_size", 4, "--batch_size", 4)
+    training.run(work, tmp_path / "draft", *steps)
+    final = tmp_path / "draft" / "final"
+    run(target, *asked, "--draft_model_path", final, "--num_draft_tokens", 3, "--output", tmp_path / "here")
+    speculative = json.dumps({"method": "eagle3", "model": str(final), "num_speculative_tokens": 3})
+    flags = ("--speculative-config", speculative, "--per-request-spec-decode-metrics", "summary")
+    with real_vllm.serve(target, tmp_path, *flags) as server:
+        output = ("--output", tmp_path / "there")
+        run(target, *asked, "--server", server.url, "--concurrency", 1, 3, *output)
+    here, there = (read_texts(tmp_path / name) for name in ("here", "there"))
+    longer = 0
+    for row, other in zip(here, there, strict=True):
+        assert row["input_ids"] == other["input_ids"] and row["loss_mask"] == other["loss_mask"]
+        passes = collections.Counter(row["passes"])
+        counted = collections.Counter(dict(enumerate(other["accepted_histogram"])))
+        assert counted.total() == passes.total() and (passes - counted).total() <= 1
+        longer += passes != counted
+    figures = json.loads((tmp_path / "there" / "evaluation.json").read_text())
+    accepted = [n for row in there for n, count in enumerate(row["accepted_histogram"]) for _ in range(count)]
+    for level in (figures, *figures["by_concurrency"]):
+        same_acceptance(level, accepted)
+    assert figures["acceptance_length"] > 1.2 and figures["by_category"].keys() == {"a", "b"}
+
+
+def own_replies(folder, path):
+    """Rows of the target's own greedy replies to the first turns of prompts."""
+    target, tokenizer = target_model.load(folder), target_files.load_tokenizer(folder)
+    rows = []
+    for prompt in prompts.read_prompts(path, tokenizer):
+        reply = decoding.generate(target, prompt.ids, 30, set())
+        mask = [0] * len(prompt.ids) + [1] * len(reply)
+        rows.append({"input_ids": prompt.ids + reply, "loss_mask": mask})
+    return rows
+
+
+def read_texts(folder):
+    return [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
 
 
 # --- faults, a line each ---
