@@ -601,17 +601,20 @@ def answer_share(share, before=None):
         ranks.check_shared("regenerate_path", share.path.parent)
     done = before or 0
     tokens = 0
-    bar = tqdm(
-        total=done + share.count,
-        initial=done,
-        unit=" conversations",
-        desc=f"answers, {share.path.stem}",
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        disable=before is None,
-    )
     try:
-        with share.answers.open_target() as target, open(share.path, "a+b") as file, bar:
+        with (
+            share.answers.open_target() as target,
+            open(share.path, "a+b") as file,
+            tqdm(
+                total=done + share.count,
+                initial=done,
+                unit=" conversations",
+                desc=f"answers, {share.path.stem}",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=before is None,
+            ) as bar,
+        ):
             began = time.monotonic()
             for results in ask_all(iter(share.rows), target, share.answers.settings):
                 for result in results:
