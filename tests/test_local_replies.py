@@ -2,6 +2,10 @@
 
 import copy
 import json
+import subprocess
+import sys
+import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -290,3 +294,70 @@ def test_calls_in_the_text_are_read_and_those_of_the_history_are_shown():
 def test_a_reply_without_its_end_is_cut():
     choice, _ = ask("and so", [USER])
     assert choice["finish_reason"] == "length"
+
+
+# --- kill -9, and several ranks ---
+
+ALONE = """
+import json, sys
+from pathlib import Path
+import prepare_data
+from core import local_replies, ranks
+asked, words = Path(sys.argv[1]), sys.argv[2:]
+original = local_replies.LocalTarget.generate
+
+def generate(self, ids, max_tokens):
+    with asked.open("a") as file:
+        file.write(json.dumps(ids) + chr(10))
+    return original(self, ids, max_tokens)
+
+local_replies.LocalTarget.generate = generate
+ranks.run_watched(prepare_data.main, prepare_data.parse_args(words))
+"""
+
+
+def start(world, asked, words):
+    """The processes of `world` ranks."""
+    port = tiny.free_port()
+    processes = []
+    for rank in range(world):
+        own = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = tiny.environment(**(own if world > 1 else {}))
+        command = [sys.executable, "-c", ALONE, str(asked), *words]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=tiny.REPOSITORY, env=variables, **pipes))
+    return processes
+
+
+def size(path):
+    """Bytes of the answers of all ranks."""
+    return sum(file.stat().st_size for file in path.parent.glob("train*.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_on_one_rank_and_on_two_it_neither_loses_nor_repeats_a_row(target, chat, tmp_path):
+    """kill -9 at five moments, four on one rank and one on two; two ranks then finish it."""
+    rows = tiny.conversations(60)
+    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    undisturbed = answer(target, chat, rows, tmp_path / "undisturbed.jsonl")
+    asked = tmp_path / "asked"
+    path = tmp_path / "out.answers" / "train.jsonl"
+    words = command(target, source, tmp_path / "out", regenerate_concurrency=2)
+    for world in (1, 1, 1, 1, 2):
+        before = size(path)
+        processes = start(world, asked, words)
+        deadline = time.monotonic() + 200
+        while size(path) < before + 400:
+            assert time.monotonic() < deadline and processes[0].poll() is None, processes[0].stderr.read()
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+            process.wait()
+    done = size(path)
+    processes = start(2, asked, words)
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert done < size(path) and read(path) == undisturbed
+    prompts = Counter(asked.read_text().splitlines())
+    assert len(prompts) == 60 and sum(prompts.values()) <= 60 + (4 * 1 + 1 * 2) * 2, "at most those under way"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["train.about.json", "train.jsonl"]
