@@ -147,22 +147,34 @@ def add_flags(parser):
 
 def read_flags(args):
     """The Settings of parsed flags; None if the replies stay. Flags without effect end the program."""
-    names = [name.name for name in dataclasses.fields(Settings) if name.name != "template_options"]
-    flags = {name: getattr(args, f"regenerate_{name}") for name in names}
-    given = [name for name, value in flags.items() if value not in (None, getattr(Settings, name))]
-    if args.regenerate and args.regenerate_endpoint:
+    is_local = args.regenerate == "local"
+    settings = Settings(
+        endpoint=args.regenerate_endpoint,
+        model=args.regenerate_model,
+        path=args.regenerate_path,
+        temperature=args.regenerate_temperature,
+        max_tokens=args.regenerate_max_tokens,
+        reasoning=args.regenerate_reasoning,
+        concurrency=args.regenerate_concurrency or Settings.concurrency,
+        timeout=args.regenerate_timeout,
+        retries=args.regenerate_retries,
+    )
+    if is_local and settings.endpoint:
         common.fail("regenerate local and regenerate_endpoint: give one of them")
-    if args.regenerate:
-        useless = [name for name in given if name in SERVER_FLAGS]
+    defaults = vars(Settings())
+    given = [name for name, value in vars(settings).items() if value != defaults[name]]
+    useless = []
+    if is_local:
+        useless = [f"regenerate_{name}" for name in given if name in SERVER_FLAGS]
         without = "with --regenerate local"
-        flags["concurrency"] = flags["concurrency"] or local_replies.default_concurrency()
-    else:
-        useless = [] if args.regenerate_endpoint else given
+    elif not settings.endpoint:
+        useless = [f"regenerate_{name}" for name in given]
         without = "as long as neither --regenerate local nor --regenerate_endpoint is given"
-        flags["concurrency"] = flags["concurrency"] or Settings.concurrency
     if useless:
-        common.fail(f"{', '.join(f'regenerate_{name}' for name in useless)}: without effect {without}")
-    return Settings(**flags) if args.regenerate or args.regenerate_endpoint else None
+        common.fail(f"{', '.join(useless)}: without effect {without}")
+    if is_local and not args.regenerate_concurrency:
+        return dataclasses.replace(settings, concurrency=local_replies.default_concurrency())
+    return settings if is_local or settings.endpoint else None
 
 
 # ==================== One conversation ===============================================================================

@@ -329,8 +329,14 @@ def stopped(capsys, function, *arguments, **options):
 
 
 def test_a_server_that_stays_away_ends_it_and_what_it_answered_is_kept(server, tmp_path, waits, capsys):
+    def reply(number, body):
+        if number < 10:
+            return completion("fine")
+        time.sleep(0.3)  # the ten have arrived
+        return None, None
+
     path = tmp_path / "a.jsonl"
-    server.reply = lambda number, body: completion("fine") if number < 10 else (None, None)
+    server.reply = reply
     error = stopped(capsys, answer, server, path, conversations(40), retries=2, concurrency=4)
     assert f"regenerate_endpoint {server.url} fails for row" in error and "3 times" in error
     assert "10 of 40 rows are there, the same command goes on" in error
