@@ -5,6 +5,7 @@ Out: ask(row, messages, tools): a chat completion, as a server without parsers g
 """
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -54,6 +55,7 @@ def open_target(target, chat, settings, trust_remote_code=False):
 
     settings: the Settings of core/regeneration.py. A GPU holds the complete target: several ranks have a copy each.
     """
+    gc.collect()  # the target of an earlier split
     model_dir, text_config, config = check_target(target, trust_remote_code)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -66,10 +68,15 @@ def open_target(target, chat, settings, trust_remote_code=False):
             continuous_batching_config=batching(device, settings.concurrency, context)
         )
         manager.warmup()  # allocates the cache
-    except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         common.fail(
-            f"regenerate local: the cache of {settings.concurrency} conversations does not fit beside the target "
+            f"regenerate local: no memory for the cache of {settings.concurrency} conversations beside the target "
             f"{model_dir}: {str(error).splitlines()[0]}; lower --regenerate_concurrency"
+        )
+    except (ValueError, LookupError, AttributeError, NotImplementedError) as error:  # another kind of attention
+        common.fail(
+            f"regenerate local: transformers cannot batch the target {model_dir}: {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}; give a server that runs it by --regenerate_endpoint"
         )
     resolved = manager.continuous_batching_config
     context = min(context, resolved.num_blocks * resolved.page_size)

@@ -75,6 +75,14 @@ def answer(target, chat, rows, path, **options):
     return read(path)
 
 
+def last_words(capsys, *given, **options):
+    """The line that answering ends with, behind the bar of loading."""
+    with pytest.raises(SystemExit) as stop:
+        answer(*given, **options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 def long_question(chat):
     """A question whose prompt leaves room for less than LIMIT tokens."""
     text = "word"
@@ -215,14 +223,21 @@ def test_a_target_that_fails_ends_it_and_what_it_answered_is_kept(target, chat, 
         return original(self, *args, **options)
 
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
-    with pytest.raises(SystemExit) as stop:
-        answer(target, chat, rows, path, concurrency=2)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "the target does not generate any more: out of memory;" in error
+    error = last_words(capsys, target, chat, rows, path, concurrency=2)
+    assert "the target does not generate any more: out of memory;" in error
     count = len(read(path))
     assert f"{count} of 12 rows are there, the same command goes on" in error and 0 < count < 12
     monkeypatch.undo()
     assert len(answer(target, chat, rows, path)) == 12
+
+
+def test_a_target_that_cannot_be_batched_is_one_line(target, chat, tmp_path, monkeypatch, capsys):
+    given = target, chat, tiny.conversations(1), tmp_path / "a.jsonl"
+    error = last_words(capsys, *given, concurrency=10**8)
+    assert "error: regenerate local: no memory for the cache of 100000000 conversations" in error
+    monkeypatch.setattr(local_replies, "PAGE", 2)  # stands for what transformers refuses
+    error = last_words(capsys, *given)
+    assert f"transformers cannot batch the target {target}: ValueError: page_size must be" in error
 
 
 def test_flags_without_effect_and_answers_from_elsewhere_are_refused(target, tmp_path, capsys):
