@@ -11,7 +11,8 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
         --output_path data/chats --max_length 4096 --validation_ratio 0.01
     python prepare_data.py --dataset chats.jsonl --target_model_path meta-llama/Llama-3.1-8B-Instruct \
-        --output_path data/own --regenerate_endpoint http://localhost:8000/v1   # the target's own replies
+        --output_path data/own --regenerate local   # the target's own replies; deepspeed prepare_data.py: on all GPUs
+    python prepare_data.py ... --regenerate_endpoint http://localhost:8000/v1   # from a server
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from core import (
     conversation_files,
     conversations,
     dataloader,
+    ranks,
     regeneration,
     rejected_rows,
     rendering,
@@ -387,7 +389,7 @@ def read_source(source, options, num_samples, cache, answers_path, answers):
     def read(index):
         return data[index]["raw"]
 
-    regeneration.answer_rows(lines, read, answers_path, answers.model, answers.settings)
+    regeneration.answer_rows(lines, read, answers_path, answers)
     return as_table(cache, "answers", regeneration.answered_rows, lines, answers_path)
 
 
@@ -654,7 +656,9 @@ def prepare(dataset, output_path, target_model_path, **options):
     answers = None
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))
-        answers = regeneration.open_answers(options.regenerate, target_model_path, output, inputs)
+        answers = regeneration.open_answers(
+            options.regenerate, target_model_path, output, inputs, chat, options.trust_remote_code
+        )
     same = [name for name, template in TEMPLATES.items() if template == chat.template]
     config = {
         "format_version": dataloader.FORMAT_VERSION,
@@ -692,7 +696,7 @@ def parse_args(argv=None):
     add("--dataset", required=True, help=f"preset ({presets}), or {forms}")
     add("--validation_dataset", help="the same, for validation; a preset that has such a split")
     conversation_files.add_preparation_flags(add)
-    add("--target_model_path", required=True, help="folder or hub id; only the tokenizer is loaded")
+    add("--target_model_path", required=True, help="folder or hub id; the tokenizer alone is loaded, unless it replies")
     add("--trust_remote_code", action=common.Switch, help="let the tokenizer run code of its own")
     add = parser.add_argument_group("output").add_argument
     templates = ", ".join(TEMPLATES)
@@ -706,11 +710,15 @@ def parse_args(argv=None):
     add("--seed", type=common.SEED, default=0, help="of num_samples and validation_ratio")
     add("--num_proc", type=count, help="processes, at most one a core; none: one a core")
     regeneration.add_flags(parser)
+    add("--local_rank", type=int, default=-1, help="set by the launcher; -1 = from LOCAL_RANK")
     return parser.parse_args(argv)
 
 
 def main(args):
-    return prepare(
+    settings = regeneration.read_flags(args)
+    if not regeneration.join_ranks(settings, args.local_rank):
+        return None
+    config = prepare(
         args.dataset,
         args.output_path or default_output(args.dataset),
         args.target_model_path,
@@ -723,10 +731,12 @@ def main(args):
         num_proc=args.num_proc,
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
-        regenerate=regeneration.read_flags(args),
+        regenerate=settings,
         **conversation_files.read_flags(args),
     )
+    regeneration.dismiss_ranks()
+    return config
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    ranks.run_watched(main, parse_args())

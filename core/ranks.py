@@ -295,7 +295,8 @@ def run_watched(main, args):
         time.sleep(2)  # for ranks that fail for the same reason to say so
         sys.stdout.flush()
         os._exit(code)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -411,7 +412,7 @@ def check_shared(name, folder, patience=10):
     if dist.get_rank() == 0:
         os.unlink(path)
     if missing := ", ".join(sorted({host for host in hosts if host})):
-        fail_together(f"{name} {folder} is another folder on {missing}: checkpoints need one that all nodes share")
+        fail_together(f"{name} {folder} is another folder on {missing}: give one that all nodes share")
 
 
 def on_each_node(work):

@@ -1,33 +1,42 @@
-"""The target's own replies: a server answers each conversation turn by turn, in place of the replies of the data.
+"""The target's own replies: it answers each conversation turn by turn, in place of the replies of the data.
 
-In:  rows of conversations; the URL of a server that speaks OpenAI's protocol and serves the target.
+In:  rows of conversations; the target, which answers in this process (core/local_replies.py), on several ranks each its
+     share; or the URL of a server that speaks OpenAI's protocol and serves it.
 Out: FOLDER/SPLIT.jsonl: a line for each row, {"row": number, "messages", "tools"} or {"row", "rejected_for": [cause,
      detail]}; FOLDER/SPLIT.about.json: what the answers depend on. A killed run loses only the rows under way.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import queue
 import sys
+import time
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm import tqdm
 
-from core import claims, common, conversations, dataloader, server
+from core import claims, common, conversations, dataloader, local_replies, ranks, server
 
 MANY = 8  # consecutive rows for which the server fails, after which it is taken for gone
 
 REFUSED = "refused by the server"
 REFUSED_ROWS = (400, 413, 422)  # refusals that concern one row alone, which as a rule is too long
 
+SERVER_FLAGS = ("model", "timeout", "retries")  # of --regenerate_*: without effect in this process
+
+PATIENCE = 30 * 24 * 60  # minutes that ranks wait for those that have more to answer
+
 
 @dataclass(frozen=True)
 class Settings:
     """The flags --regenerate_*, and template_options: variables of the chat template with which the server renders."""
 
-    endpoint: str | None = None
+    endpoint: str | None = None  # None: in this process
     model: str | None = None
     path: str | None = None
     temperature: float | None = None
@@ -40,7 +49,8 @@ class Settings:
 
     def about(self, target):
         """What the answers depend on, beside the input; where the server is does not matter."""
-        return {
+        where = {} if self.endpoint else {"regenerate": "local"}
+        return where | {
             "model": self.model or str(target),
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
@@ -52,20 +62,31 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answers:
-    """folder: where the answers are kept. model: what the server calls the target."""
+    """All that asking depends on. folder: where the answers are kept. chat: rendering.Chat; a server renders itself."""
 
     folder: Path
-    model: str
     settings: Settings
+    target: str
+    chat: object = None
+    trust_remote_code: bool = False
 
     def file(self, split):
         """The file of a split's answers."""
         return self.folder / f"{split}.jsonl"
 
+    @contextlib.contextmanager
+    def open_target(self):
+        """What has ask(row, messages, tools), which returns a chat completion and is called by many threads."""
+        if self.settings.endpoint:
+            yield ServedTarget(self.settings)
+            return
+        with local_replies.open_target(self.target, self.chat, self.settings, self.trust_remote_code) as target:
+            yield target
+
 
 @dataclass
 class Result:
-    """What the server made of one row: content is its line in the file; None if the server failed with `error`."""
+    """What the target made of one row: content is its line in the file; None if its server failed with `error`."""
 
     row: int
     content: dict | None
@@ -80,13 +101,18 @@ def add_flags(parser):
     """The group of flags --regenerate_*."""
     add = parser.add_argument_group("replies of the target itself").add_argument
     count = common.at_least(int, 1)
-    add("--regenerate_endpoint", help="URL of a server whose answers replace the assistant turns; none: they stay")
+    add(
+        "--regenerate",
+        choices=("local",),
+        help="local: the target answers in this process, in place of the assistant turns; none: they stay",
+    )
+    add("--regenerate_endpoint", help="URL of a server whose answers replace the assistant turns instead")
     add("--regenerate_model", help="the server's name of the target; none: target_model_path")
     add("--regenerate_path", help="folder that keeps the answers; none: OUTPUT_PATH.answers")
     add(
         "--regenerate_temperature",
         type=common.at_least(float, 0),
-        help="of the answers; none: the server's default, as a rule the target's own",
+        help="of the answers, 0 = greedy; none: the target's generation_config.json, or the server's default",
     )
     add(
         "--regenerate_max_tokens",
@@ -103,8 +129,7 @@ def add_flags(parser):
     add(
         "--regenerate_concurrency",
         type=count,
-        default=Settings.concurrency,
-        help="conversations under way at once",
+        help=f"conversations under way at once; none: 64, in this process on a CPU {local_replies.CPU_CONCURRENCY}",
     )
     add(
         "--regenerate_timeout",
@@ -121,7 +146,8 @@ def add_flags(parser):
 
 
 def read_flags(args):
-    """The Settings of parsed flags; None without an endpoint, where other flags have no effect and end the program."""
+    """The Settings of parsed flags; None if the replies stay. Flags without effect end the program."""
+    is_local = args.regenerate == "local"
     settings = Settings(
         endpoint=args.regenerate_endpoint,
         model=args.regenerate_model,
@@ -129,17 +155,26 @@ def read_flags(args):
         temperature=args.regenerate_temperature,
         max_tokens=args.regenerate_max_tokens,
         reasoning=args.regenerate_reasoning,
-        concurrency=args.regenerate_concurrency,
+        concurrency=args.regenerate_concurrency or Settings.concurrency,
         timeout=args.regenerate_timeout,
         retries=args.regenerate_retries,
     )
-    if settings.endpoint:
-        return settings
+    if is_local and settings.endpoint:
+        common.fail("regenerate local and regenerate_endpoint: give one of them")
     defaults = vars(Settings())
-    given = [f"regenerate_{name}" for name, value in vars(settings).items() if value != defaults[name]]
-    if given:
-        common.fail(f"{', '.join(given)}: without effect as long as no --regenerate_endpoint is given")
-    return None
+    given = [name for name, value in vars(settings).items() if value != defaults[name]]
+    useless = []
+    if is_local:
+        useless = [f"regenerate_{name}" for name in given if name in SERVER_FLAGS]
+        without = "with --regenerate local"
+    elif not settings.endpoint:
+        useless = [f"regenerate_{name}" for name in given]
+        without = "as long as neither --regenerate local nor --regenerate_endpoint is given"
+    if useless:
+        common.fail(f"{', '.join(useless)}: without effect {without}")
+    if is_local and not args.regenerate_concurrency:
+        return dataclasses.replace(settings, concurrency=local_replies.default_concurrency())
+    return settings if is_local or settings.endpoint else None
 
 
 # ==================== One conversation ===============================================================================
@@ -332,7 +367,7 @@ def answered_rows(lines, path):
 # ==================== All conversations ==============================================================================
 
 
-def open_answers(settings, target, output, inputs):
+def open_answers(settings, target, output, inputs, chat=None, trust_remote_code=False):
     """The Answers for the inputs {split: hash}.
 
     Answers of another model, input or setting are neither mixed with these nor deleted: the program ends.
@@ -343,11 +378,15 @@ def open_answers(settings, target, output, inputs):
         path = folder / f"{split}.about.json"
         abouts[path] = settings.about(target) | {"input": content}
         check_about(path, abouts[path])
-    model = settings.model or find_model(settings, target)
+    if settings.endpoint:
+        model = settings.model or find_model(settings, target)
+        settings = dataclasses.replace(settings, model=model)
+    else:
+        local_replies.check_target(target, trust_remote_code)
     for path, about in abouts.items():
         folder.mkdir(parents=True, exist_ok=True)
         common.write_atomic(path, json.dumps(about, indent=2) + "\n")
-    return Answers(folder, model, settings)
+    return Answers(folder, settings, str(target), chat, trust_remote_code)
 
 
 def check_about(path, about):
@@ -355,7 +394,10 @@ def check_about(path, about):
     if not path.is_file():
         return
     stored = json.loads(path.read_text())
-    different = [f"{key} {stored.get(key)}, now {value}" for key, value in about.items() if stored.get(key) != value]
+    different = []
+    for key in {**about, **stored}:
+        if stored.get(key) != about.get(key):
+            different.append(f"{key} {stored.get(key)}, now {about.get(key)}")
     if different:
         common.fail(
             f"{path}: its answers are of {'; '.join(different)}: choose another --regenerate_path, or delete it"
@@ -390,11 +432,16 @@ def is_completion(answer):
     return isinstance(content, str | None) and all(isinstance(name, str) for name in names)
 
 
-def request_row(row, raw, model, settings):
-    """The Result of a row."""
+@dataclass(frozen=True)
+class ServedTarget:
+    """A target behind a server."""
 
-    def ask(messages, tools):
-        body = {"model": model, "messages": messages, "max_tokens": settings.max_tokens}
+    settings: Settings
+
+    def ask(self, row, messages, tools):
+        """The server's chat completion. Raises ServerFailed."""
+        settings = self.settings
+        body = {"model": settings.model, "messages": messages, "max_tokens": settings.max_tokens}
         if tools:
             body["tools"] = tools
         if settings.template_options:
@@ -407,6 +454,13 @@ def request_row(row, raw, model, settings):
 
         return server.keep_asking(f"regenerate_endpoint {settings.endpoint}", f"row {row}", settings.retries, work)
 
+
+def request_row(row, raw, target, settings):
+    """The Result of a row."""
+
+    def ask(messages, tools):
+        return target.ask(row, messages, tools)
+
     try:
         content, tokens = answer_row(raw, ask, settings.reasoning)
         return Result(row, content, tokens)
@@ -414,21 +468,20 @@ def request_row(row, raw, model, settings):
         return Result(row, None, error=error)
 
 
-def ask_all(lines, read, pending, model, settings):
-    """Yield lists of Results, those that arrived together, for the indices `pending`.
+def ask_all(rows, target, settings):
+    """Yield lists of Results, those that arrived together, for an iterator of (row, bytes of its line).
 
     Raises ServerFailed if the server refuses everything, or fails for several consecutive rows. A row for which it
     fails alone is set aside as refused.
     """
     arrived = queue.SimpleQueue()
-    pending = iter(pending)
     busy = 0
     failed = []  # since the last row that was answered
     pool = ThreadPool(settings.concurrency)  # daemon threads: none of them delays the end of the program
     try:
         while True:
-            while busy < settings.concurrency and (index := next(pending, None)) is not None:
-                given = (lines[index], read(index), model, settings)
+            while busy < settings.concurrency and (given := next(rows, None)):
+                given = (*given, target, settings)
                 pool.apply_async(request_row, given, callback=arrived.put, error_callback=arrived.put)
                 busy += 1
             if not busy:
@@ -465,43 +518,134 @@ def sort_results(results, failed):
     return finished, failed
 
 
-def answer_rows(lines, read, path, model, settings):
+def answer_rows(lines, read, path, answers):
     """Answer the rows that are not in the file at path, or were refused by the server before; then sort the file.
 
-    lines: numbers of the rows; read(index): the bytes of lines[index]. Ends the program with one line if the server
-    stays away; the answers until then are kept.
+    lines: numbers of the rows; read(index): the bytes of lines[index]. Other ranks that wait in `follow` answer their
+    shares into files of their own. Ends the program with one line if the target does not answer any more; the answers
+    until then are kept.
     """
-    with (
-        claims.only_writer("regenerate_path", path.parent, f".{path.stem}.writer"),
-        open(path, "a+b") as file,
-    ):
-        places = read_answers(file)
-        refused = {row for row, place in places.items() if REFUSED.encode() in read_answer(file, place)[:80]}
+    with claims.only_writer("regenerate_path", path.parent, f".{path.stem}.writer"):
+        collect_shares(path)
+        with open(path, "a+b") as file:
+            places = read_answers(file)
+            refused = {row for row, place in places.items() if REFUSED.encode() in read_answer(file, place)[:80]}
         pending = [index for index, row in enumerate(lines) if row not in places or row in refused]
-        tokens = 0
-        bar = tqdm(
-            total=len(lines),
-            initial=len(lines) - len(pending),
-            unit=" conversations",
-            desc=f"answers, {path.stem}",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-        )
-        try:
-            with bar:
-                for results in ask_all(lines, read, pending, model, settings):
-                    for result in results:
-                        places[result.row] = append_answer(file, result)
-                        tokens += result.tokens
-                        bar.update()
-                    file.flush()
-                    os.fsync(file.fileno())
-                    bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-        except server.ServerFailed as error:
-            common.fail(
-                f"{error}; {len(places):,} of {len(lines):,} rows are there, the same command goes on with the others"
-            )
-        sort_answers(path, file, places)
+        if pending:
+            rows = ((lines[index], read(index)) for index in pending)
+            share = Share(answers, path, rows, len(pending))
+            if world_size() > 1:
+                shares = split_rows(share, world_size())
+                share = ranks.on_first_rank(lambda: shares)[0]
+            answer_share(share, len(lines) - len(pending))
+            collect_shares(path)
+        with open(path, "r+b") as file:
+            sort_answers(path, file, read_answers(file))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows [(row, bytes of its line)] that a rank answers; path: the file of all answers of their split."""
+
+    answers: Answers
+    path: Path
+    rows: object
+    count: int
+
+
+def split_rows(share, count):
+    """The shares of `count` ranks."""
+    rows = list(share.rows)
+    parts = [rows[rank::count] for rank in range(count)]
+    return [dataclasses.replace(share, rows=part, count=len(part)) for part in parts]
+
+
+def world_size():
+    """Number of ranks that answer."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(settings, local_rank):
+    """Whether this is the main rank. Others, if a launcher has started several, first answer their shares."""
+    if not settings or settings.endpoint or os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    ranks.start_distributed(PATIENCE, local_rank)
+    if dist.get_rank() == 0:
+        return True
+    follow()
+    return False
+
+
+def dismiss_ranks():
+    """Tell the other ranks that there is no more to answer."""
+    if dist.is_initialized():
+        ranks.on_first_rank(lambda: None)
+
+
+def follow():
+    """Answer the shares of a rank other than the main one, until the main rank has no more."""
+    while shares := ranks.on_first_rank(None):
+        share = shares[dist.get_rank()]
+        own = share.path.with_name(f"{share.path.stem}.rank{dist.get_rank()}.jsonl")
+        with claims.only_writer("regenerate_path", own.parent, f".{own.stem}.writer"):
+            answer_share(dataclasses.replace(share, path=own))
+
+
+def collect_shares(path):
+    """Move the answers of other ranks into the file at path; an interrupted run leaves them too."""
+    for own in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
+        with open(own, "r+b") as file, open(path, "a+b") as all_answers:
+            read_answers(all_answers)
+            for place in read_answers(file).values():
+                all_answers.write(read_answer(file, place) + b"\n")
+            all_answers.flush()
+            os.fsync(all_answers.fileno())
+        own.unlink()
+
+
+def answer_share(share, before=None):
+    """Append the answers of a share to its file, and wait for the other ranks.
+
+    before: rows that were answered before; None on all ranks but the main one, which shows the progress of its share,
+    and at last the tokens of all.
+    """
+    if world_size() > 1:
+        ranks.check_shared("regenerate_path", share.path.parent)
+    done = before or 0
+    tokens = 0
+    try:
+        with (
+            share.answers.open_target() as target,
+            open(share.path, "a+b") as file,
+            tqdm(
+                total=done + share.count,
+                initial=done,
+                unit=" conversations",
+                desc=f"answers, {share.path.stem}",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+                disable=before is None,
+            ) as bar,
+        ):
+            began = time.monotonic()
+            for results in ask_all(iter(share.rows), target, share.answers.settings):
+                for result in results:
+                    append_answer(file, result)
+                    tokens += result.tokens
+                    done += 1
+                    bar.update()
+                file.flush()
+                os.fsync(file.fileno())
+                seconds = time.monotonic() - began
+                bar.set_postfix_str(f"{tokens:,} tokens, {tokens / seconds:,.0f} a second", refresh=False)
+    except (server.ServerFailed, local_replies.GenerationFailed) as error:
+        total = share.count + (before or 0)
+        common.fail(f"{error}; {done:,} of {total:,} rows are there, the same command goes on with the others")
+    if world_size() > 1:
+        tokens = sum(ranks.gather(tokens))
+        seconds = max(ranks.gather(seconds))
+    if before is not None:
+        print(f"{share.path.stem}: {tokens:,} tokens answered in {seconds:,.0f} s, {tokens / seconds:,.0f} a second")
 
 
 def append_answer(file, result):

@@ -104,13 +104,14 @@ def target(tmp_path_factory):
 
 def settings(server, **options):
     """Those of the flags, the others at their defaults."""
-    return regeneration.Settings(**{"endpoint": server.url, "concurrency": 8, **options})
+    return regeneration.Settings(**{"endpoint": server.url, "model": "m", "concurrency": 8, **options})
 
 
 def answer(server, path, messages, **options):
     """The rows of the file that one pass over these conversations gives, row by row, without their number."""
     raw = [json.dumps(row if isinstance(row, dict) else {"messages": row}).encode() for row in messages]
-    regeneration.answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, path, "m", settings(server, **options))
+    answers = regeneration.Answers(path.parent, settings(server, **options), "target")
+    regeneration.answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, path, answers)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row.pop("row") for row in rows] == list(range(1, len(raw) + 1))
     return rows
@@ -328,8 +329,14 @@ def stopped(capsys, function, *arguments, **options):
 
 
 def test_a_server_that_stays_away_ends_it_and_what_it_answered_is_kept(server, tmp_path, waits, capsys):
+    def reply(number, body):
+        if number < 10:
+            return completion("fine")
+        time.sleep(0.3)  # the ten have arrived
+        return None, None
+
     path = tmp_path / "a.jsonl"
-    server.reply = lambda number, body: completion("fine") if number < 10 else (None, None)
+    server.reply = reply
     error = stopped(capsys, answer, server, path, conversations(40), retries=2, concurrency=4)
     assert f"regenerate_endpoint {server.url} fails for row" in error and "3 times" in error
     assert "10 of 40 rows are there, the same command goes on" in error
@@ -345,10 +352,10 @@ def test_a_server_that_stays_away_ends_it_and_what_it_answered_is_kept(server, t
 ALONE = """
 import json, sys
 from pathlib import Path
-from core.regeneration import Settings, answer_rows
+from core.regeneration import Answers, Settings, answer_rows
 path, rows, flags = json.load(sys.stdin)
 raw = [json.dumps({"messages": row}).encode() for row in rows]
-answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, Path(path), "m", Settings(**flags))
+answer_rows(list(range(1, len(raw) + 1)), raw.__getitem__, Path(path), Answers(Path(), Settings(**flags), "target"))
 """
 
 
@@ -408,6 +415,7 @@ def test_prepared_data_hold_the_targets_own_replies(server, target, tmp_path, ca
             text = marked(row["input_ids"], row["loss_mask"], tokenizer)
             assert text.count("⟦answer 1 ") == 1 and "answer 3 " in text and text.count("⟦") == 2
     assert sorted(path.name for path in (tmp_path / "out.answers").iterdir()) == ["train.about.json", "train.jsonl"]
+    assert "train: 48 tokens answered in " in capsys.readouterr().out
 
     # The same command asks for nothing; another length asks for nothing; more rows ask for theirs alone.
     prepare_data.main(prepare_data.parse_args(words))
@@ -445,7 +453,7 @@ def test_the_server_has_to_have_the_target_and_flags_need_an_endpoint(server, ta
     assert {request["model"] for request in server.requests} == {"by another name"}
     bare = [word for word in words if not word.startswith(("--regenerate", "http"))]
     error = stopped(capsys, prepare_data.main, prepare_data.parse_args([*bare, "--regenerate_reasoning", "drop"]))
-    assert "regenerate_reasoning: without effect as long as no --regenerate_endpoint" in error
+    assert "regenerate_reasoning: without effect as long as neither --regenerate local nor" in error
 
 
 def test_the_server_renders_as_the_data_are(server, target, tmp_path, capsys):
