@@ -20,6 +20,8 @@ cd "$(dirname "$0")/.."
 TARGET=${TARGET:-meta-llama/Llama-3.1-8B-Instruct}  # folder or hub id
 DATASET=${DATASET:-sharegpt}                        # preset, or a JSON Lines file of conversations
 DATASET_PATH=${DATASET_PATH:-}                      # local copy of the preset's hub repository; empty: download
+REGENERATE=${REGENERATE:-}                          # local: the target replies itself, on all ranks; empty: data as is
+REGENERATE_MAX_TOKENS=${REGENERATE_MAX_TOKENS:-4096} # per reply
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-llama3}
 OUTPUT=${OUTPUT:-output/llama3-8b-online}
 NUM_SAMPLES=${NUM_SAMPLES:-}                        # conversations, drawn at random; empty: all
@@ -32,6 +34,7 @@ RECIPE=${RECIPE:-best}                              # flags of train_eagle3.py -
 TP_SIZE=${TP_SIZE:-1}                               # ranks that share one copy of the target
 BATCH_SIZE=${BATCH_SIZE:-2}                         # sequences per rank in one forward of the target
 DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
+PRECISION=${PRECISION:-auto}                        # of the draft: bf16, fp32; auto: bf16 on GPUs
 NUM_EPOCHS=${NUM_EPOCHS:-2}
 TTT_LENGTH=${TTT_LENGTH:-7}
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
@@ -40,6 +43,7 @@ MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one 
 LOG_STEPS=${LOG_STEPS:-50}
 SAVE_MINUTES=${SAVE_MINUTES:-30}                    # between two checkpoints
 REPORT_TO=${REPORT_TO:-tensorboard}
+PROMPTS=${PROMPTS:-$OUTPUT/data}                    # of the evaluation: validation rows; mt_bench, humaneval, a file
 NUM_PROMPTS=${NUM_PROMPTS:-32}                      # of the evaluation, which loads the target on one GPU; 0: none
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
 SERVE_GPUS=${SERVE_GPUS:-$TP_SIZE}                  # GPUs that serve the target
@@ -47,7 +51,13 @@ STAGES=${STAGES:-1 2 3 4}
 
 if [[ $STAGES == *1* ]]; then
     echo "=== 1. data: conversations to tokens and loss mask"
-    python prepare_data.py --dataset "$DATASET" ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} \
+    START=python
+    OWN_REPLIES=()
+    if [ -n "$REGENERATE" ]; then
+        START=$LAUNCHER
+        OWN_REPLIES=(--regenerate "$REGENERATE" --regenerate_max_tokens "$REGENERATE_MAX_TOKENS")
+    fi
+    $START prepare_data.py --dataset "$DATASET" ${DATASET_PATH:+--dataset_path "$DATASET_PATH"} "${OWN_REPLIES[@]}" \
         --target_model_path "$TARGET" --chat_template "$CHAT_TEMPLATE" --max_length "$MAX_LENGTH" \
         ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"} --validation_ratio "$VALIDATION_RATIO" --output_path "$OUTPUT/data"
 fi
@@ -68,7 +78,7 @@ if [[ $STAGES == *3* ]]; then
         --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
         --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
         --save_best --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
-        --deepspeed_config "$DEEPSPEED_CONFIG" \
+        --deepspeed_config "$DEEPSPEED_CONFIG" --precision "$PRECISION" \
         --output_dir "$OUTPUT/draft" "$@"
 fi
 
@@ -82,7 +92,7 @@ if [[ $STAGES == *4* ]]; then
     evaluation=()
     if [ "$NUM_PROMPTS" != 0 ]; then
         python evaluate_draft.py --target_model_path "$TARGET" --draft_model_path "$BEST" \
-            --prompts "$OUTPUT/data" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
+            --prompts "$PROMPTS" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
             --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
         evaluation=(--evaluation "$OUTPUT/evaluation")
     fi
