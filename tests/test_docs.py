@@ -61,7 +61,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
     "deepspeed": "hostfile include master_addr master_port no_ssh node_rank num_gpus",
     "torchrun": "master_addr nnodes node_rank nproc_per_node",
     "vllm": "kv_transfer_config max-model-len port reasoning-parser speculative-config speculative_config "
-            "tensor-parallel-size dtype served-model-name",
+            "tensor-parallel-size dtype served-model-name per-request-spec-decode-metrics",
     "sglang": "dtype model-path reasoning-parser speculative-algorithm speculative-draft-model-path "
               "speculative-eagle-topk speculative-num-draft-tokens speculative-num-steps tp-size",
     "SLURM": "ntasks-per-node",

@@ -164,10 +164,11 @@ def test_times_are_those_of_the_answers():
 
 def test_times_are_measured_where_parts_arrive():
     with serve(delay=0.02) as server:
-        (sets,) = measure(server, prompts=PROMPTS[:1], max_new_tokens=9)[1].copy()
+        (sets,) = measure(server, prompts=PROMPTS[:1], max_new_tokens=9)[1]
     figures = served.speed(sets)
-    assert 0.02 <= figures["seconds_to_first_token"]["median"] < 0.2
-    assert 0.01 <= figures["seconds_per_token"]["median"] < 0.1, "4 parts of 2 tokens, 0.02 s apart"
+    first, further = (figures[name]["median"] for name in ("seconds_to_first_token", "seconds_per_token"))
+    assert first >= 0.02 and further >= 0.01, "parts of 2 tokens, at least 0.02 s apart"
+    assert 2 * (first + 8 * further) <= figures["seconds"], "two turns"
     assert sets[0].rows[0]["parts"] == [1, 2, 2, 2, 2]
 
 
@@ -333,8 +334,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_a_line(fault, capsys, monkeypatch, waits):
-    monkeypatch.setattr(served, "SETTLING", 0.2)
-    monkeypatch.setattr(served, "SILENCE", 0.3)
+    if fault in ("silent", "a server behind others"):  # short only where they are waited for: machines may be slow
+        monkeypatch.setattr(served, "SETTLING", 0.2)
+        monkeypatch.setattr(served, "SILENCE", 0.3)
     plan, message = FAULTS[fault]
     with serve(**plan) as server:
         error = tiny.fails(capsys, measure, server)

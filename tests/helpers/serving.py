@@ -110,34 +110,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.most = max(server.most, server.busy)
         plan.log.append((plan.model if plan.drafts else "baseline", tuple(ids)))
         try:
-            if plan.refused(ids):
-                return self.answer({"error": {"message": "the prompt is too long"}}, 400)
-            self.send_response(200)
-            self.end_headers()
-            count = min(most, plan.end or most)
-            accepted, parts = passes_of(plan, ids, count)
-            tokens, told = reply_of(ids, count, plan.offset), 0
-            for number, size in enumerate(parts):
-                time.sleep(plan.delay)
-                if number == 1 and plan.silent(ids):
-                    time.sleep(1)
-                if number == 1 and plan.breaks(ids):
-                    return
-                if number == 1 and plan.fails(ids):
-                    return self.event({"error": {"message": "out of memory", "code": 500}})
-                told += size
-                end = "length" if number + 1 == len(parts) else None
-                histogram = [accepted[:number].count(i) for i in range(max(accepted[:number], default=0) + 1)]
-                histogram = histogram if plan.drafts and number else None
-                self.event(self.part(tokens, told, size, end, histogram))
-            if plan.per_request and is_vllm:
-                usage = {"choices": [], "metrics": {"speculative_decoding": {"acceptance_histogram": histogram}}}
-                self.event(usage)
-            threading.Thread(target=self.count, args=(count + plan.others - plan.lost, accepted)).start()
-            self.wfile.write(b"data: [DONE]\n\n")
+            complete = self.reply(plan, ids, most)
         finally:
             with server.counting:
                 server.busy -= 1
+        if complete:  # what follows it may be under way at once
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def reply(self, plan, ids, most):
+        """Send the parts of a reply; whether it is complete."""
+        if plan.refused(ids):
+            return self.answer({"error": {"message": "the prompt is too long"}}, 400)
+        self.send_response(200)
+        self.end_headers()
+        count = min(most, plan.end or most)
+        accepted, parts = passes_of(plan, ids, count)
+        tokens, told, histogram = reply_of(ids, count, plan.offset), 0, None
+        for number, size in enumerate(parts):
+            time.sleep(plan.delay)
+            if number == 1 and plan.silent(ids):
+                time.sleep(1)
+            if number == 1 and plan.breaks(ids):
+                return False
+            if number == 1 and plan.fails(ids):
+                return self.event({"error": {"message": "out of memory", "code": 500}})
+            told += size
+            end = "length" if number + 1 == len(parts) else None
+            if plan.drafts and number:
+                histogram = [accepted[:number].count(i) for i in range(max(accepted[:number]) + 1)]
+            self.event(self.part(tokens, told, size, end, histogram))
+        if plan.per_request and plan.engine == "vllm":
+            self.event({"choices": [], "metrics": {"speculative_decoding": {"acceptance_histogram": histogram}}})
+        threading.Thread(target=self.count, args=(count + plan.others - plan.lost, accepted)).start()
+        return True
 
     def event(self, content):
         self.wfile.write(b"data: " + json.dumps(content).encode() + b"\n\n")
