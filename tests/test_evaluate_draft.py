@@ -561,6 +561,7 @@ def test_command_line(paths, tmp_path, capsys, target):
     run(paths, num_draft_tokens=3, max_new_tokens=12, output=tmp_path / "out")
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "torch" in figures["machine"] and figures["date"].count("-") == 2
     assert (
         f"acceptance_length {figures['acceptance_length']:.3f} over {figures['passes']} passes of 3 prompts" in printed
     )

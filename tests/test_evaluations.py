@@ -1,8 +1,11 @@
 """Evaluations side by side: tables, what their settings differ in, the picture, and what cannot be compared."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.axes import Axes
 
 import compare_runs
@@ -155,6 +158,18 @@ def test_the_picture_shows_positions_categories_and_speed(monkeypatch):
     assert drawn == [
         ("a", [2.25, 2.0, 2.75]), ("b", [1.5, None, 1.5]), ("a", [90.5, 45.25]), ("b", [300.0, None])
     ]  # fmt: skip
+
+
+def test_where_and_when_an_evaluation_was_measured(monkeypatch):
+    """The processor as Linux names it, or a GPU; the date as the clock has it."""
+    origin = evaluations.describe_origin(torch.device("cpu"))
+    assert origin["date"] == time.strftime("%Y-%m-%d")
+    name, threads, version = origin["machine"].rsplit(", ", 2)
+    assert (threads, version) == (f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
+    cpus = Path("/proc/cpuinfo")
+    assert f": {name}\n" in cpus.read_text() if cpus.exists() and "model name" in cpus.read_text() else name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert evaluations.describe_origin(torch.device("cuda"))["machine"] == f"NVIDIA H200, torch {torch.__version__}"
 
 
 @pytest.mark.parametrize(
