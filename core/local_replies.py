@@ -16,7 +16,7 @@ from concurrent.futures import Future
 import torch
 from transformers import ContinuousBatchingConfig
 
-from core import common, conversations, rendering, target_files, target_model
+from core import common, conversations, rejected_rows, rendering, target_files, target_model
 
 TOO_LONG = "longer than the target's context"
 
@@ -145,7 +145,11 @@ class LocalTarget:
         """The chat completion for messages in the form of OpenAI's protocol. Raises Rejected and GenerationFailed."""
         prompt = render_prompt(messages, tools, self.chat)
         ids = self.chat.encoder.encode(prompt, add_special_tokens=False).ids
-        room = self.context - len(ids)
+        if len(ids) >= self.chat.max_length:
+            raise conversations.Rejected(
+                rejected_rows.BEYOND, f"a prompt of {len(ids):,} tokens, --max_length is {self.chat.max_length:,}"
+            )
+        room = min(self.context, self.chat.max_length) - len(ids)
         if room < 1:
             raise conversations.Rejected(
                 TOO_LONG, f"a prompt of {len(ids):,} tokens, there is room for {self.context:,}"

@@ -280,7 +280,12 @@ def answer_row(raw, ask, reasoning):
             if message["role"] != "assistant":
                 answered.append(message)
                 continue
-            completion = ask(to_wire(answered), tools)
+            try:
+                completion = ask(to_wire(answered), tools)
+            except conversations.Rejected:
+                if not any(said["role"] == "assistant" for said in answered):
+                    raise
+                break  # too long: the replies so far are kept
             reply, tokens = read_reply(completion, reasoning)
             total += tokens
             if reply["content"] is None and "tool_calls" not in reply:
@@ -377,6 +382,8 @@ def open_answers(settings, target, output, inputs, chat=None, trust_remote_code=
     for split, content in inputs.items():
         path = folder / f"{split}.about.json"
         abouts[path] = settings.about(target) | {"input": content}
+        if not settings.endpoint:
+            abouts[path]["max_length"] = chat.max_length  # what would be cut off is not generated
         check_about(path, abouts[path])
     if settings.endpoint:
         model = settings.model or find_model(settings, target)

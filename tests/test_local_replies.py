@@ -1,6 +1,7 @@
 """Replies of the target in this process: its own greedy text, lengths, faults, interruptions, kills, several ranks."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.llama import modeling_llama
 
 import prepare_data
-from core import conversations, local_replies, regeneration, target_files
+from core import conversations, local_replies, regeneration, rejected_rows, target_files
 from helpers import tiny
 from helpers.chat_templates import family_tokenizer
 
@@ -116,7 +117,7 @@ def own_conversation(model, tokenizer, messages):
 
 def test_answers_are_the_targets_own_greedy_text(target, chat, asked, tmp_path, capsys):
     rows = tiny.conversations(12, turns=3)
-    rows[3]["conversations"][0]["content"] = "word " * 2 * CONTEXT
+    rows[3]["conversations"][0]["content"] = "word " * CONTEXT
     rows[4]["conversations"][0]["content"] = long_question(chat)
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     prepare(target, path, tmp_path / "out", regenerate_concurrency=5)
@@ -141,6 +142,32 @@ def test_answers_are_the_targets_own_greedy_text(target, chat, asked, tmp_path, 
     assert len(asked) == len(set(asked)) and "tokens answered in" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "data_config.json").read_text())
     assert config["splits"]["train"]["rejected"][local_replies.TOO_LONG] == 1
+
+
+def test_what_max_length_would_cut_off_is_not_generated(target, chat, tmp_path, monkeypatch):
+    """A conversation ends with the last reply that begins within max_length, and that reply ends there."""
+    rows = tiny.conversations(6, turns=3)
+    whole = answer(target, chat, rows, tmp_path / "whole.jsonl")
+    lengths = [len(chat.tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in whole]
+    limit = max(lengths) - LIMIT
+    prompts = []
+    original = local_replies.LocalTarget.generate
+
+    def generate(self, ids, max_tokens):
+        assert len(ids) + max_tokens <= limit
+        prompts.append(len(ids))
+        return original(self, ids, max_tokens)
+
+    monkeypatch.setattr(local_replies.LocalTarget, "generate", generate)
+    short = answer(target, dataclasses.replace(chat, max_length=limit), rows, tmp_path / "short.jsonl")
+    for row, complete in zip(short, whole, strict=True):
+        said = [message["content"] for message in row["messages"]]
+        own = [message["content"] for message in complete["messages"]]
+        assert said[:-1] == own[: len(said) - 1] and own[len(said) - 1].startswith(said[-1])
+    assert short != whole
+    limit = min(prompts)
+    none = answer(target, dataclasses.replace(chat, max_length=limit), rows, tmp_path / "none.jsonl")
+    assert rejected_rows.BEYOND in {row["rejected_for"][0] for row in none if "rejected_for" in row}
 
 
 def test_interrupted_again_and_again_it_neither_loses_nor_repeats_a_row(target, chat, asked, tmp_path, monkeypatch):
