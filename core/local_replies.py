@@ -14,9 +14,8 @@ import threading
 from concurrent.futures import Future
 
 import torch
-from transformers import ContinuousBatchingConfig
 
-from core import common, conversations, rejected_rows, rendering, target_files, target_model
+from core import common, conversations, rejected_rows, rendering
 
 TOO_LONG = "longer than the target's context"
 
@@ -43,6 +42,8 @@ def default_concurrency():
 
 def check_target(target, trust_remote_code):
     """(folder, text_config, config) of a target; ends the program if it cannot be loaded. Reads no weights."""
+    from core import target_files, target_model  # here and below: slow, and a server's replies do without them
+
     model_dir = target_files.resolve_target(target)
     text_config, config = target_files.read_target_config(model_dir, trust_remote_code)
     target_model.check_weights(model_dir, config, trust_remote_code)
@@ -55,6 +56,8 @@ def open_target(target, chat, settings, trust_remote_code=False):
 
     settings: the Settings of core/regeneration.py. A GPU holds the complete target: several ranks have a copy each.
     """
+    from core import target_model
+
     gc.collect()  # the target of an earlier split
     model_dir, text_config, config = check_target(target, trust_remote_code)
     cuda = torch.cuda.is_available()
@@ -109,6 +112,8 @@ def batching(device, concurrency, context):
     On a CPU it would take most of the machine's memory: there the cache has room for average conversations. If more is
     needed, the youngest conversations wait.
     """
+    from transformers import ContinuousBatchingConfig
+
     options = {"max_requests_per_batch": concurrency, "disable_nccl_graph_mixing": False}
     if device.type == "cpu":
         tokens = max(concurrency, CPU_CONCURRENCY) * min(context, CPU_TOKENS)
