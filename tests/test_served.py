@@ -229,7 +229,9 @@ def test_the_command_compares_a_server_with_its_baseline(folder, tmp_path, capsy
     lengths = {turn: group["acceptance_length"] for turn, group in figures["by_turn"].items()}
     assert lengths == {"1": 1 + 7 / 4, "2": 2.0}, "3 0 1 3 and 1 1 1 1 accepted drafts"
     assert figures["by_category"].keys() == {"even", "odd"} and figures["engine"] == "vllm"
-    assert figures["settings"]["server"] == server.url and figures["settings"]["concurrency"] == [1, 3]
+    settings = figures["settings"]
+    assert settings["server"] == server.url and settings["concurrency"] == [1, 3] and settings["temperature"] == 0
+    assert settings["num_draft_tokens"] == 3 and "seed" not in settings, "what was read, and the server's own"
     texts = read_texts(tmp_path)
     assert [(row["prompt"], row["turn"]) for row in texts] == [(i, turn) for i in range(4) for turn in (1, 2)]
     assert all(row["loss_mask"].count(1) == TOKENS and row["reply"] for row in texts)
