@@ -446,6 +446,9 @@ def evaluate_served(args):
     """Measure the draft of a running server, and report."""
     model_dir, _, _, tokenizer, asked = read_asked(args, weights=False)
     figures, rows = served.evaluate(args, asked, [args.target_model_path, model_dir])
+    figures["settings"] = {name: getattr(args, name) for name in BESIDE_SERVER} | {"temperature": 0.0}
+    if figures["engine"] == "vllm":  # SGLang says how many drafts were accepted, not how many there were
+        figures["settings"]["num_draft_tokens"] = len(figures["accepted_by_position"])
     print_groups(figures)
     served.print_levels(figures)
     if args.output:

@@ -456,7 +456,6 @@ def evaluate(args, asked, targets):
     found = measure(engines, asked, levels, args.max_new_tokens)
     figures = summarise(found)
     figures["engine"] = type(engines[0]).__name__.lower()
-    figures["settings"] = vars(args) | {"num_draft_tokens": len(figures["accepted_by_position"])}
     return figures, rows_of(found[min(found)][0])
 
 

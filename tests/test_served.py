@@ -229,7 +229,9 @@ def test_the_command_compares_a_server_with_its_baseline(folder, tmp_path, capsy
     lengths = {turn: group["acceptance_length"] for turn, group in figures["by_turn"].items()}
     assert lengths == {"1": 1 + 7 / 4, "2": 2.0}, "3 0 1 3 and 1 1 1 1 accepted drafts"
     assert figures["by_category"].keys() == {"even", "odd"} and figures["engine"] == "vllm"
-    assert figures["settings"]["server"] == server.url and figures["settings"]["concurrency"] == [1, 3]
+    settings = figures["settings"]
+    assert settings["server"] == server.url and settings["concurrency"] == [1, 3] and settings["temperature"] == 0
+    assert settings["num_draft_tokens"] == 3 and "seed" not in settings, "what was read, and the server's own"
     texts = read_texts(tmp_path)
     assert [(row["prompt"], row["turn"]) for row in texts] == [(i, turn) for i in range(4) for turn in (1, 2)]
     assert all(row["loss_mask"].count(1) == TOKENS and row["reply"] for row in texts)
@@ -266,8 +268,8 @@ def test_a_real_vllm_accepts_what_the_same_draft_gets_here(tmp_path, capsys):
     asked = ("--prompts", tiny.write_jsonl(tmp_path / "prompts.jsonl", rows), "--max_new_tokens", 30)
     replies = own_replies(target, asked[1])
     work = training.write_workspace(tmp_path / "work", replies, (), **vllm_server.HEADS)
-    steps = ("--learning_rate", 3e-3, "--total_steps", 60, "--draft_global_batch_size", 4, "--batch_size", 4)
-    training.run(work, tmp_path / "draft", *steps)
+    steps = ("--learning_rate", 5e-3, "--total_steps", 120, "--draft_global_batch_size", 4, "--batch_size", 4)
+    training.run(work, tmp_path / "draft", *steps, "--save_interval", 100)
     final = tmp_path / "draft" / "final"
     run(target, *asked, "--draft_model_path", final, "--num_draft_tokens", 3, "--output", tmp_path / "here")
     speculative = json.dumps({"method": "eagle3", "model": str(final), "num_speculative_tokens": 3})
@@ -291,13 +293,15 @@ def test_a_real_vllm_accepts_what_the_same_draft_gets_here(tmp_path, capsys):
 
 
 def own_replies(folder, path):
-    """Rows of the target's own greedy replies to the first turns of prompts."""
+    """Rows of the target's own greedy replies to both turns of prompts."""
     target, tokenizer = target_model.load(folder), target_files.load_tokenizer(folder)
     rows = []
     for prompt in prompts.read_prompts(path, tokenizer):
-        reply = decoding.generate(target, prompt.ids, 30, set())
-        mask = [0] * len(prompt.ids) + [1] * len(reply)
-        rows.append({"input_ids": prompt.ids + reply, "loss_mask": mask})
+        while prompt:
+            reply = decoding.generate(target, prompt.ids, 30, set())
+            mask = [0] * len(prompt.ids) + [1] * len(reply)
+            rows.append({"input_ids": prompt.ids + reply, "loss_mask": mask})
+            prompt = prompt.following(reply)
     return rows
 
 
