@@ -654,6 +654,8 @@ def test_bad_input_is_refused_before_the_weights_load(paths, tmp_path, capsys, m
         ({"target_model_path": shallow}, "has 6 layers"),
         ({"target_model_path": tmp_path / "nothing"}, "nothing"),
         ({"num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ({"tp_size": 2}, "tp_size 2 does not divide the 1 ranks"),
+        ({"target_sharding": "tp"}, "target_sharding tp contradicts tp_size 1"),
         ({"depth": 3}, "depth is of a tree, and a chain has num_draft_tokens alone: drop it, or give --tree dynamic"),
         (
             {"tree": "dynamic", "topk": 3, "depth": 2},
