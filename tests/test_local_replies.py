@@ -170,34 +170,6 @@ def test_what_max_length_would_cut_off_is_not_generated(target, chat, tmp_path, 
     assert rejected_rows.BEYOND in {row["rejected_for"][0] for row in none if "rejected_for" in row}
 
 
-def test_interrupted_again_and_again_it_neither_loses_nor_repeats_a_row(target, chat, asked, tmp_path, monkeypatch):
-    """Five interruptions: what was written is not asked for again, and the file is that of an undisturbed run."""
-    rows = tiny.conversations(24)
-    path = tmp_path / "train.jsonl"
-    original = regeneration.append_answer
-    written = []
-
-    def append(file, result):
-        original(file, result)
-        written.append(result.row)
-        if len(written) % 4 == 0 and len(written) <= 20:
-            file.write(b'{"row": 7, "messages": [{"role": "us')
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(regeneration, "append_answer", append)
-    interruptions = 0
-    while interruptions < 10:
-        try:
-            found = answer(target, chat, rows, path, concurrency=3)
-            break
-        except KeyboardInterrupt:
-            interruptions += 1
-    assert interruptions == 5 and sorted(written) == list(range(1, 25)), "each row is written once"
-    assert len(set(asked)) == 24 and len(asked) <= 24 + 5 * 3, "at most those under way are asked for again"
-    monkeypatch.undo()
-    assert found == answer(target, chat, rows, tmp_path / "undisturbed.jsonl")
-
-
 def test_answers_of_other_ranks_that_were_interrupted_count(target, chat, asked, tmp_path):
     rows = tiny.conversations(6)
     undisturbed = answer(target, chat, rows, tmp_path / "one.jsonl")
