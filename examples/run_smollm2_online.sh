@@ -7,14 +7,14 @@
 #
 # Variables, stages and arguments are those of run_llama3_online.sh.
 #
-# Hardware: two CPU cores, 8 GB of memory. NOT MEASURED
+# Hardware: two CPU cores, 8 GB of memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export TARGET=${TARGET:-HuggingFaceTB/SmolLM2-135M-Instruct}
 export CHAT_TEMPLATE=${CHAT_TEMPLATE:-qwen} # the markers of ChatML
 export OUTPUT=${OUTPUT:-output/smollm2}
-export NUM_SAMPLES=${NUM_SAMPLES:-2000}
+export NUM_SAMPLES=${NUM_SAMPLES:-1200}
 export REGENERATE=${REGENERATE-local}
 export REGENERATE_MAX_TOKENS=${REGENERATE_MAX_TOKENS:-128}
 export MAX_LENGTH=${MAX_LENGTH:-512}
