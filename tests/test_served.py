@@ -262,6 +262,7 @@ def test_flags_without_effect_are_refused(words, folder, capsys):
 @pytest.mark.slow
 def test_a_real_vllm_accepts_what_the_same_draft_gets_here(tmp_path, capsys):
     """Prompt by prompt: the same texts, and the same passes but for the last one, which vLLM counts beyond the end."""
+    real_vllm.find_python()
     target = tiny.write_target(tmp_path / "target", **vllm_server.HEADS)
     turns = ["What is the quick brown fox?", "Tell me more about what you want."]
     rows = [{"turns": [f"{i}: {turns[0]}", turns[1]], "category": "ab"[i % 2]} for i in range(6)]

