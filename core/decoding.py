@@ -203,27 +203,46 @@ def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose
     """Generate with chains of `count` drafts. Returns the new token ids and the number of drafts accepted in each pass.
 
     choose(logits [Vd]) picks a draft; verify(drafted, their logits [n, Vd], the target's logits [n + 1, V]) returns how
-    many to accept and the target's token after them. The reply's first token is the target's own; a pass is one further
-    forward of the target. As in slots.acceptance_walk, drafts after the end of the reply (its end-of-turn token, or
-    max_new_tokens) are not counted.
+    many to accept and the target's token after them.
+    """
+
+    def run_pass(cached_target, cached_draft, tokens, auxiliary):
+        drafted, draft_logits = cached_draft.propose(tokens, auxiliary, count, choose)
+        auxiliary, logits = cached_target.feed([tokens[-1], *drafted])
+        accepted, own = verify(drafted, draft_logits, logits)
+        cached_target.forget(count - accepted)
+        return drafted[:accepted], own, auxiliary[: accepted + 1]
+
+    def choose_first(logits):
+        _, own = verify([], None, logits[None])
+        return own
+
+    return reply_in_passes(target, draft, d2t, prompt, max_new_tokens, eos_ids, choose_first, run_pass)
+
+
+def reply_in_passes(target, draft, d2t, prompt, max_new_tokens, eos_ids, choose_first, run_pass):
+    """The new token ids, and the number of drafts accepted in each pass, which is one further forward of the target.
+
+    choose_first(logits [V]): the reply's first token, the target's own. run_pass(cached target, cached draft, tokens
+    that are new to the draft, auxiliary hidden states before each) returns the accepted drafts, the target's token
+    after them, and the auxiliary hidden states before each of these. As in slots.acceptance_walk, drafts after the end
+    of the reply (its end-of-turn token, or max_new_tokens) are not counted.
     """
     cached_target = CachedTarget(target)
     cached_draft = CachedDraft(draft, d2t)
     auxiliary, logits = cached_target.feed(prompt, last=1)
-    _, first = verify([], None, logits)
+    first = choose_first(logits[-1])
     reply = [first]
     passes = []
     tokens = [*prompt[1:], first]  # of the draft's slots 0 .. len(prompt) - 1
     while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
-        drafted, draft_logits = cached_draft.propose(tokens, auxiliary, count, choose)
-        auxiliary, logits = cached_target.feed([reply[-1], *drafted])
-        accepted, own = verify(drafted, draft_logits, logits)
-        cached_target.forget(count - accepted)
-        tokens = [*drafted[:accepted], own]
-        auxiliary = auxiliary[: accepted + 1]
-        new = until_end(tokens[: max_new_tokens - len(reply)], eos_ids)
+        accepted, own, auxiliary = run_pass(cached_target, cached_draft, tokens, auxiliary)
+        tokens = [*accepted, own]
+        left = max_new_tokens - len(reply)
+        new = until_end(tokens[:left], eos_ids)
         reply += new
-        passes.append(min(accepted, len(new)))
+        counted = min(len(accepted), len(new))
+        passes.append(counted)
     return reply, passes
 
 

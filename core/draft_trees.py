@@ -320,22 +320,12 @@ def speculate(target, draft, d2t, prompt, shape, max_new_tokens, eos_ids, choose
 
     choose(logits [V]) -> a token: the target's own choice.
     """
-    cached_target = decoding.CachedTarget(target)
-    cached_draft = decoding.CachedDraft(draft, d2t)
-    auxiliary, logits = cached_target.feed(prompt, last=1)
-    first = choose(logits[-1])
-    reply = [first]
-    passes = []
-    tokens = [*prompt[1:], first]
-    while len(reply) < max_new_tokens and reply[-1] not in eos_ids:
+
+    def run_pass(cached_target, cached_draft, tokens, auxiliary):
         tree = grow(cached_draft, tokens, auxiliary, shape)
         auxiliary, logits = feed(cached_target, tree)
         path, own = verify(tree, logits, choose)
         keep(cached_target, tree, path)
-        accepted = [tree.tokens[node] for node in path]
-        tokens = [*accepted, own]
-        auxiliary = auxiliary[[0, *path]]
-        new = decoding.until_end(tokens[: max_new_tokens - len(reply)], eos_ids)
-        reply += new
-        passes.append(min(len(path), len(new)))
-    return reply, passes
+        return [tree.tokens[node] for node in path], own, auxiliary[[0, *path]]
+
+    return decoding.reply_in_passes(target, draft, d2t, prompt, max_new_tokens, eos_ids, choose, run_pass)

@@ -236,9 +236,8 @@ def training_lines(training, given):
     ]
     if "acceptance_length" in training.evaluation:
         lines.append(
-            f"- validation rows at this step: acceptance length {training.evaluation['acceptance_length']:.3f}, "
-            f"their "
-            f"replies walked as greedy serving does with {flags['ttt_length']} drafted tokens"
+            f"- validation rows at this step: acceptance length {training.evaluation['acceptance_length']:.3f}, as "
+            f"greedy decoding with {flags['ttt_length']} drafted tokens accepts on their replies"
         )
     versions = [f"{name} {settings['versions'][name]}" for name in ("python", "torch", "deepspeed", "transformers")]
     lines.append(f"- {', '.join(versions)}")

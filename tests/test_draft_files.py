@@ -14,29 +14,9 @@ from transformers import LlamaConfig
 
 import export_draft
 from core import common, draft_config, draft_files
+from helpers import written_drafts
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLMEagle3"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "rope_theta": 500000.0,
-    "rope_scaling": None,
-    "max_position_embeddings": 512,
-    "vocab_size": 40,
-    "draft_vocab_size": 12,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 0,
-    "eos_token_id": [3, 4],
-}
+CONFIG = written_drafts.CONFIG | {"rope_scaling": None, "draft_vocab_size": 12, "eos_token_id": [3, 4]}
 QWEN3 = {"model_type": "qwen3", "architectures": ["Eagle3Qwen3ForCausalLM"]}
 # Every option that changes the tensors, on top of CONFIG.
 VARIANTS = {

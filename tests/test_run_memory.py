@@ -3,7 +3,6 @@ zero3 its states are bit for bit those of a target that nobody shares."""
 
 import gc
 import json
-import subprocess
 import sys
 
 import pytest
@@ -60,15 +59,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_rank_holds_its_share_and_no_more(folder, ranks):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    result = subprocess.run(
-        [*launch, COUNT_MEMORY, str(folder), json.dumps(CASES[ranks])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=tiny.environment(),
-    )
+    result = tiny.on_ranks(ranks, COUNT_MEMORY, folder, json.dumps(CASES[ranks]))
     assert result.returncode == 0, result.stderr[-4000:]
     for rank, found in enumerate(json.loads((folder / "counted.json").read_text())):
         for (name, way, allowed), (held, still, most, *states) in zip(CASES[ranks], found, strict=True):

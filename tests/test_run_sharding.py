@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -94,18 +92,7 @@ def output_of(folder, output, target, stage, *flags):
 def start(folder, ranks, runs):
     """All runs on so many ranks, started once."""
     several = [[*command(folder, str(ranks), *run, *flags), "--dist_timeout", "2"] for *run, flags in runs]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    result = subprocess.run(
-        [*launch, tiny.LAUNCH_MANY, json.dumps(several)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        env=tiny.environment(),
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert f"exit {[[0] * len(runs)] * ranks}" in result.stdout.splitlines(), result.stdout[-2000:]
-    return result.stdout
+    return tiny.launch_many(ranks, several).stdout
 
 
 def outcome(folder):

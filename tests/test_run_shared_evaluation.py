@@ -2,8 +2,6 @@
 
 import collections
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -50,17 +48,7 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     for variant in VARIANTS:
         evaluate_draft.main(evaluate_draft.parse_args(command(tmp_path, variant, variant)))
     several = [command(tmp_path, variant, str(number), *flags) for number, (variant, flags) in enumerate(RUNS)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, tiny.LAUNCH_MANY, json.dumps(several), "evaluate_draft"],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        env=tiny.environment(),
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert f"exit {[[0] * len(RUNS)] * 2}" in result.stdout.splitlines(), result.stdout[-2000:]
+    result = tiny.launch_many(2, several, "evaluate_draft")
     assert result.stdout.count("acceptance_length") == len(RUNS), "the main rank alone prints"
     for number, (variant, flags) in enumerate(RUNS):
         expected = outcome(tmp_path / variant)

@@ -3,8 +3,6 @@ recomputing and the ranks; and what it keeps, waits for and multiplies, as far a
 """
 
 import contextlib
-import json
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -83,18 +81,8 @@ def ranks(work, tmp_path_factory):
         "odd": arguments(work, folder / "odd", *EVERY, "--draft_global_batch_size", 3, "--total_seq_len", budget),
     }  # fmt: skip
     runs |= {name: bare(work, folder / name, "--deepspeed_config", path) for name, path in ZERO.items()}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     several = [argv + ["--dist_timeout", "1"] for argv in runs.values()]
-    result = subprocess.run(
-        [*launch, tiny.LAUNCH_MANY, json.dumps(several)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env=tiny.environment(),
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert f"exit {[[0] * len(runs)] * 2}" in result.stdout.splitlines()
+    tiny.launch_many(2, several)
     return folder
 
 

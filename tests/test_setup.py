@@ -1,8 +1,6 @@
 """What cannot work with many ranks is said in one line, with the numbers and the remedy, before anything is loaded."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -135,16 +133,7 @@ def test_two_ranks_end_together_with_one_line_each_time(work, tmp_path):
         "--deepspeed_config {work}/disk.json": "/proc/no/such/disk cannot be written",
     }
     runs = [arguments(work, tmp_path / "out", flags) for flags in several]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, tiny.LAUNCH_MANY, json.dumps(runs)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=tiny.environment(),
-    )
-    assert f"exit {[[2] * len(runs)] * 2}" in result.stdout.splitlines(), result.stdout + result.stderr
+    result = tiny.launch_many(2, runs, code=2)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == len(several), result.stderr
     for line, words in zip(lines, several.values(), strict=True):

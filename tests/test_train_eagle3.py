@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -294,15 +292,7 @@ def test_two_ranks_and_every_deepspeed_config_equal_one_rank(work, tmp_path):
     tiny.write_jsonl(tmp_path / "one.jsonl", tiny.conversations(1))
     runs.append(arguments(work, tmp_path / "few", "--dataset_train_split", tmp_path / "one.jsonl", data=False))
     runs.append(arguments(work, tmp_path / "odd", "--draft_global_batch_size", 3))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, tiny.LAUNCH_MANY, json.dumps(runs)],
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-        env=tiny.environment(),
-    )
+    result = tiny.on_ranks(2, tiny.LAUNCH_MANY, json.dumps(runs), timeout=540)
     assert result.returncode == 0, result.stderr[-4000:]
     codes = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("exit "))[5:])
     assert codes == [[0, 0, 0, 0, 0, 2, 2]] * 2

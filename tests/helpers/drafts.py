@@ -4,9 +4,17 @@ import torch
 import transformers
 
 import train_eagle3
-from core import draft_config, draft_files, target_files
+from core import draft_config, draft_files, target_files, target_model
 from helpers import dense
 
+# Targets whose caches differ, by the class of their configuration; the windows are shorter than texts.
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}),
+    "gpt-oss": ("GptOssConfig", {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0}),
+    "mistral": ("MistralConfig", {"sliding_window": 7}),
+}
 ROPES = {
     "default": None,
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -22,6 +30,20 @@ SHAPES = {
         "num_hidden_layers": 3, "embed_requires_grad": True, **draft_files.window_keys(12, [True, False, True]),
     },
 }  # fmt: skip
+
+
+def write_family(folder, family, vocab_size):
+    """A random target of 8 layers of one of FAMILIES; returns it loaded."""
+    name, options = FAMILIES[family]
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "vocab_size": vocab_size, "initializer_range": 0.3, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**sizes, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return target_model.load(folder)
 
 
 def random_draft(folder, target, columns=None, rope="default", seed=0, **options):

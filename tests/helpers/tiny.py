@@ -125,3 +125,22 @@ def fails(capsys, function, *arguments, **options):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
+
+
+def on_ranks(ranks, *command, timeout=400):
+    """A script and its arguments on so many ranks of torchrun; returns the finished process."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run(
+        [*launch, *map(str, command)], capture_output=True, text=True, timeout=timeout, check=False, env=environment()
+    )
+
+
+def launch_many(ranks, runs, *command, code=0):
+    """Command lines one after another on the same ranks, each of which ends with this code; returns the process.
+
+    command: the name of the command, if it is not train_eagle3.
+    """
+    result = on_ranks(ranks, LAUNCH_MANY, json.dumps(runs), *command)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert f"exit {[[code] * len(runs)] * ranks}" in result.stdout.splitlines(), result.stdout[-2000:] + result.stderr
+    return result
