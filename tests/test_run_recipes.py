@@ -325,6 +325,5 @@ def test_each_variant_trains(folder, monkeypatch):
     processes = InProcess(monkeypatch)
     args = flags(folder, "--steps", 2, "--bf16", "true", "--seeds", 0, "--variants", *recipes.VARIANTS)
     recipes.write_data(args, folder / "out" / "data")
-    recipes.write_bf16(folder / "out")
     assert list(recipes.train_all(args, recipes.choose_variants(args))) == ["strange"]
     assert processes.calls.count("train_eagle3.py") == len(recipes.VARIANTS) + 2

@@ -68,7 +68,7 @@ class Draft(nn.Module):
 def train(cases, folder):
     device = ranks.start_distributed(5, -1)
     for case, (path, adjust) in cases.items():
-        given = {"deepspeed_config": path, "max_grad_norm": 0.5, "muon_adjust_lr_fn": adjust}
+        given = {"deepspeed_config": path, "precision": "auto", "max_grad_norm": 0.5, "muon_adjust_lr_fn": adjust}
         args = Namespace(optimizer="muon", **given, **RATES)
         config = optimization.engine_config(args, 1, MICRO_BATCHES)
         draft = Draft()
