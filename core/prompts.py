@@ -50,7 +50,7 @@ class Prompt:
         """The Prompt of the next turn, behind the reply (token ids) to this one; None after the last turn."""
         if not self.questions:
             return None
-        text = self.renderer.tokenizer.decode(reply, skip_special_tokens=True)
+        text = self.renderer.tokenizer.decode(reply, skip_special_tokens=True).rstrip("\ufffd")  # of a cut character
         answer = {"role": "assistant", "content": text}
         messages = [*self.messages, answer, {"role": "user", "content": self.questions[0]}]
         ids = self.renderer.ids(messages)

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 export TARGET=${TARGET:-HuggingFaceTB/SmolLM2-135M-Instruct}
 export CHAT_TEMPLATE=${CHAT_TEMPLATE:-qwen} # the markers of ChatML
 export OUTPUT=${OUTPUT:-output/smollm2}
-export NUM_SAMPLES=${NUM_SAMPLES:-1200}
+export NUM_SAMPLES=${NUM_SAMPLES:-1000}
 export REGENERATE=${REGENERATE-local}
 export REGENERATE_MAX_TOKENS=${REGENERATE_MAX_TOKENS:-128}
 export MAX_LENGTH=${MAX_LENGTH:-512}
@@ -22,6 +22,7 @@ export VALIDATION_RATIO=${VALIDATION_RATIO:-0.02}
 export DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-8000}
 export NUM_GPUS=${NUM_GPUS:-2} # ranks: one a core, with one thread each
 export LAUNCHER=${LAUNCHER:-env OMP_NUM_THREADS=1 deepspeed --num_gpus $NUM_GPUS}
+export NUM_EPOCHS=${NUM_EPOCHS:-4}
 export PRECISION=${PRECISION:-bf16}
 export BATCH_SIZE=${BATCH_SIZE:-4}
 export GLOBAL_BATCH=${GLOBAL_BATCH:-8}
