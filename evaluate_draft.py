@@ -54,6 +54,7 @@ from core import (
     ranks,
     rendering,
     served,
+    serving,
     target_files,
     target_model,
     vocabulary,
@@ -335,8 +336,9 @@ def print_figures(figures, is_greedy):
         f"tokens/s {figures['tokens_per_second_with_draft']:.1f} with the draft, "
         f"{figures['tokens_per_second_without']:.1f} without: {figures['speedup']:.2f} times as fast"
     )
-    flags = " ".join(f"{name} {value}" for name, value in figures["sglang_flags"].items())
-    print(f"SGLang serves this with {flags}")
+    if figures["sglang_flags"]:
+        flags = " ".join(f"{name} {value}" for name, value in figures["sglang_flags"].items())
+        print(f"SGLang serves this with {flags}")
     if is_greedy:
         parted = figures["texts_parted_by_rounding"]
         exception = f", except for {parted} that leave it at a rounding tie" if parted else ""
@@ -491,6 +493,8 @@ def main(args):
     rows = measure_shared(target, draft, d2t, asked, args, eos_token_ids(target, tokenizer), copies)
     if dist.get_rank() == 0:
         figures = summarise(rows, args) | evaluations.describe_origin(device)
+        if "SGLang" not in serving.find_engines(config)[0]:
+            figures["sglang_flags"] = {}
         print_figures(figures, is_greedy=args.temperature == 0)
         if args.output:
             write_report(Path(args.output), figures, rows, tokenizer)

@@ -174,8 +174,8 @@ def push(args, folder):
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(name, private=args.private or None, exist_ok=True)
-        is_public = args.private and not api.model_info(name).private
-        if not is_public:
+        is_refused = args.private and not api.model_info(name).private
+        if not is_refused:
             api.upload_folder(
                 repo_id=name,
                 folder_path=folder,
@@ -190,7 +190,7 @@ def push(args, folder):
         }
         reason = reasons.get(status, f"the hub fails with {type(error).__name__}: {error}")
         common.fail(f"push_to_hub {name}: {reason}; the draft is complete in {folder}")
-    if is_public:
+    if is_refused:
         common.fail(f"push_to_hub {name} exists and is public: make it private on the hub first, or drop --private")
     print(f"uploaded to {url}")
 

@@ -102,12 +102,7 @@ def encode(text, spans, encoder):
 
 def parse_row(raw):
     """The object in the bytes of a line. Raises Rejected."""
-    try:
-        row = json.loads(raw.decode())
-        if b"\\u" in raw:  # half a surrogate pair is no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise conversations.Rejected("not JSON", error) from None
+    row = conversations.parse_line(raw)
     if not isinstance(row, dict):
         raise conversations.Rejected("not an object", type(row).__name__)
     if "rejected_for" in row:  # it could not be regenerated

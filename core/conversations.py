@@ -118,6 +118,17 @@ class Rejected(Exception):
     """A row that cannot be used. Arguments: the cause, by which it is counted, and a short detail."""
 
 
+def parse_line(raw):
+    """The value in the bytes of a line of JSON. Raises Rejected."""
+    try:
+        value = json.loads(raw.decode())
+        if b"\\u" in raw:  # half a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Rejected("not JSON", error) from None
+    return value
+
+
 def read_conversation(row):
     """(messages, tools) of a row. Turns after the last assistant turn are dropped: nothing of them is supervised."""
     found = find_turns(row)

@@ -119,9 +119,9 @@ def find_differences(measured):
     for name in DECISIVE:
         paths = {}  # by value
         for path, figures in measured.items():
-            value = figures.get("settings", {}).get(name)
-            if value is not None:
-                paths.setdefault(str(value), []).append(path)
+            settings = figures.get("settings", {})
+            if name in settings:
+                paths.setdefault(str(settings[name]), []).append(path)
         if len(paths) > 1:
             parts = [f"{value} ({' '.join(which)})" for value, which in paths.items()]
             found.append(f"{name} {', '.join(parts)}")
@@ -154,7 +154,7 @@ def draw_evaluations(measured):
         shares = figures["accepted_by_position"]
         positions = range(1, len(shares) + 1)
         by_position.plot(positions, shares, "o-", color=f"C{number % 10}", label=path)
-    by_position.set(xlabel="position in the chain", ylabel="share of passes that accept the draft", ylim=(0, 1))
+    by_position.set(xlabel="position", ylabel="share of passes that accept the draft", ylim=(0, 1))
     by_position.grid(alpha=0.3)
     table = describe(measured)
     names = ["acceptance_length", *categories_of(measured)]

@@ -182,7 +182,11 @@ def acceptance_lines(figures):
     for name, part in (figures.get("by_category") or {}).items():
         rows.append(acceptance_row(name, part, count))
     rows.append(acceptance_row(f"**all**{show_prompts(settings.get('prompts'))}", figures, count))
-    how = [f"{count} tokens drafted a pass"]
+    how = []
+    if settings.get("num_draft_tokens"):
+        how.append(f"{settings['num_draft_tokens']} tokens drafted a pass")
+    if settings.get("tree") == "dynamic":
+        how.append(f"as a tree of the {settings['topk']} best tokens of each node, {settings['depth']} levels deep")
     how += ["by the counters of a running engine"] if settings.get("server") else []
     if "temperature" in settings:
         greedy = settings["temperature"] == 0

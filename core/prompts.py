@@ -17,6 +17,8 @@ import numpy as np
 
 from core import common, conversation_files, conversations, dataloader, rendering, target_files
 
+FINAL_CHANNEL = "<|channel|>final<|message|>"  # of gpt-oss
+
 # ==================== Prompts ========================================================================================
 
 
@@ -34,6 +36,14 @@ class Renderer:
         text = rendering.render(self.tokenizer, messages, tools, add_generation_prompt=True, **self.options)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def answer(self, reply):
+        """The text of a reply (token ids) as the next turn has it: of one in channels (gpt-oss) the final one."""
+        _, channel, final = self.tokenizer.decode(reply).rpartition(FINAL_CHANNEL)
+        if channel:
+            return final.partition("<|")[0]
+        text = self.tokenizer.decode(reply, skip_special_tokens=True)
+        return text.rstrip("\ufffd")  # of a character that is cut
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,7 +60,7 @@ class Prompt:
         """The Prompt of the next turn, behind the reply (token ids) to this one; None after the last turn."""
         if not self.questions:
             return None
-        text = self.renderer.tokenizer.decode(reply, skip_special_tokens=True).rstrip("\ufffd")  # of a cut character
+        text = self.renderer.answer(reply)
         answer = {"role": "assistant", "content": text}
         messages = [*self.messages, answer, {"role": "user", "content": self.questions[0]}]
         ids = self.renderer.ids(messages)

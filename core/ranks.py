@@ -384,6 +384,13 @@ def only_writer(name, folder):
         yield
 
 
+def scatter(values=None):
+    """Of the values on rank 0, one for each rank, this rank's. All ranks call it; values are pickled."""
+    received = [None]
+    dist.scatter_object_list(received, values)
+    return received[0]
+
+
 def any_rank(device, *flags):
     """Of each flag whether it is true on any rank. One all_reduce."""
     votes = torch.tensor([bool(flag) for flag in flags], dtype=torch.float32, device=device)

@@ -215,6 +215,15 @@ def calls_of(message):
     return [call["function"] for call in conversations.read_calls(message)]
 
 
+def has_calls_of(reply, message):
+    """Whether the target's reply has the calls of the row's."""
+    expected = calls_of(message)
+    try:
+        return calls_of(reply) == expected
+    except conversations.Rejected:  # a call that the target wrote badly
+        return False
+
+
 def read_reply(answer, reasoning):
     """(message, tokens) of a chat completion. content is None if it was cut before there was any."""
     choice = answer["choices"][0]
@@ -255,10 +264,7 @@ def drop_replies(turns):
 
 def read_row(raw):
     """(messages, tools) of a row, given as the bytes of its line, without the texts of replies. Raises Rejected."""
-    try:
-        row = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise conversations.Rejected("not JSON", error) from None
+    row = conversations.parse_line(raw)
     if not isinstance(row, dict) or not conversations.has_turns(row):
         raise conversations.Rejected("no conversation to regenerate", type(row).__name__)
     conversations.check_trained(row)
@@ -291,7 +297,7 @@ def answer_row(raw, ask, reasoning):
             if reply["content"] is None and "tool_calls" not in reply:
                 break
             answered.append(reply)
-            if reply.get("cut") or calls_of(reply) != calls_of(message):
+            if reply.get("cut") or not has_calls_of(reply, message):
                 break
             if "tool_calls" in reply:  # the outputs that follow name the ids of the row's calls
                 reply["tool_calls"] = message["tool_calls"]
@@ -389,6 +395,11 @@ def open_answers(settings, target, output, inputs, chat=None, trust_remote_code=
         model = settings.model or find_model(settings, target)
         settings = dataclasses.replace(settings, model=model)
     else:
+        if chat.template and chat.template.joins_channels:
+            common.fail(
+                "regenerate local: the target replies in channels, which are not told apart here: give a server that "
+                "does by --regenerate_endpoint"
+            )
         local_replies.check_target(target, trust_remote_code)
     for path, about in abouts.items():
         folder.mkdir(parents=True, exist_ok=True)
@@ -542,8 +553,8 @@ def answer_rows(lines, read, path, answers):
             rows = ((lines[index], read(index)) for index in pending)
             share = Share(answers, path, rows, len(pending))
             if world_size() > 1:
-                shares = split_rows(share, world_size())
-                share = ranks.on_first_rank(lambda: shares)[0]
+                ranks.on_first_rank(lambda: True)
+                share = ranks.scatter(split_rows(share, world_size()))
             answer_share(share, len(lines) - len(pending))
             collect_shares(path)
         with open(path, "r+b") as file:
@@ -591,8 +602,8 @@ def dismiss_ranks():
 
 def follow():
     """Answer the shares of a rank other than the main one, until the main rank has no more."""
-    while shares := ranks.on_first_rank(None):
-        share = shares[dist.get_rank()]
+    while ranks.on_first_rank(None):
+        share = ranks.scatter()
         own = share.path.with_name(f"{share.path.stem}.rank{dist.get_rank()}.jsonl")
         with claims.only_writer("regenerate_path", own.parent, f".{own.stem}.writer"):
             answer_share(dataclasses.replace(share, path=own))
@@ -620,6 +631,7 @@ def answer_share(share, before=None):
         ranks.check_shared("regenerate_path", share.path.parent)
     done = before or 0
     tokens = 0
+    seconds = 0.0  # of a share without rows
     try:
         with (
             share.answers.open_target() as target,
@@ -652,12 +664,11 @@ def answer_share(share, before=None):
         tokens = sum(ranks.gather(tokens))
         seconds = max(ranks.gather(seconds))
     if before is not None:
-        print(f"{share.path.stem}: {tokens:,} tokens answered in {seconds:,.0f} s, {tokens / seconds:,.0f} a second")
+        pace = tokens / max(seconds, 1e-3)
+        print(f"{share.path.stem}: {tokens:,} tokens answered in {seconds:,.0f} s, {pace:,.0f} a second")
 
 
 def append_answer(file, result):
-    """Append a row's line; returns its (offset, length)."""
-    line = json.dumps({"row": result.row} | result.content, ensure_ascii=False).encode() + b"\n"
-    offset = file.seek(0, os.SEEK_END)
-    file.write(line)
-    return offset, len(line)
+    """Append a row's line."""
+    file.seek(0, os.SEEK_END)
+    file.write(json.dumps({"row": result.row} | result.content, ensure_ascii=False).encode() + b"\n")

@@ -45,6 +45,11 @@ if [ "$NO_SSH" = 1 ]; then
         echo "error: NO_SSH=1 needs MASTER_ADDR, the address of the first node" >&2
         exit 2
     fi
+    if [ -n "${REGENERATE:-}" ]; then # stage 1 would wait for ranks on the other nodes
+        echo "error: REGENERATE needs ssh between the nodes: without it, run stage 1 on one node before:" \
+            "STAGES=1 REGENERATE=$REGENERATE bash examples/run_llama3_online.sh, with the same OUTPUT" >&2
+        exit 2
+    fi
     LAUNCHER+=" --no_ssh --node_rank $NODE_RANK"
 fi
 

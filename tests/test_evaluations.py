@@ -124,6 +124,8 @@ def test_settings_are_told_once_each_and_a_missing_one_differs_from_none():
     figures = {name: FULL | {"settings": given} for name, given in zip("abc", settings, strict=True)}
     assert evaluations.find_differences(figures) == "prompts mt_bench (a c), humaneval (b)"
     assert evaluations.find_differences({"a": FULL, "b": FULL}) == ""
+    all_prompts = [FULL | {"settings": SETTINGS | {"num_prompts": number}} for number in (None, 16)]
+    assert evaluations.find_differences(dict(zip("ab", all_prompts, strict=True))) == "num_prompts None (a), 16 (b)"
 
 
 def test_trainings_and_evaluations_have_a_table_each(compare, tmp_path):

@@ -1,5 +1,6 @@
 """Replies of the target in this process: its own greedy text, lengths, faults, interruptions, kills, several ranks."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -188,6 +189,15 @@ def test_rows_are_divided_among_ranks():
     assert sorted(row for share in shares for row in share.rows) == rows
 
 
+def test_share_without_rows_is_done_at_once(tmp_path, capsys):
+    """Of a rank, where fewer rows are left than there are ranks."""
+    shares = regeneration.split_rows(regeneration.Share(None, None, iter([(1, b"")]), 1), 2)
+    assert [share.count for share in shares] == [1, 0]
+    answers = SimpleNamespace(open_target=contextlib.nullcontext, settings=regeneration.Settings())
+    regeneration.answer_share(dataclasses.replace(shares[1], answers=answers, path=tmp_path / "train.jsonl"), before=3)
+    assert "train: 0 tokens answered in 0 s, 0 a second" in capsys.readouterr().out
+
+
 def test_sampling_is_the_targets_own_unless_a_temperature_is_given(target, chat, tmp_path):
     """With top_k 1 in its generation_config.json, sampling at any temperature says the likeliest."""
     rows = tiny.conversations(4)
@@ -209,7 +219,12 @@ def test_sampling_is_the_targets_own_unless_a_temperature_is_given(target, chat,
         assert own.eos_token_id == [3, chat.tokenizer.eos_token_id]
 
 
-def test_a_target_that_fails_ends_it_and_what_it_answered_is_kept(target, chat, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("problem", "words"), [(RuntimeError("out of memory\nand more"), "out of memory"), (MemoryError(), "MemoryError")]
+)
+def test_a_target_that_fails_ends_it_and_what_it_answered_is_kept(
+    problem, words, target, chat, tmp_path, monkeypatch, capsys
+):
     rows = tiny.conversations(12)
     path = tmp_path / "train.jsonl"
     original = modeling_llama.LlamaModel.forward
@@ -218,12 +233,12 @@ def test_a_target_that_fails_ends_it_and_what_it_answered_is_kept(target, chat, 
     def forward(self, *args, **options):
         forwards.append(1)
         if len(forwards) > 40:
-            raise RuntimeError("out of memory\nand more")
+            raise problem
         return original(self, *args, **options)
 
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
     error = last_words(capsys, target, chat, rows, path, concurrency=2)
-    assert "the target does not generate any more: out of memory;" in error
+    assert f"the target does not generate any more: {words};" in error
     count = len(read(path))
     assert f"{count} of 12 rows are there, the same command goes on" in error and 0 < count < 12
     monkeypatch.undo()
@@ -267,21 +282,31 @@ def test_flags_without_effect_and_answers_from_elsewhere_are_refused(target, tmp
 # --- what the text of a reply holds ---
 
 
-def ask(reply, messages, tools=None, **options):
-    """The message of a Qwen target that says these words."""
+def ask(*given, **options):
+    """The choice of `complete`, and the prompt."""
+    answer, prompt = answer_of(*given, **options)
+    return answer["choices"][0], prompt
+
+
+def complete(*given):
+    return answer_of(*given)[0]
+
+
+def answer_of(reply, messages, tools=None, cut=0, **options):
+    """The chat completion of a Qwen target that says these words but for the last `cut` tokens, and its prompt."""
     tokenizer = family_tokenizer("qwen", **options)
     chat = prepare_data.make_chat(tokenizer, "auto", 2048, False)
     prompts = []
 
     def generate(ids, max_tokens):
         prompts.append(tokenizer.decode(ids))
-        return tokenizer(reply)["input_ids"]
+        ids = tokenizer(reply)["input_ids"]
+        return ids[: len(ids) - cut]
 
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ends = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[end]))
     local = SimpleNamespace(chat=chat, context=CONTEXT, max_tokens=100, manager=ends, generate=generate)
-    answer = local_replies.LocalTarget.ask(local, 1, messages, tools)
-    return answer["choices"][0], prompts[0]
+    return local_replies.LocalTarget.ask(local, 1, messages, tools), prompts[0]
 
 
 USER = {"role": "user", "content": "add"}
@@ -308,6 +333,28 @@ def test_calls_in_the_text_are_read_and_those_of_the_history_are_shown():
 def test_a_reply_without_its_end_is_cut():
     choice, _ = ask("and so", [USER])
     assert choice["finish_reason"] == "length"
+
+
+def test_a_reply_cut_inside_a_character_ends_before_it():
+    """The tokens are bytes, of which this character has four."""
+    choice, _ = ask("so \U0001f30a", [USER], cut=1)
+    assert choice == {"message": {"role": "assistant", "content": "so "}, "finish_reason": "length"}
+
+
+@pytest.mark.parametrize("name", ["5", '"other"'])
+def test_a_call_that_is_not_the_rows_ends_the_conversation(name):
+    """Also one without a name: the replies so far are kept."""
+    reply = f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call><|im_end|>'
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [USER, {"role": "assistant", "content": "Sure."}, USER, {"role": "assistant", "tool_calls": [call]}]
+    row = {
+        "messages": [*messages, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2"}],
+        "tools": TOOLS,
+    }
+    said = iter(["Yes.<|im_end|>", reply])
+    answered, _ = regeneration.answer_row(json.dumps(row).encode(), lambda *given: complete(next(said), *given), "keep")
+    assert [message["role"] for message in answered["messages"]] == ["user", "assistant"] * 2
+    assert answered["messages"][1]["content"] == "Yes."
 
 
 # --- kill -9, and several ranks ---

@@ -222,6 +222,16 @@ def test_figures_of_a_server_say_so(tmp_path):
     )
 
 
+def test_a_tree_is_named(tmp_path):
+    """As many numbers as it is deep, more tokens."""
+    tree = {"tree": "dynamic", "topk": 4, "depth": 2, "num_draft_tokens": 9}
+    evaluation = write_evaluation(tmp_path / "evaluation", draft_model_path=None, **tree)
+    draft = written_drafts.write(tmp_path / "draft")
+    export(draft, "--format", "flat", "--output", tmp_path / "served", "--evaluation", evaluation)
+    body = read_card(tmp_path / "served")[1]
+    assert ": 9 tokens drafted a pass, as a tree of the 4 best tokens of each node, 2 levels deep, greedy" in body
+
+
 def test_figures_of_another_draft_are_refused(tmp_path, capsys):
     draft = written_drafts.write(tmp_path / "draft")
     other = written_drafts.write(tmp_path / "other", seed=1)

@@ -8,6 +8,7 @@ import pytest
 import evaluate_draft
 from core import common, decoding, prompts
 from helpers import tiny
+from helpers.chat_templates import family_tokenizer
 
 MT_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Make it shorter."]},
@@ -39,6 +40,15 @@ def test_the_second_turn_follows_the_given_reply(tmp_path, tokenizer):
     assert second.ids == asked(tokenizer, "Write a poem.", "Roses are red.", "Make it shorter.")
     assert (second.category, second.turn, second.following([end])) == ("writing", 2, None)
     assert last.category == "math" and last.following([end]).ids == asked(tokenizer, "What is 2 + 2?", "", "And 3 + 3?")
+
+
+def test_a_reply_in_channels_and_one_that_is_cut_inside_a_character(tokenizer):
+    renderer = prompts.Renderer(family_tokenizer("gpt-oss"))
+    reply = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+    assert renderer.answer(renderer.tokenizer(reply)["input_ids"]) == "Yes."
+    renderer = prompts.Renderer(tokenizer)
+    ids = tokenizer("so \U0001f30a", add_special_tokens=False)["input_ids"]
+    assert renderer.answer(ids) == "so \U0001f30a" and renderer.answer(ids[:-1]) == "so "
 
 
 def test_a_limit_takes_from_each_category_in_turn(tmp_path, tokenizer):

@@ -196,6 +196,13 @@ def test_calls_without_arguments_are_the_same_however_they_are_written(server, t
     assert [contents(found)[1:] for found in answer(server, tmp_path / "a.jsonl", rows)] == [[None, "out", "done"]] * 5
 
 
+def test_a_row_with_half_a_character_is_rejected_and_the_others_go_on(server, tmp_path):
+    """Half a surrogate pair, which JSON can escape but no text can hold."""
+    rows = [[USER | {"content": "\ud83d"}, REPLY], [USER, REPLY]]
+    rejected, row = answer(server, tmp_path / "a.jsonl", rows)
+    assert rejected["rejected_for"][0] == "not JSON" and contents(row) == [USER["content"], said([USER])]
+
+
 @pytest.mark.parametrize(
     "faulty",
     [
