@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.file_baton import FileBaton
 
-from core import claims, common
+from core import claims, common, waits
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TASKS = {  # variables with the number of tasks that these start at once; shells of sbatch and salloc have none of them
@@ -36,6 +36,9 @@ TASKS = {  # variables with the number of tasks that these start at once; shells
 }
 try_acquire = FileBaton.try_acquire
 LOCK_PATIENCE = 5  # seconds
+USUAL_SECONDS = 20 * 60  # in which ranks join, and hear of each other, however long a collective may take
+TOKEN_SECONDS = 10  # in which a connection has to say that it is of this run
+MORE_STRANGERS = 64  # beyond the number of ranks, that are listened to at a time
 
 
 def start_distributed(timeout, local_rank=-1):
@@ -70,16 +73,20 @@ def start_distributed(timeout, local_rank=-1):
     # Groups that DeepSpeed and device meshes make name no timeout: they take these defaults, not that of the world.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     FileBaton.try_acquire = acquire_build_lock
+    usual = min(timeout.total_seconds(), USUAL_SECONDS)
+    waits.watch(timeout.total_seconds() + 60, end_rank)  # collectives name a rank, and come first
     import deepspeed  # here and below: it is slow and prints, and the scripts that only read a target do without it
 
     try:
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        with waits.waiting_for(f"the other ranks at {place}", usual + 60):
+            deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         fail_to_join(error)
     if dist.get_world_size() > 1:
         unlink_buffers()
     if dist.get_world_size() > 1 and not Watch.running:
-        Watch.running = Watch(max(timeout.total_seconds() / 2, 10))  # names a rank before a collective gives up
+        Watch.running = Watch(max(usual / 2, 10))  # names a rank before a collective gives up
     return device
 
 
@@ -123,6 +130,8 @@ def check_variables():
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             common.fail(f"{name} is {os.environ[name]!r}, which is not a number: {remedy}")
+    if int(os.environ["MASTER_PORT"]) > 65535:
+        common.fail(f"MASTER_PORT is {os.environ['MASTER_PORT']}: ports end at 65535")
     rank = os.environ["RANK"]
     world = os.environ["WORLD_SIZE"]
     if int(rank) >= int(world):
@@ -181,6 +190,7 @@ class Watch:
     def __init__(self, limit):
         self.limit = limit  # seconds of silence after which a peer counts as hanging
         self.peers = []
+        self.strangers = set()  # connections that have not said the token yet
         self.sending = threading.Lock()
         self.ending = threading.Lock()  # never released: the first reason counts
         self.me = f"rank {dist.get_rank()} (host {socket.gethostname()}, pid {os.getpid()})"
@@ -204,11 +214,24 @@ class Watch:
             return
         while True:
             if server:
-                with contextlib.suppress(TimeoutError):
-                    self.start_listening(server.accept()[0], unknown=True)
+                self.accept(server)
             else:
                 time.sleep(1)
             self.send()
+
+    def accept(self, server):
+        """Listen to a peer that connects within a second, unless too many strangers are listened to."""
+        try:
+            peer, _ = server.accept()
+            if len(self.strangers) < dist.get_world_size() + MORE_STRANGERS:
+                self.strangers.add(peer)
+                self.start_listening(peer, unknown=True)
+            else:
+                peer.close()
+        except TimeoutError:
+            pass
+        except (OSError, RuntimeError):  # too many open files or threads, for a moment
+            time.sleep(1)
 
     def connect(self, port):
         """Connect to rank 0. Returns whether that succeeds."""
@@ -230,12 +253,13 @@ class Watch:
 
     def listen(self, peer, unknown=False):
         """Read a peer's words until its connection ends, or until it is silent for `limit` seconds."""
-        peer.settimeout(self.limit)
-        lines = peer.makefile(errors="replace")
         words = ""
         try:
-            if unknown and lines.readline(100).strip() != self.token:
+            if unknown and not self.is_of_this_run(peer):
+                peer.close()
                 return
+            peer.settimeout(self.limit)
+            lines = peer.makefile(errors="replace")
             self.peers.append(peer)
             peer.sendall(f"{self.last_words}\n".encode())
             while line := lines.readline(10000):
@@ -246,6 +270,24 @@ class Watch:
                 words = f"{name}) has not been heard of for {self.limit:.0f} s: it hangs or cannot be reached"
         if words.startswith("rank"):  # not the empty line
             self.end(words.strip())
+
+    def is_of_this_run(self, peer):
+        """Whether a stranger says the token within TOKEN_SECONDS."""
+        end = time.monotonic() + TOKEN_SECONDS
+        expected = f"{self.token}\n".encode()
+        said = b""
+        try:
+            while said != expected and expected.startswith(said):
+                peer.settimeout(max(end - time.monotonic(), 0.001))
+                part = peer.recv(len(expected) - len(said))
+                if not part:
+                    return False
+                said += part
+            return said == expected
+        except OSError:
+            return False
+        finally:
+            self.strangers.discard(peer)
 
     def close_after_fork(self):
         """In a forked process: close the connections, or they would stay open when this rank dies."""
@@ -269,6 +311,15 @@ class Watch:
         sys.stdout.flush()
         print(f"error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def end_rank(reason):
+    """End this rank, and with it all others."""
+    if Watch.running:
+        Watch.running.end(reason)
+    sys.stdout.flush()
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def exit_code(error):
@@ -303,13 +354,14 @@ def run_watched(main, args):
 def stop_signals():
     """A list that gets the name of each signal that asks for an end meanwhile: SIGTERM, SIGINT or SIGUSR1.
 
-    The training ends when its step is done. A second Ctrl-C ends it at once.
+    The training ends when its step is done. A second Ctrl-C ends it at once; a wait ends it after waits.GRACE.
     """
     asked = []
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def note(number, frame):
         asked.append(signal.Signals(number).name)
+        waits.ask_for_end(asked[0])
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -317,6 +369,7 @@ def stop_signals():
     try:
         yield asked
     finally:
+        waits.ask_for_end(None)
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 

@@ -21,7 +21,7 @@ def watch():
     """Rank 0's watch without a process group: what `listen` needs."""
     watch = ranks.Watch.__new__(ranks.Watch)
     watch.limit, watch.peers, watch.token, watch.last_words = 5, [], "0123", "rank 0 has died"
-    watch.sending, watch.ended = threading.Lock(), []
+    watch.sending, watch.ended, watch.strangers = threading.Lock(), [], set()
     watch.end = watch.ended.append
     return watch
 
@@ -45,6 +45,45 @@ def test_a_stranger_cannot_end_the_run_and_is_told_nothing(watch):
     for lines in ([b"rank 1 of a stranger says bye\n"], [b"\xff\xfe" * 40], [b"x" * 10000], [b"0123x\nrank 1\n"], []):
         assert hear(watch, *lines) == b"", lines
     assert not watch.ended and not watch.peers
+
+
+def test_a_stranger_that_says_nothing_is_dropped(watch, monkeypatch):
+    """Or that says a letter of the token now and then."""
+    monkeypatch.setattr(ranks, "TOKEN_SECONDS", 0.5)
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=watch.listen, args=[ours, True])
+    thread.start()
+    for letter in b"012":
+        theirs.sendall(bytes([letter]))
+        time.sleep(0.2)
+    thread.join(5)
+    assert not thread.is_alive() and theirs.recv(10) == b"" and not watch.peers and not watch.ended
+
+
+class Listening:
+    """A server's socket: what `accept` meets, one after the other."""
+
+    def __init__(self, *meets):
+        self.meets = list(meets)
+
+    def accept(self):
+        met = self.meets.pop(0)
+        if isinstance(met, Exception):
+            raise met
+        return met, ("127.0.0.1", 1)
+
+
+def test_many_strangers_and_a_moment_without_open_files_end_nothing(watch, monkeypatch):
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    listened = []
+    monkeypatch.setattr(watch, "start_listening", lambda peer, unknown: listened.append(peer))
+    server = Listening(OSError(24, "Too many open files"), TimeoutError(), *(socket.socket() for _ in range(100)))
+    while server.meets:
+        watch.accept(server)
+    assert len(listened) == 2 + ranks.MORE_STRANGERS == len(watch.strangers)
+    watch.strangers.clear()
+    for peer in listened:
+        peer.close()
 
 
 def test_a_rank_that_goes_without_a_word_ends_the_run_with_its_last_words(watch):
