@@ -6,11 +6,15 @@ Out: per rank and optimizer step its micro-batches: complete sequences, concaten
      `collate`, which makes a Batch of rows.
 """
 
+import contextlib
 import functools
+import heapq
 import itertools
 import json
 import math
+import shutil
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +24,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from core import common, slots
+from core import common, slots, waits
 
 FORMAT_VERSION = 3  # part of the fingerprint: raise it whenever the same input would give other rows
 COLUMNS = ("input_ids", "loss_mask")
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_PATIENCE = 60  # seconds that a worker waits for room there
 
 # ==================== The prepared folder ============================================================================
 
@@ -46,13 +52,48 @@ def open_data(folder):
     for name in ("data_config.json", "dataset_dict.json", "token_freq.pt", "train"):
         if not Path(folder, name).exists():
             common.fail(f"{folder} is not a complete prepared data set: {name} is missing; run prepare_data.py again")
-    config = json.loads(Path(folder, "data_config.json").read_text())
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        common.fail(
-            f"{folder} has format version {version}, this program reads {FORMAT_VERSION}: run prepare_data.py again"
-        )
-    return DatasetDict.load_from_disk(str(folder)), config
+    config = read_config(folder)
+    try:
+        return DatasetDict.load_from_disk(str(folder)), config
+    except Exception as error:  # of several libraries; what damaged files raise
+        problem = common.find_damage(folder, config["files"]) or f"{type(error).__name__}: {error}"
+        common.fail(f"{folder} is damaged: {problem}; run prepare_data.py again")
+
+
+def read_config(folder):
+    """The data_config.json of a prepared folder; ends the program if it is of another version or damaged."""
+    path = Path(folder, "data_config.json")
+    config = common.read_sealed(path)
+    if config and config["format_version"] == FORMAT_VERSION:
+        return config
+    problem = f"{path} is not as it was written"
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        found = json.loads(path.read_text())
+        version = found.get("format_version")
+        if version != FORMAT_VERSION:
+            problem = f"{folder} has format version {version}, this program reads {FORMAT_VERSION}"
+        elif "hash" not in found:
+            problem = f"{folder} has no checksums, an earlier version has written it"
+    common.fail(f"{problem}: run prepare_data.py again")
+
+
+def measure_files(folder):
+    """{name: common.measure_file} of the files of a prepared folder, without data_config.json."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != "data_config.json")
+    return {str(path.relative_to(folder)): common.measure_file(path) for path in paths}
+
+
+def is_of(folder, fingerprint):
+    """Whether a prepared folder has this fingerprint and is as it was written."""
+    path = folder / "data_config.json"
+    config = common.read_sealed(path) if path.is_file() else None
+    return bool(config) and config["fingerprint"] == fingerprint and not common.find_damage(folder, config["files"])
+
+
+def check_files(folder, config):
+    """End the program if a file of a prepared folder is not as it was written."""
+    if problem := common.find_damage(folder, config["files"]):
+        common.fail(f"{folder} is damaged: {problem}; run prepare_data.py again")
 
 
 def check_tokens(folder, data, data_config, vocab_size):
@@ -115,42 +156,78 @@ def pack(rows, count, sizes, room, work):
     return lists
 
 
-def assign(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0):
-    """Micro-batches of every rank in an optimizer step on these rows: [rank][micro-batch], each a list of row numbers.
+def deal(rows, count, most, work):
+    """`count` lists of at most `most` rows: each row, the heaviest first, goes to the list of least work so far."""
+    order = rows[np.argsort(-work[rows], kind="stable")]
+    lists = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]  # a heap: the first of equals comes first
+    for row, weight in zip(order.tolist(), work[order].tolist(), strict=True):
+        load, number = loads[0]
+        lists[number].append(row)
+        if len(lists[number]) == most:
+            heapq.heappop(loads)
+        else:
+            heapq.heapreplace(loads, (load + weight, number))
+    return lists
+
+
+def count_lists(shares, sizes, room):
+    """The most lists of `room` that first-fit decreasing needs for one of the shares (lists of rows)."""
+    width = max(map(len, shares))
+    table = np.zeros((len(shares), width), dtype=np.int64)  # sizes of each share's rows, the largest first
+    for line, share in zip(table, shares, strict=True):
+        line[: len(share)] = np.sort(sizes[share])[::-1]
+    free = np.full((len(shares), width), room)
+    each = np.arange(len(shares))
+    for size in table.T:  # of all shares at once
+        first = (free >= size[:, None]).argmax(axis=1)
+        free[each, first] -= size
+    return int((free < room).sum(axis=1).max())
+
+
+class Assignment:
+    """[rank][micro-batch]: lists of row numbers of an optimizer step. A rank's are made when they are asked for."""
+
+    def __init__(self, shares, place, empty, count, sizes, room, work):
+        self.shares = shares  # rows of each rank
+        self.place = place  # {row: place in the step}
+        self.empty = empty  # what a micro-batch without rows is
+        self.count = count  # micro-batches
+        self.sizes = sizes
+        self.room = room
+        self.work = work
+
+    def __len__(self):
+        return len(self.shares)
+
+    def __getitem__(self, rank):
+        share = self.shares[rank]
+        lists = pack(share, self.count, self.sizes, self.room, self.work)
+        if lists is None:  # first-fit decreasing finds room, as without work the first list with room is taken
+            longest_first = sorted(share, key=lambda row: -self.sizes[row])
+            lists = pack(longest_first, self.count, self.sizes, self.room, np.zeros_like(self.work))
+        return [sorted(part, key=self.place.get) or list(self.empty) for part in lists]
+
+
+def assign(rows, lengths, work, world_size, micro_batch_size, total_seq_len=0, empty=()):
+    """The Assignment of an optimizer step on these rows.
 
     lengths (tokens), work (any unit): arrays by row number. A micro-batch has at most micro_batch_size rows or, with
     total_seq_len, at most that number of tokens. The ranks get about the same work and, to stay in step, the same
     number of micro-batches, the last of which may be empty.
     """
-    place = {int(row): i for i, row in enumerate(rows)}
+    rows = np.asarray(rows)
+    place = {row: i for i, row in enumerate(rows.tolist())}
     longest = lengths[rows].max()
     assert not 0 < total_seq_len < longest, f"total_seq_len {total_seq_len}, but a row has {longest} tokens"
-    ones = np.ones_like(lengths)
     if total_seq_len:
-        sizes = lengths
-        room = total_seq_len
-        most = len(rows)  # rows of a rank
-    else:
-        sizes = ones
-        room = micro_batch_size
-        most = math.ceil(len(rows) / (room * world_size)) * room
-    heaviest_first = sorted(place, key=lambda row: -work[row])
-    shares = pack(heaviest_first, world_size, ones, most, work)
-    # Without work the first list with room is taken: first-fit decreasing, which finds how many lists a rank needs. The
-    # same number of lists is then filled evenly if that fits as well.
-    nothing = np.zeros_like(work)
-    tight = []
-    for share in shares:
-        longest_first = sorted(share, key=lambda row: -lengths[row])
-        lists = pack(longest_first, len(share), sizes, room, nothing)
-        tight.append([part for part in lists if part])
-    count = max(map(len, tight))
-    assigned = []
-    for share, lists in zip(shares, tight, strict=True):
-        padded = lists + [[] for _ in range(count - len(lists))]
-        even = pack(share, count, sizes, room, work)
-        assigned.append([sorted(part, key=place.get) for part in even or padded])
-    return assigned
+        shares = deal(rows, world_size, len(rows), work)
+        count = count_lists(shares, lengths, total_seq_len)
+        return Assignment(shares, place, empty, count, lengths, total_seq_len, work)
+    count = math.ceil(len(rows) / (micro_batch_size * world_size))
+    shares = deal(rows, world_size, count * micro_batch_size, work)
+    count = math.ceil(max(map(len, shares)) / micro_batch_size)
+    return Assignment(shares, place, empty, count, np.ones_like(lengths), micro_batch_size, work)
 
 
 class Forward(NamedTuple):
@@ -170,8 +247,9 @@ def assign_forwards(assigned, rank, batch_size, group_size=1, in_step=1):
     target's layers talk to the group in each of them, the draft's to all ranks in between.
     """
     member = rank % group_size
-    group = assigned[rank // group_size * group_size :][:group_size]
-    others = assigned[rank // in_step * in_step :][:in_step]
+    group = [assigned[rank - member + other] for other in range(group_size)]
+    first_in_step = rank // in_step * in_step
+    others = [assigned[first_in_step + other] for other in range(in_step)]
     rows = [list(itertools.chain(*lists)) for lists in group]
     counts = zip(*(itertools.accumulate(map(len, lists)) for lists in others), strict=True)
     done = 0
@@ -320,6 +398,13 @@ class Steps(torch.utils.data.Dataset):
         return math.ceil(len(self.split) / self.size)
 
     def __getitem__(self, step):
+        packed = self.read(step)
+        if torch.utils.data.get_worker_info():
+            share(packed[1].values())
+        return packed
+
+    def read(self, step):
+        """The packed batches of an optimizer step."""
         batches = []
         for rows, states in self.fetch(self, self.assigned(step)):
             batch = self.collate(rows, step // len(self))
@@ -328,13 +413,12 @@ class Steps(torch.utils.data.Dataset):
         return pack_tensors(batches)
 
     def assigned(self, step):
-        """[rank][micro-batch] lists of row numbers of an optimizer step, none of them empty."""
+        """The Assignment of an optimizer step; a micro-batch without rows has row -1."""
         epoch, index = divmod(step, len(self))
         order = epoch_order(len(self.split), self.seed, epoch)
         rows = order[index * self.size : (index + 1) * self.size]
         sizes = (self.world, self.micro_batch_size, self.total_seq_len)
-        assigned = assign(rows, self.lengths, self.work, *sizes)
-        return [[part or [-1] for part in lists] for lists in assigned]
+        return assign(rows, self.lengths, self.work, *sizes, empty=[-1])
 
     def row(self, number):
         """(number, input_ids, loss_mask) of a row, int64 [S] each; of row -1 four unsupervised tokens."""
@@ -343,6 +427,42 @@ class Steps(torch.utils.data.Dataset):
             return number, nothing, nothing
         row = self.split[number]
         return number, row["input_ids"], row["loss_mask"]
+
+
+class SharedMemoryFull(Exception):
+    """/dev/shm has no room for what workers hand over."""
+
+
+def share(tensors):
+    """Move tensors to shared memory, in which a worker hands them over. SharedMemoryFull if there is no room for long.
+
+    Training frees it step by step. torch would do the same in a thread of its own, and lose the step if that fails.
+    """
+    end = time.monotonic() + SHARED_PATIENCE
+    for tensor in tensors:
+        while not tensor.is_shared():
+            try:
+                tensor.share_memory_()
+            except RuntimeError as error:
+                if time.monotonic() > end:
+                    raise SharedMemoryFull(str(error)) from error
+                time.sleep(0.5)
+
+
+def check_shared_memory(packed, steps):
+    """End the program if /dev/shm has no room for this number of steps that are read ahead; packed: one of them."""
+    needed = steps * sum(tensor.nbytes for tensor in packed[1].values())
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
+    if needed > free:
+        fail_for_room(f"{steps} steps that are read ahead take {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+
+
+def fail_for_room(problem):
+    """End the program because shared memory is too small."""
+    common.fail(
+        f"{SHARED_MEMORY} is too small: {problem}; give the container more (docker run --shm-size 16g), or read less "
+        "ahead with --prefetch_factor or --num_workers; --num_workers 0 needs none"
+    )
 
 
 def read_steps(
@@ -379,6 +499,10 @@ def read_steps(
     )
     steps = range(len(data)) if steps is None else steps
 
+    ahead = num_workers * (prefetch_factor or 2)  # steps of a rank, 2 is the loader's own default
+    if ahead and len(steps):
+        check_shared_memory(data.read(steps[0]), min(ahead, len(steps)))
+
     def load(part):
         loader = DataLoader(
             data,
@@ -390,8 +514,19 @@ def read_steps(
             worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # it would draw from the global one, more often in a resumed run
         )
-        for packed in loader:
-            yield unpack(packed, device)
+        batches = iter(loader)
+        try:
+            while True:
+                with waits.waiting_for("the next step's data"):
+                    packed = next(batches, None)
+                if packed is None:
+                    return
+                yield unpack(packed, device)
+        except SharedMemoryFull as error:
+            fail_for_room(str(error).strip().splitlines()[-1])
+        finally:
+            if num_workers:  # they ignore SIGTERM, with which Python would end them, and wait for them, at its exit
+                batches._shutdown_workers()
 
     yield from source.steps(data, steps, load)
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
 import objective
 import operations
+import scale
 import step
 
 import train_eagle3
@@ -98,6 +99,15 @@ def test_dense_reference_equals_the_statement(option):
     for name, parameter in draft.named_parameters():
         wanted = weights[name].grad
         assert wanted.norm() > 0 and (parameter.grad - wanted).norm() < 1e-6 * wanted.norm(), name
+
+
+def test_scale_prints_both_tables(capsys, tmp_path):
+    words = ["--ranks", "2", "--sequences", "3", "--rows", "500", "--output", str(tmp_path / "scale.md")]
+    scale.main(scale.parse_args(words))
+    printed = capsys.readouterr().out
+    assert (tmp_path / "scale.md").read_text() in printed
+    plan, start = ([line for line in printed.splitlines() if line.startswith(name)] for name in ("| 2 x 3", "| 500"))
+    assert len(plan) == len(start) == 1 and plan[0].count("|") == 4 and start[0].count("|") == 6
 
 
 def test_dense_reference_works_in_bf16():
