@@ -629,10 +629,9 @@ def evaluate(engine, source, data, d2t, args):
 # ==================== The loop =======================================================================================
 
 
-def train(args, run, engine, source, data, d2t, record, progress, save):
+def train(args, run, engine, source, data, d2t, record, progress, saver):
     """Every optimizer step of every epoch; then logging, evaluating and saving where they are due.
 
-    save(progress) writes a complete checkpoint and returns its folder, or None.
     Returns whether the training is finished: False if a signal asked it to stop.
     """
 
@@ -654,7 +653,7 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
         total_seq_len=args.total_seq_len,
         **loader_options(args),
     )
-    mark = saved_at = time.monotonic()
+    mark = time.monotonic()
     last_good = progress
     with ranks.stop_signals() as signals, contextlib.closing(steps):
         for step, batches in enumerate(steps, progress.step + 1):
@@ -670,44 +669,42 @@ def train(args, run, engine, source, data, d2t, record, progress, save):
                 optimization.update_average(progress.average, engine, args.ema_decay, step)
             if problem:
                 record.line(f"step {step} is left out, it is not finite: {problem}")
-            too_old = 0 < 60 * args.save_minutes < time.monotonic() - saved_at
-            stop, too_old = ranks.any_rank(engine.device, signals, too_old)
+            stop, too_old, writing = ranks.any_rank(engine.device, signals, saver.is_due(), saver.is_writing())
             now = time.monotonic()  # the ranks have met, so the device has finished the step
             progress.step = step
             progress.seconds = now - start
             progress.spent += now - mark
             if progress.bad == args.max_bad_steps:
-                record.end_badly(progress.bad, save(last_good))
+                record.end_badly(progress.bad, saver.save(last_good))
             record.advance()
 
             # --- what is due ---
             last = step == run.total_steps
             save_due = stop or too_old or run.is_due(step, args.save_interval, args.save_steps)
             evaluation_due = "validation" in data and run.is_due(step, args.eval_interval, args.eval_steps)
+            if evaluation_due or not writing:
+                saver.finish()
 
             # --- log: the values cover all steps since the last line ---
             if last or step % args.log_steps == 0:
                 run_record.log_steps(record, run, progress, rate, metric_values)
 
             # --- evaluate and save: never a skipped step, --resume tries those again ---
-            best_before = progress.best
             if evaluation_due:
                 best = evaluate_now(args, run, engine, source, data, d2t, record, progress)
                 if best and not progress.bad and (save_due or args.save_best):
                     progress.best = best
                     save_due = True
             if save_due:
-                folder = save(last_good if progress.bad else progress)
-                saved_at = time.monotonic()
-                if not folder:
-                    progress.best = best_before
-                record.line(f"saved {folder}" if folder else "the training goes on")
+                saver.begin(last_good if progress.bad else progress)
 
             # --- stop ---
             if stop and not last:
+                saver.finish()
                 record.line(f"stopped after step {step} by {(signals or ['a signal'])[0]}: --resume continues")
                 return False
             mark = time.monotonic()  # tokens/s is about training
+    saver.finish()
     return True
 
 
@@ -885,28 +882,26 @@ def start(args, device):
         draft_files.write_draft(folder, config, vocabulary.with_mapping(tensors, d2t, config["vocab_size"]))
 
     if args.dry_run:
-        folder = checkpoints.save_step(engine, flags, progress, write_draft)
+        folder = checkpoints.Saver(engine, flags, progress, write_draft).save(progress)
         if not folder:
             sys.exit(2)
         if dist.get_rank() == 0:
             print(f"saved {folder}: start from it with --resume_from_checkpoint {args.output_dir}")
         return
     record = run_record.Record(args, settings, run.total_steps)
-
-    def save(progress):
-        return checkpoints.save_step(engine, flags, progress, write_draft, record)
+    saver = checkpoints.Saver(engine, flags, progress, write_draft, record)
 
     # --- the training ---
     if state:
         record.line(f"resumed     {run.resume_from_checkpoint}")
     final = Path(args.output_dir) / "final"
     try:
-        if train(args, run, engine, source, data, d2t, record, progress, save):
+        if train(args, run, engine, source, data, d2t, record, progress, saver):
             checkpoints.write_final(engine, final, {"run.json": run_record.as_text(settings)}, progress, write_draft)
             record.line(f"finished {progress.step} steps in {progress.seconds:.0f} s: {final}")
             serving.print_advice(record, args, progress, config)
     except server.ServerFailed as error:
-        folder = save(progress)
+        folder = saver.save(progress)
         record.close(2)
         ranks.fail_together(f"{error}; the draft is saved in {folder}" if folder else error)
     record.close()

@@ -7,14 +7,12 @@ Beside DeepSpeed's shards a checkpoint holds tensors by name, with a rule for an
 
 How the model itself is written is up to the trainer: `write_draft(folder, tensors)` on rank 0.
 
-    step_XXXXXXXX/trainer_state.json   Progress, flags, and size and CRC-32 of every file; written last
+    step_XXXXXXXX/trainer_state.json   Progress, flags, size and CRC-32 of every file, a hash of all this; written last
     step_XXXXXXXX/deepspeed/           DeepSpeed's shards, and ranks.safetensors: the tensors above
     step_XXXXXXXX/...                  what write_draft writes
 """
 
 import datetime
-import itertools
-import json
 import math
 import os
 import random
@@ -22,7 +20,8 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
+import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +37,10 @@ from core import common, ranks
 STATE = "trainer_state.json"
 RANKS = "deepspeed/ranks.safetensors"  # engines that serve the folder read each *.safetensors beside config.json
 SHARDS = "deepspeed"
+STEP = r"step_\d{8,}"  # a checkpoint's name
 OF_A_RUN = (  # names in output_dir, without prepared data and hidden states
-    r"run\.json|metrics\.jsonl|curves\.png|source.*\.diff|train_.*\.py|logs|final|latest|best|(damaged_\d+_)?step_\d+"
+    r"run\.json|(damaged_\d+_)?metrics\.jsonl|curves\.png|source.*\.diff|train_.*\.py|logs|final|"
+    r"((damaged|copied)_\d+_)?(latest|best|step_\d+)"
 )
 
 # ==================== Progress =======================================================================================
@@ -148,7 +149,7 @@ def served_tensors(engine, progress):
     """The draft to be served, as `full_tensors`: averaged weights that the training keeps take the weights' place."""
     tensors = full_tensors(engine)
     for name in tensors.keys() & progress.average.keys():
-        tensors[name] = progress.average[name].to("cpu", tensors[name].dtype)
+        tensors[name] = progress.average[name].to("cpu", tensors[name].dtype, copy=True)
     return tensors
 
 
@@ -174,46 +175,36 @@ def sync(path):
         os.close(handle)
 
 
-def measure_file(path):
-    """[bytes, CRC-32] of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            crc = zlib.crc32(part, crc)
-    return [path.stat().st_size, crc]
-
-
 def first_problem(problem):
     """The first problem of any rank, or "". All ranks call it with their own, "" if there is none."""
     return next(filter(None, ranks.gather(problem)), "")
 
 
-def write_shards(engine, building):
-    """Write DeepSpeed's shards of all ranks. Returns this rank's problem, as a rank must not miss a collective."""
+def copy_shards(engine, building):
+    """[(path, state)] that DeepSpeed would write on this rank, copied to the host's memory. All ranks call it."""
     writer = engine.checkpoint_engine
-    original = writer.save
-    problems = []
+    copied = []
 
-    def save(state_dict, path):
-        try:
-            original(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            free = shutil.disk_usage(building).free / 1e9
-            reason = str(error).splitlines()[0]
-            problems.append(f"{path} cannot be written, {free:.3f} GB are free: {reason}")
+    def copy(state_dict, path):
+        copied.append((Path(path), common.map_parts(state_dict, torch.Tensor, to_host)))
 
     engine._copy_recovery_script = lambda folder: None  # scripts that belong to DeepSpeed, not to a checkpoint
-    writer.save = save
+    writer.save = copy
     try:
         engine.save_checkpoint(building, SHARDS, {"universal_checkpoint_info": {}}, save_latest=False)
     finally:
         del writer.save
-    return problems[0] if problems else ""
+    return copied
 
 
-def write_tensors(path, progress, gathered):
+def to_host(tensor):
+    """A copy of a tensor in the host's memory, which the training does not change."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def write_tensors(path, averages, gathered):
     """ranks.safetensors: averages, and sums and generators of every rank (gathered: [{name: tensor}])."""
-    tensors = {f"same.{name}": tensor.cpu() for name, tensor in progress.average.items()}
+    tensors = {f"same.{name}": tensor for name, tensor in averages.items()}
     for rank, own in enumerate(gathered):
         for name, tensor in own.items():
             tensors[f"{rank}.{name}"] = tensor
@@ -222,82 +213,106 @@ def write_tensors(path, progress, gathered):
 
 def own_tensors(progress):
     """This rank's sums and generators by name."""
-    tensors = {f"sum.{name}": torch.as_tensor(value).cpu() for name, value in progress.sums.items()}
+    tensors = {f"sum.{name}": to_host(torch.as_tensor(value)) for name, value in progress.sums.items()}
     for name, tensor in generator_states().items():
         tensors[f"generator.{name}"] = tensor
     return tensors
 
 
-def write_checkpoint(engine, folder, state, progress, write_draft):
-    """Write a complete checkpoint, visible only when it is complete. All ranks call it. Returns "" or the problem.
+class Saving:
+    """A checkpoint that is being written: a thread of each rank writes what is given as copies.
 
-    state: JSON, the same on all ranks. A complete checkpoint of this name stays, as it is of the same step; anything
-    else of this name is renamed.
+    `publish` gives it its name. A complete checkpoint of this name stays, as it is of the same step; anything else of
+    this name is renamed. All ranks make it and publish it; state: JSON, the same on all ranks.
     """
-    if ranks.on_first_rank(lambda: is_complete(folder)):
-        return ""
-    is_main = dist.get_rank() == 0
-    building = folder.with_name(f".{folder.name}.building")
-    gathered = ranks.gather(own_tensors(progress))
-    tensors = served_tensors(engine, progress)
-    problem = ""
-    if is_main:
+
+    def __init__(self, engine, folder, state, progress, write_draft):
+        self.folder = folder
+        self.building = folder.with_name(f".{folder.name}.building")
+        self.state = state
+        self.measured = {}  # {name: common.measure_file} of this rank's files
+        self.problem = ""
+        self.thread = threading.Thread(target=self.write)
+        self.is_there = ranks.on_first_rank(lambda: is_complete(folder))
+        if self.is_there:
+            return
+        self.is_main = dist.get_rank() == 0
+        if self.is_main:
+            self.make_folder()
+        self.problem = first_problem(self.problem)
+        if self.problem:
+            return
+        self.gathered = ranks.gather(own_tensors(progress))
+        self.tensors = served_tensors(engine, progress)
+        self.averages = {name: to_host(tensor) for name, tensor in progress.average.items()}
+        self.shards = copy_shards(engine, self.building)
+        self.write_draft = write_draft
+        self.save = engine.checkpoint_engine.save
+        self.thread.start()
+
+    def make_folder(self):
         try:
-            shutil.rmtree(building, ignore_errors=True)
-            (building / SHARDS).mkdir(parents=True)
-            write_draft(building, tensors)
-            write_tensors(building / RANKS, progress, gathered)
-        except (OSError, SafetensorError, SystemExit) as error:  # the last has printed its own line
-            problem = f"{building} cannot be written: {error}"
-    problem = first_problem(problem) or first_problem(write_shards(engine, building))
-    if not problem:
-        problem = publish(building, folder, state)
-    if is_main and problem:
-        shutil.rmtree(building, ignore_errors=True)
-    return problem
+            shutil.rmtree(self.building, ignore_errors=True)
+            (self.building / SHARDS).mkdir(parents=True)
+        except OSError as error:
+            self.problem = f"{self.building} cannot be written: {error}"
+
+    def write(self):
+        """Write, flush and measure this rank's files; in the thread."""
+        try:
+            if self.is_main:
+                self.write_draft(self.building, self.tensors)
+                write_tensors(self.building / RANKS, self.averages, self.gathered)
+            for path, state in self.shards:
+                self.save(state, str(path))
+            files = [path for path, _ in self.shards]
+            if self.is_main:
+                files += [self.building / RANKS, *(path for path in self.building.iterdir() if path.is_file())]
+            for path in files:
+                sync(path)
+                self.measured[str(path.relative_to(self.building))] = common.measure_file(path)
+        except (OSError, RuntimeError, SafetensorError, SystemExit) as error:  # the last has printed its own line
+            free = shutil.disk_usage(self.folder.parent).free / 1e9
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.problem = f"{self.building} cannot be written, {free:.3f} GB are free: {reason}"
+
+    def publish(self):
+        """Wait for all ranks and give the checkpoint its name. Returns "" or the problem."""
+        if self.is_there:
+            return ""
+        if self.thread.ident:
+            self.thread.join()
+        gathered = ranks.gather(self.measured)
+        problem = first_problem(self.problem)
+        if dist.get_rank() == 0 and not problem:
+            problem = self.rename({name: numbers for part in gathered for name, numbers in part.items()})
+        problem = first_problem(problem)
+        if dist.get_rank() == 0 and problem:
+            shutil.rmtree(self.building, ignore_errors=True)
+        return problem
+
+    def rename(self, files):
+        """Write the state with the measured files, and give the folder its name. Returns "" or the problem."""
+        try:
+            common.write_sealed(self.building / STATE, {**self.state, "files": files})
+            sync(self.building / SHARDS)
+            sync(self.building)
+            self.building.rename(self.folder)
+            sync(self.folder.parent)
+        except OSError as error:
+            return f"{self.building} cannot be written: {error}"
+        return ""
 
 
 def is_complete(folder):
     """Whether a complete checkpoint has this name. Anything else of this name is renamed."""
     if not folder.exists():
         return False
-    state = read_state(folder)
-    if state and not find_damage(folder, state):
-        return True
-    names = (folder.with_name(f"damaged_{i}_{folder.name}") for i in itertools.count())
-    aside = next(path for path in names if not path.exists())
-    folder.rename(aside)
-    print(f"{folder} is not a complete checkpoint: renamed to {aside}", file=sys.stderr)
-    return False
-
-
-def publish(building, folder, state):
-    """Give a written checkpoint its name. The ranks share the work of flushing and measuring its files."""
-    rank = dist.get_rank()
-    paths = ranks.on_first_rank(lambda: [path for path in building.rglob("*") if path.is_file()])
-    problem = ""
-    measured = {}
-    try:
-        for path in paths[rank :: dist.get_world_size()]:
-            sync(path)
-            measured[str(path.relative_to(building))] = measure_file(path)
-    except OSError as error:
-        problem = f"{path} cannot be written: {error}"
-    gathered = ranks.gather(measured)
-    problem = first_problem(problem)
+    _, problem = open_checkpoint(folder)
     if problem:
-        return problem
-    if rank == 0:
-        files = {name: numbers for part in gathered for name, numbers in part.items()}
-        try:
-            common.write_atomic(building / STATE, json.dumps({**state, "files": files}, indent=1) + "\n")
-            sync(building / SHARDS)
-            sync(building)
-            building.rename(folder)
-            sync(folder.parent)
-        except OSError as error:
-            problem = f"{building} cannot be written: {error}"
-    return first_problem(problem)
+        aside = common.put_aside(folder, "damaged")
+        print(f"{folder} is not a complete checkpoint: renamed to {aside}: {problem}", file=sys.stderr)
+    return not problem
 
 
 def write_final(engine, folder, files, progress, write_draft):
@@ -332,7 +347,8 @@ def step_folder(output_dir, step):
 def link_newest(folder, best):
     """The links beside a checkpoint: `latest` to it, and `best` to that of best = [value, step, name] or None.
 
-    Storage without symbolic links, as some services have it, gets files with the checkpoint's name.
+    Storage without symbolic links, as some services have it, gets files with the checkpoint's name. A folder in the
+    place of a link, as copying without links makes it, is renamed.
     """
     targets = {"latest": folder.name}
     if best:
@@ -346,7 +362,10 @@ def link_newest(folder, best):
             new.symlink_to(target)
         except OSError:
             new.write_text(target)
-        new.replace(folder.with_name(name))
+        link = folder.with_name(name)
+        if link.is_dir() and not link.is_symlink():
+            print(f"{link} is a folder, not a link: renamed to {common.put_aside(link, 'copied')}", file=sys.stderr)
+        new.replace(link)
 
 
 def remove_old(output_dir, limit, best):
@@ -363,14 +382,86 @@ def remove_old(output_dir, limit, best):
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def save_step(engine, flags, progress, write_draft, record=None):
-    """Write output_dir/step_XXXXXXXX and the links. All ranks call it.
+class Saver:
+    """Saves output_dir/step_XXXXXXXX and the links while the training goes on, one at a time. All ranks call it.
 
-    flags: all flags by name, given and derived. Returns the folder, or None after a line if it cannot be written.
+    flags: all flags by name, given and derived. progress: the training's, whose best checkpoint is the one before
+    again if one cannot be written. record: run_record.Record, whose rows a checkpoint relies on, or None.
     """
-    folder = step_folder(flags["output_dir"], progress.step)
+
+    def __init__(self, engine, flags, progress, write_draft, record=None):
+        self.engine = engine
+        self.flags = flags
+        self.write_draft = write_draft
+        self.record = record
+        self.progress = progress
+        self.best = progress.best  # of what is saved
+        self.saving = None  # what is under way
+        self.begun_at = time.monotonic()
+
+    def is_due(self):
+        """Whether the last checkpoint is save_minutes old."""
+        return 0 < 60 * self.flags["save_minutes"] < time.monotonic() - self.begun_at
+
+    def is_writing(self):
+        """Whether this rank still writes."""
+        return bool(self.saving and self.saving.thread.is_alive())
+
+    def begin(self, progress):
+        """Begin to save this, behind what is under way."""
+        self.finish()
+        self.begun_at = time.monotonic()
+        unwritten = first_problem(self.record.keep() if self.record else "")
+        state = state_of(progress, self.flags)
+        folder = step_folder(self.flags["output_dir"], progress.step)
+        if unwritten:
+            self.report(unwritten, folder)
+            return
+        self.saving = Saving(self.engine, folder, state, progress, self.write_draft)
+
+    def finish(self):
+        """Wait for what is under way. Returns its folder, or None, after a line, if it cannot be written."""
+        if not self.saving:
+            return None
+        saving = self.saving
+        self.saving = None
+        problem = saving.publish()
+        self.report(problem, saving.folder)
+        return None if problem else saving.folder
+
+    def save(self, progress):
+        """Save and wait; returns as `finish`."""
+        self.begin(progress)
+        return self.finish()
+
+    def report(self, problem, folder):
+        """Tell what has become of a checkpoint, and which one is the best then."""
+        if problem:
+            self.progress.best = self.best
+        self.best = self.progress.best
+        if dist.get_rank() == 0 and problem:
+            print(
+                f"no checkpoint at step {int(folder.name[5:])}, what was saved before stays: {problem}", file=sys.stderr
+            )
+        elif dist.get_rank() == 0:
+            self.tidy(folder, self.best)
+            if self.record:
+                self.record.line(f"saved {folder}")
+
+    def tidy(self, folder, best):
+        """Link the newest and the best checkpoint, and remove those beyond the limit."""
+        try:
+            link_newest(folder, best)
+            if self.flags["save_total_limit"]:
+                remove_old(self.flags["output_dir"], self.flags["save_total_limit"], best)
+        except OSError as error:
+            print(f"{folder} is complete, but: {error}", file=sys.stderr)
+
+
+def state_of(progress, flags):
+    """What trainer_state.json says, without its files."""
     steps_per_epoch = flags["steps_per_epoch"]
-    state = {
+    return {
         "step": progress.step,
         "epoch": progress.step / steps_per_epoch,
         "rows_read_in_epoch": progress.step % steps_per_epoch * flags["draft_global_batch_size"],
@@ -382,23 +473,11 @@ def save_step(engine, flags, progress, write_draft, record=None):
         "norms": [float(norm) for norm in progress.norms if norm is not None],
         "flags": flags,
     }
-    unwritten = record.keep() if record else ""  # a checkpoint relies on the rows before it
-    problem = first_problem(unwritten) or write_checkpoint(engine, folder, state, progress, write_draft)
-    if dist.get_rank() == 0 and problem:
-        print(f"no checkpoint at step {progress.step}, what was saved before stays: {problem}", file=sys.stderr)
-    elif dist.get_rank() == 0:
-        try:
-            link_newest(folder, progress.best)
-            if flags["save_total_limit"]:
-                remove_old(flags["output_dir"], flags["save_total_limit"], progress.best)
-        except OSError as error:
-            print(f"{folder} is complete, but: {error}", file=sys.stderr)
-    return None if problem else folder
 
 
 def checkpoints(output_dir):
     """The folders step_*, the newest first."""
-    folders = [path for path in Path(output_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    folders = [path for path in Path(output_dir).glob("step_*") if re.fullmatch(STEP, path.name)]
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -438,30 +517,40 @@ def remove_leftovers(output_dir):
 
 
 def read_state(folder):
-    """trainer_state.json of a complete checkpoint, or None."""
+    """trainer_state.json of a checkpoint as it was written, or None."""
     try:
-        state = json.loads((Path(folder) / STATE).read_text())
-        return state if {"step", "files", "flags", "world_size"} <= state.keys() else None
-    except (OSError, ValueError, AttributeError):
+        return common.read_sealed(Path(folder) / STATE)
+    except OSError:
         return None
 
 
-def find_damage(folder, state):
-    """The problem with a checkpoint's files; "" if there is none."""
-    for name, numbers in state["files"].items():
-        try:
-            if measure_file(Path(folder) / name) != numbers:
-                return f"{name} is not as it was written"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+def open_checkpoint(folder):
+    """(state, "") of a complete checkpoint, else (state or None, the problem with it)."""
+    state = read_state(folder)
+    if not state:
+        return None, f"{STATE} cannot be read, or is not as it was written"
+    if re.fullmatch(STEP, folder.name) and folder.name != step_folder("", state["step"]).name:
+        return state, f"{STATE} is of step {state['step']}"
+    return state, find_gap(state) or common.find_damage(folder, state["files"])
+
+
+def find_gap(state):
+    """What a checkpoint lacks in its list of files; "" if nothing: the draft, and DeepSpeed's shards of all ranks."""
+    needed = {name: re.escape(name) for name in ("config.json", "model.safetensors", RANKS)}
+    needed["DeepSpeed's states of the model"] = rf"{SHARDS}/.*model_states\.pt"
+    if state["flags"]["engine"]["zero_stage"]:
+        for rank in range(state["world_size"]):
+            needed[f"the optimizer's states of rank {rank}"] = rf"{SHARDS}/.*pp_rank_{rank}_.*optim_states\.pt"
+    for what, pattern in needed.items():
+        if not any(re.fullmatch(pattern, name) for name in state["files"]):
+            return f"it lacks {what}"
     return ""
 
 
 def find_checkpoint(folders):
     """(folder, state) of the first folder that is a complete checkpoint, or (None, None). Names the others."""
     for folder in folders:
-        state = read_state(folder)
-        problem = find_damage(folder, state) if state else f"{STATE} cannot be read"
+        state, problem = open_checkpoint(folder)
         if not problem:
             return folder, state
         print(f"{folder} is not a complete checkpoint, it is passed over: {problem}", file=sys.stderr)
@@ -519,8 +608,6 @@ def find_start(args, engine, decisive):
         start = "" if given else ", the training starts from the beginning"
         print(f"resume: {args.output_dir} has no complete checkpoint{start}", file=sys.stderr)
         return given and find_draft(given), None
-    if RANKS not in state["files"]:
-        common.fail(f"{folder} was written by an earlier version: start from its weights without --resume")
     if folder not in elsewhere:  # an interruption may have come before the links
         link_newest(folder, state["best"])
     for name in decisive:

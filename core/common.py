@@ -1,9 +1,12 @@
 """What all modules share: errors in one line, command lines, atomic files, hashes, parts of containers."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import difflib
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -11,12 +14,15 @@ import re
 import shutil
 import sys
 import tempfile
+import zlib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import huggingface_hub
 from huggingface_hub import constants
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 # ==================== Errors and command lines =======================================================================
 
@@ -187,6 +193,13 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def put_aside(path, prefix):
+    """Rename a file or folder to PREFIX_N_NAME, with the first N that is free. Returns the new path."""
+    names = (path.with_name(f"{prefix}_{i}_{path.name}") for i in itertools.count())
+    aside = next(place for place in names if not os.path.lexists(place))
+    return path.rename(aside)
+
+
 def open_to_all(path):
     """Let others read a file, where the storage keeps such modes: safetensors makes its files private."""
     with contextlib.suppress(OSError):
@@ -204,8 +217,21 @@ def check_writable(name, folder):
             file.write(bytes(2**16))
             file.flush()
             os.fsync(file.fileno())
+        with tempfile.TemporaryDirectory(dir=existing) as trial:  # results get their name when they are complete
+            made = Path(trial, "building")
+            made.mkdir()
+            made.rename(Path(trial, "complete"))
     except OSError as error:
         fail_to_write(name, folder, error)
+
+
+def disk_problem(error):
+    """What an exception, or one that it follows from, says about a disk that cannot be written; "" if none does."""
+    while error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return os.strerror(error.errno)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def fail_to_write(name, path, error) -> NoReturn:
@@ -225,6 +251,13 @@ def open_output(path):
     return Path(path)
 
 
+def below(folder, name):
+    """The path of a file that another one names; ValueError if that leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name} leads out of the folder")
+    return Path(folder) / name
+
+
 def hash_file(path):
     """sha256 of the content, in hex."""
     with open(path, "rb") as file:
@@ -234,6 +267,43 @@ def hash_file(path):
 def hash_of(value):
     """sha256 of the value as JSON, in hex."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def measure_file(path):
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            crc = zlib.crc32(part, crc)
+    return [path.stat().st_size, crc]
+
+
+def find_damage(folder, files):
+    """The problem with files {name: measure_file} of a folder; "" if they are as they were written."""
+
+    def look(name):
+        try:
+            return "" if measure_file(Path(folder) / name) == files[name] else f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # shared storage gives several readers more
+        return next(filter(None, pool.map(look, files)), "")
+
+
+def write_sealed(path, value):
+    """An object as JSON with a hash of what it says, by which `read_sealed` sees whether it is as it was written."""
+    value = json.loads(json.dumps(value))  # as it will be read
+    write_atomic(path, json.dumps({**value, "hash": hash_of(value)}, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_sealed(path):
+    """The object that `write_sealed` wrote, or None if it is not as it was written. OSError if it cannot be read."""
+    try:
+        value = json.loads(Path(path).read_text())
+        return value if value.pop("hash") == hash_of(value) else None
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return None
 
 
 HUB_ID = r"\w[\w.-]*/[\w.-]+"

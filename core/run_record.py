@@ -33,8 +33,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def run_id(folder):
     """The id in the run.json of a folder, or None."""
-    path = folder / "run.json"
-    return json.loads(path.read_text()).get("run_id") if path.exists() else None
+    return read_settings(folder).get("run_id")
+
+
+def read_settings(folder):
+    """The run.json of a folder; {} if there is none or a damaged one."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def continued_folder(flags):
@@ -93,8 +100,10 @@ def run_settings(flags, data_config, step, source_files=()):
     continued = continued_folder(flags) if step else None
     earlier = []
     key = os.urandom(8).hex()
-    if continued and (continued / "run.json").exists():
-        before = json.loads((continued / "run.json").read_text())
+    before = read_settings(continued) if continued else {}
+    if continued and not before and dist.get_rank() == 0:
+        print(f"{continued / 'run.json'} cannot be read: earlier starts are not in the new one", file=sys.stderr)
+    if before:
         earlier = [*before.pop("earlier_starts", []), before]
         checkpoint = Path(flags["resume_from_checkpoint"]).resolve()
         went_on = any(path.name > checkpoint.name for path in checkpoint.parent.glob("step_*"))
@@ -348,7 +357,13 @@ class Record:
         path = Path(args.output_dir) / "metrics.jsonl"
         rows = []
         if settings.get("continues"):  # rows of later steps are measured again
-            rows = [row for row in read_metrics(settings["continues"]) if row["step"] <= step]
+            found, problem = parse_metrics(Path(settings["continues"], "metrics.jsonl").read_bytes())
+            if problem:
+                aside = common.put_aside(path, "damaged") if path.exists() else settings["continues"]
+                print(
+                    f"metrics.jsonl is damaged ({problem}): the rest is kept, all of it is in {aside}", file=sys.stderr
+                )
+            rows = [row for row in found if row["step"] <= step]
         common.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.file = path.open("ab", buffering=0)
         self.unwritten = b""
@@ -494,14 +509,29 @@ def read_metrics(path):
     """Rows of a metrics.jsonl, of the file or of the folder that has it; a last one that was cut off is left out."""
     path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
-        lines = path.read_text().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not {"split", "step"} <= row.keys():
-                raise ValueError(f"line {number} is not a row with split and step")
-        return rows
-    except (OSError, ValueError) as error:
+        rows, problem = parse_metrics(path.read_bytes())
+    except OSError as error:
         common.fail(f"{path} cannot be read: {error}")
+    if problem:
+        common.fail(f"{path} cannot be read: {problem}")
+    return rows
+
+
+def parse_metrics(data):
+    """(rows, "" or the first problem) of the bytes of a metrics.jsonl; damaged lines are left out."""
+    rows = []
+    problem = ""
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = problem or f"line {number}: {error}"
+            continue
+        if isinstance(row, dict) and "split" in row and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            problem = problem or f"line {number} is not a row with split and step"
+    return rows, problem
 
 
 def curve(rows, split, name):

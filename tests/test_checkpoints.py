@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shlex
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,9 +93,12 @@ def test_problem_of_one_rank_is_told_to_all(rank, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.ranks, "on_first_rank", lambda act: act())
     monkeypatch.setattr(checkpoints.ranks, "gather", lambda value: [value])
     monkeypatch.setattr(checkpoints, "first_problem", lambda problem: told.append(problem) or problem)
-    building = tmp_path / ".step_00000001.building"
-    building.mkdir()  # without deepspeed/, which rank 0 flushes
-    problem = checkpoints.publish(building, tmp_path / "step_00000001", {})
+    saving = checkpoints.Saving.__new__(checkpoints.Saving)
+    saving.is_there, saving.thread, saving.measured, saving.problem = False, threading.Thread(), {}, ""
+    saving.folder, saving.state = tmp_path / "step_00000001", {}
+    saving.building = tmp_path / ".step_00000001.building"
+    saving.building.mkdir()  # without deepspeed/, which rank 0 flushes
+    problem = saving.publish()
     assert told == ["", problem] and ("cannot be written" in problem) == (rank == 0)
 
 
@@ -205,12 +209,10 @@ def test_evaluation_that_a_server_interrupted_is_made_up_for(work, tmp_path, mon
 
 def test_best_is_what_could_be_saved_and_of_one_metric(work, tmp_path, monkeypatch):
     out, values = tmp_path / "out", iter([1.5, 3.0, 2.0, 2.5, 1.0, 1.25, 1.0, 1.0])
-    evaluate, write = train_eagle3.evaluate, checkpoints.write_checkpoint
+    evaluate, publish = train_eagle3.evaluate, checkpoints.Saving.publish
     monkeypatch.setattr(train_eagle3, "evaluate", lambda *args: evaluate(*args) | {"acceptance_length": next(values)})
     monkeypatch.setattr(
-        checkpoints,
-        "write_checkpoint",
-        lambda engine, folder, *rest: "no" if folder.name[-2:] == "04" else write(engine, folder, *rest),
+        checkpoints.Saving, "publish", lambda saving: publish(saving) if saving.folder.name[-2:] != "04" else "no"
     )
     flags = "--eval_steps", 2, "--save_steps", 2
     train(work, out, *flags)
@@ -267,13 +269,21 @@ def test_full_disk_while_saving_costs_that_checkpoint_alone(work, tmp_path, smal
             resize(20 * 1024)
         return original(*args)
 
+    begin = checkpoints.Saver.begin
+
+    def begin_and_write(saver, progress):  # before the disk changes
+        begin(saver, progress)
+        if saver.is_writing():
+            saver.saving.thread.join()
+
+    monkeypatch.setattr(checkpoints.Saver, "begin", begin_and_write)
     monkeypatch.setattr(optimization, "optimizer_step", fill)
     train(work, out, "--save_steps", 1, "--save_interval", 99)
     said = capsys.readouterr()
     assert sorted(path.name[-2:] for path in out.glob("step_*")) == ["01", "02", "03", "04", "05", "11", "12"]
     for step in range(6, 11):
         assert f"no checkpoint at step {step}, what was saved before stays" in said.err
-    assert "No space left" in said.err
+    assert "cannot be written, 0.000 GB are free: " in said.err
     assert not list(out.glob(".*")) and rows(out) == rows(work / "whole")
     readable(out)
     assert [x for x in different(out / "step_00000012", work / "whole" / "step_00000012") if "best" not in x] == []

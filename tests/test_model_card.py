@@ -8,7 +8,7 @@ import yaml
 
 import export_draft
 import train_eagle3
-from core import draft_files, model_card
+from core import common, draft_files, model_card
 from helpers import tiny, written_drafts
 
 TARGET = "org/Target-1B"
@@ -35,7 +35,12 @@ EVALUATION = {
     "speedup": 2.0,
     "date": "2026-01-02",
     "machine": "one H200",
-    "settings": {"prompts": "/home/me/secret/mt_bench.jsonl", "temperature": 0.0, "max_new_tokens": 128},
+    "settings": {
+        "prompts": "/home/me/secret/mt_bench.jsonl",
+        "temperature": 0.0,
+        "max_new_tokens": 128,
+        "num_draft_tokens": 2,
+    },
 }
 
 
@@ -56,7 +61,7 @@ def write_run(folder, target=TARGET, step=4):
     }  # fmt: skip
     draft = written_drafts.write(folder / f"step_{step:08d}")
     state = {"step": step, "seconds": 5400.0, "flags": flags, "world_size": 2, "files": {}, "best": None}
-    (draft / "trainer_state.json").write_text(json.dumps(state))
+    common.write_sealed(draft / "trainer_state.json", state)
     (folder / "run.json").write_text(json.dumps(settings))
     (folder / "prepared").mkdir()
     (folder / "prepared" / "data_config.json").write_text(json.dumps(DATA))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import prepare_data
-from core import draft_files
+from core import common, draft_files
 from helpers import tiny
 from helpers.resuming import (
     arguments,
@@ -69,7 +69,10 @@ def newest_step(output):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kills", "steps"), [(2, 20, 120), (1, 2, 30), (3, 2, 30)])
 def test_killed_again_and_again_and_resumed_is_the_undisturbed_run(work, starts, tmp_path, stage, kills, steps):
-    """kill -9 of both ranks at random moments, most of them while a checkpoint is written, as one is due every step."""
+    """kill -9 of both ranks at random moments, most of them while a checkpoint is written, as one is due every step.
+
+    It is written while the next step is trained.
+    """
     random.seed(stage)
     flags = "--deepspeed_config", tiny.REPOSITORY / "ds_configs" / f"zero{stage}.json", "--save_steps", 1
     flags = *flags, "--total_steps", steps, "--save_total_limit", 4, "--num_workers", 1
@@ -79,8 +82,9 @@ def test_killed_again_and_again_and_resumed_is_the_undisturbed_run(work, starts,
     while done < kills:
         starts.start(argv[1], 2, tmp_path / "log")
         before, newest, end = progress(out), newest_step(out), time.monotonic() + 60
-        late = random.random() < 0.8  # in training, or else at any moment of the start
-        while late and progress(out) == before:
+        late = kills < 5 or random.random() < 0.8  # in training, or else at any moment of the start
+        further = kills < 5 or random.random() < 0.8  # behind a further checkpoint, or else while the first is written
+        while late and (newest_step(out) == newest if further else progress(out) == before):
             assert time.monotonic() < end and not (out / "final").exists()
             time.sleep(0.005)
         end = time.monotonic() + random.uniform(0, 1.5 if late else 4)
@@ -175,10 +179,11 @@ def test_what_cannot_be_continued_is_one_line(work, tmp_path, capsys, monkeypatc
     line = refused(capsys, work, out, "--resume", "--precision", "bf16")
     assert "precision fp32" in line and "bf16" in line
     path = out / "step_00000012" / "trainer_state.json"
-    before = path.read_text()
-    path.write_text(before.replace('"optimizer": "AdamW"', '"optimizer": "AdamW on nvme"'))
+    state = common.read_sealed(path)
+    engine = state["flags"]["engine"] | {"optimizer": "AdamW on nvme"}
+    common.write_sealed(path, state | {"flags": state["flags"] | {"engine": engine}})
     assert "states on nvme, of which DeepSpeed restores only a part" in refused(capsys, work, out, "--resume")
-    path.write_text(before)
+    common.write_sealed(path, state)
     tiny.write_jsonl(tmp_path / "other.jsonl", tiny.conversations(9, 1))
     prepare_data.prepare(
         tmp_path / "other.jsonl", tmp_path / "other", work / "target", chat_template="llama3", num_proc=1
@@ -213,6 +218,21 @@ def test_the_newest_whole_checkpoint_is_found_whatever_lies_around(work, tmp_pat
     assert (out / "latest").resolve().name == "step_00000012" and (out / "damaged_0_step_00000012").exists()
     same_run(out, work / "whole")
     assert rows(out) == rows(work / "whole")
+
+
+def test_damaged_records_never_stop_a_training(work, tmp_path, capsys):
+    """What can be read of them is kept; the checkpoints are what counts."""
+    out = tmp_path / "out"
+    shutil.copytree(work / "whole", out, symlinks=True, ignore=shutil.ignore_patterns("step_00000012", "final"))
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\xff\x00 garbage\n", *lines[3:]]))
+    (out / "run.json").write_text('{"run_id": "abc", "ear')
+    train(work, out, "--resume")
+    said = capsys.readouterr().err
+    assert "metrics.jsonl is damaged (line 3: " in said and f"{out / 'damaged_0_metrics.jsonl'}" in said
+    assert f"{out / 'run.json'} cannot be read: earlier starts are not in the new one" in said
+    assert rows(out) == [row for number, row in enumerate(rows(work / "whole")) if number != 2]
+    assert [x for x in different(out / "final", work / "whole" / "final") if "run.json" not in x] == []
 
 
 def test_resume_elsewhere_and_resume_without_anything(work, tmp_path, capsys):

@@ -18,7 +18,7 @@ import torch
 import export_draft
 import prepare_data
 import train_eagle3
-from core import checkpoints, claims, ranks, target_model
+from core import checkpoints, claims, common, ranks, target_model
 from helpers import tiny, training
 from helpers.commands import SCRIPTS
 from helpers.resuming import spoil
@@ -139,17 +139,58 @@ def test_a_hub_id_and_a_missing_folder_stay_as_they_are():
     assert checkpoints.find_draft("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B") == "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"
 
 
-def test_checkpoint_of_an_older_version_is_not_continued(work, runs, tmp_path, capsys):
-    """One without ranks.safetensors, which is otherwise complete."""
-    shutil.copytree(runs / "stopped", tmp_path / "out", symlinks=True)
-    for folder in (tmp_path / "out").glob("step_*"):
-        state = json.loads((folder / "trainer_state.json").read_text())
-        del state["files"][checkpoints.RANKS]
-        (folder / "trainer_state.json").write_text(json.dumps(state))
-        (folder / checkpoints.RANKS).unlink()
-    line = training.refused(capsys, training.run, work, tmp_path / "out", "--resume", "--total_steps", 2)
-    folder = tmp_path / "out" / "step_00000002"
-    assert line == f"{folder} was written by an earlier version: start from its weights without --resume"
+def test_checkpoint_counts_only_as_it_was_written_and_with_all_its_parts(runs, tmp_path, capsys):
+    """Otherwise the one before is taken: a changed state file, another folder's state, an incomplete list of files."""
+    engine = {"precision": "fp32", "optimizer": "AdamW", "zero_stage": 2}
+    whole = runs / "stopped" / "step_00000002"
+    state = checkpoints.read_state(whole)
+    text = (whole / "trainer_state.json").read_text()
+    cases = {
+        "another digit": (text.replace('"step": 2', '"step": 3'), "is not as it was written"),
+        "another letter": (text.replace('"best"', '"bost"'), "is not as it was written"),
+        "no hash": (json.dumps(state), "is not as it was written"),
+        "half": (text[: len(text) // 2], "cannot be read"),
+        "nested": ("[" * 100_000, "cannot be read"),
+        "step of another folder": (state | {"step": 1}, "trainer_state.json is of step 1"),
+    }
+    for name, what in (
+        ("config.json", "config.json"),
+        ("model.safetensors", "model.safetensors"),
+        (checkpoints.RANKS, checkpoints.RANKS),
+        ("deepspeed/mp_rank_00_model_states.pt", "DeepSpeed's states of the model"),
+        ("deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", "the optimizer's states of rank 0"),
+    ):
+        files = {key: value for key, value in state["files"].items() if key != name}
+        assert len(files) == len(state["files"]) - 1, f"{name} is written"
+        cases[name] = (state | {"files": files}, f"it lacks {what}")
+    cases["more ranks"] = (state | {"world_size": 2}, "it lacks the optimizer's states of rank 1")
+    for name, (written, problem) in cases.items():
+        out = tmp_path / name.replace("/", "_")
+        shutil.copytree(runs / "stopped", out, symlinks=True)
+        folder = out / "step_00000002"
+        if isinstance(written, str):
+            (folder / "trainer_state.json").write_text(written)
+        else:
+            common.write_sealed(folder / "trainer_state.json", written)
+        args = SimpleNamespace(
+            resume=True, no_resume_from_checkpoint=False, resume_from_checkpoint=None, output_dir=str(out)
+        )
+        found, _ = checkpoints.find_start(args, engine, ())
+        said = capsys.readouterr().err
+        assert Path(found).name == "step_00000001" and f"{folder} is not a complete checkpoint" in said, name
+        assert problem in said, name
+
+
+def test_copy_with_folders_in_the_place_of_links_is_continued(work, runs, tmp_path, capsys):
+    """As scp -r, rsync -L and object stores make it."""
+    shutil.copytree(runs / "stopped", tmp_path / "out", symlinks=False)
+    training.run(work, tmp_path / "out", "--resume", "--total_steps", 3)
+    latest = tmp_path / "out" / "latest"
+    assert latest.is_symlink() and latest.resolve().name == "step_00000003"
+    copied = tmp_path / "out" / "copied_0_latest"
+    assert (copied / "trainer_state.json").exists() and not list((tmp_path / "out").glob(".*.building"))
+    assert f"{latest} is a folder, not a link: renamed to {copied}" in capsys.readouterr().err
+    assert checkpoints.find_draft(copied) == str(copied)
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_noticed(work, runs, tmp_path, capsys):
