@@ -18,7 +18,6 @@ Out: --output_path: train/ and validation/ in Arrow (input_ids int32; loss_mask 
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 import sys
@@ -502,7 +501,8 @@ def build(sources, chat, options, config, folder, caches, answers, listed):
     DatasetDict(splits).remove_columns(["cut", "reasoning_lost"]).save_to_disk(str(folder))
     describe(splits, rejected, chat, config, folder)
     rejected_rows.write(folder / "rejected.jsonl", itertools.chain(*rejected.values()))
-    common.write_atomic(folder / "data_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    config["files"] = dataloader.measure_files(folder)
+    common.write_sealed(folder / "data_config.json", config)
 
 
 def describe(splits, rejected, chat, config, folder):
@@ -545,7 +545,8 @@ def check_options(options, names, output):
     if options.dataset_path and not any(preset.hub for preset in presets):
         common.fail(f"dataset_path is a copy of a preset's hub repository, but dataset is {names['train']}")
     is_prepared = (output / "data_config.json").is_file()
-    if not is_prepared and (output.is_file() or any(output.glob("*"))):
+    others = [path for path in output.glob("*") if path.name != "lost+found"]  # an empty volume has that
+    if not is_prepared and (output.is_file() or others):
         common.fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
 
 
@@ -572,23 +573,45 @@ def list_ingredients(sources, tokenizer, chat, options, target_model_path):
     return ingredients
 
 
-def replace_folder(output, write):
-    """Have write(new folder, folder of caches) called, then put the new folder in the place of output.
+def caches_of(output):
+    """Where the caches of a prepared folder lie while it is written: output may be mounted storage."""
+    return Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
 
-    Both are renamed, so that a killed build never looks complete. output may be mounted: caches lie elsewhere.
+
+def replace_folder(output, place, write):
+    """Have write(new folder, folder of caches) called in `place`, then put the new folder in the place of output.
+
+    Both are renamed, so that a killed build never looks complete. A mount point, which is empty, is filled: place is
+    output itself. What is complete stays if it cannot be renamed.
     """
-    scratch = output.with_name(f".{output.name}.building")
-    caches = Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
+    scratch = place / f".{output.name}.building"
+    new = scratch / "new"
+    caches = caches_of(output)
     common.remove(scratch)
     common.remove(caches)
+    complete = False
     try:
-        write(scratch / "new", caches)
-        if output.exists():
-            output.rename(scratch / "old")
-        (scratch / "new").rename(output)
+        write(new, caches)
+        complete = True
+        if place == output:
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "data_config.json"):  # which comes last
+                path.rename(output / path.name)
+        else:
+            if output.exists():
+                output.rename(scratch / "old")
+            new.rename(output)
+        complete = False
+    except Exception as error:
+        problem = common.disk_problem(error)
+        if complete:
+            common.fail(f"output_path {output} cannot be replaced: {problem or error}; the complete data are in {new}")
+        if problem:
+            common.fail(f"output_path {output}, or HF_HOME, where caches lie in {caches}: {problem}")
+        raise
     finally:
-        common.remove(scratch)
         common.remove(caches)
+        if not complete:
+            common.remove(scratch)
 
 
 def show_first_row(data, tokenizer):
@@ -642,12 +665,14 @@ def prepare(dataset, output_path, target_model_path, **options):
         options = dataclasses.replace(options, regenerate=settings)
     ingredients = list_ingredients(sources, tokenizer, chat, options, target_model_path)
     fingerprint = common.hash_of(ingredients)
-    if stored.is_file() and json.loads(stored.read_text()).get("fingerprint") == fingerprint:
+    if dataloader.is_of(output, fingerprint):
         print(f"{output}: reused, made of the same input, tokenizer and options (fingerprint {fingerprint[:12]})")
         return dataloader.open_data(output)[1]
-    common.check_writable("the folder of output_path", output.parent)
-    if os.path.ismount(output):
-        common.fail(f"output_path {output} is a mount point, which cannot be replaced: give a folder in it")
+    place = output if os.path.ismount(output) else output.parent  # in which folders are renamed
+    if place == output and stored.exists():
+        common.fail(f"output_path {output} is a mount point with other data, which cannot be replaced: empty it")
+    common.check_writable("the folder of output_path", place)
+    common.check_writable("HF_HOME", caches_of(output).parent)
     answers = None
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))
@@ -670,8 +695,8 @@ def prepare(dataset, output_path, target_model_path, **options):
     def write(folder, caches):
         build(sources, chat, options, config, folder, caches, answers, listed)
 
-    with claims.only_writer(f"output_path {output.name} in", output.parent, f".{output.name}.preparing"):
-        replace_folder(output, write)
+    with claims.only_writer(f"output_path {output.name} in", place, f".{output.name}.preparing"):
+        replace_folder(output, place, write)
     common.remove(listed)
     data, config = dataloader.open_data(output)
     show_first_row(data, tokenizer)

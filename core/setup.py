@@ -501,6 +501,8 @@ def prepare(args, default, prepare_conversations):
         folder = prepare_conversations(args)
     data, data_config = dataloader.open_data(folder)
     if folder:
+        dataloader.check_files(folder, data_config)
+    if folder:
         check_data(args, config, folder, data, data_config, world)
         check_validation(args, data, default)
     d2t = vocabulary_mapping(args, config, folder, checkpoint)

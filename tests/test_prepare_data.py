@@ -1,5 +1,6 @@
 """From conversations to supervised tokens: forms of rows, templates, masks, rejected rows, the prepared folder."""
 
+import errno
 import hashlib
 import json
 import os
@@ -494,6 +495,8 @@ def test_same_data_whatever_the_number_of_processes(tmp_path, target, monkeypatc
     monkeypatch.setattr(prepare_data, "MIN_ROWS_PER_PROCESS", 100)
     second = prepare_data.prepare(path, tmp_path / "two", target, num_proc=96, **options)
     assert len(processes()) == 2
+    for config in (first, second):  # how rows lie in files may differ
+        config["files"].clear()
     assert first == second
     one, two = (dataloader.open_data(tmp_path / name)[0] for name in ("one", "two"))
     assert len(one["train"]) == 225 and len(one["validation"]) == 25
@@ -596,6 +599,85 @@ def test_open_data_refuses_another_version(tmp_path, target, capsys):
     config = prepare_data.prepare(path, tmp_path / "out", target)
     (tmp_path / "out" / "data_config.json").write_text(json.dumps({**config, "format_version": 0}))
     assert "format version 0" in tiny.fails(capsys, dataloader.open_data, tmp_path / "out")
+    (tmp_path / "out" / "data_config.json").write_text(json.dumps(config))
+    assert "has no checksums, an earlier version" in tiny.fails(capsys, dataloader.open_data, tmp_path / "out")
+
+
+def test_data_that_are_not_as_they_were_written_are_one_line_and_are_prepared_again(tmp_path, target, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    out = tmp_path / "out"
+    prepare_data.prepare(path, out, target)
+
+    def check():
+        data, config = dataloader.open_data(out)
+        dataloader.check_files(out, config)
+        return data["train"][0]
+
+    row = check()
+    for file in sorted(path for path in out.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        flipped = bytes(byte ^ 1 for byte in content[middle : middle + 1])
+        several = content[:middle] + flipped + content[middle + 1 :], content[:middle], b"", content + b"x", None
+        for damaged in (one for one in several if one != content):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            line = tiny.fails(capsys, check)
+            assert str(out) in line and "prepare_data.py" in line, file
+            file.write_bytes(content)
+    assert check() == row
+    arrow = next((out / "train").glob("*.arrow"))
+    content = arrow.read_bytes()
+    arrow.write_bytes(content[:-1] + b"x")
+    prepare_data.prepare(path, out, target)
+    assert arrow.read_bytes() == content and check() == row
+
+
+def test_an_empty_volume_is_filled_from_inside(tmp_path, target, capsys):
+    """A mount point cannot be renamed; a fresh file system has lost+found."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    with tiny.small_disk(tmp_path / "volume", 4096) as (volume, _):
+        (volume / "lost+found").mkdir()
+        prepare_data.prepare(path, volume, target)
+        assert sorted(path.name for path in volume.iterdir()) == [
+            "data_config.json", "dataset_dict.json", "lost+found", "rejected.jsonl", "token_freq.pt", "train",
+        ]  # fmt: skip
+        dataloader.check_files(volume, dataloader.open_data(volume)[1])
+        prepare_data.prepare(path, volume, target)
+        assert "reused" in capsys.readouterr().out
+        line = tiny.fails(capsys, prepare_data.prepare, path, volume, target, max_length=64)
+        assert "is a mount point with other data" in line
+
+
+def test_complete_data_stay_if_they_cannot_be_renamed(tmp_path, target, monkeypatch, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    rename = Path.rename
+
+    def busy(source, goal):
+        if Path(goal).name == "out":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(source, goal)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target).rstrip()
+    new = tmp_path / ".out.building" / "new"
+    assert line.endswith(f"the complete data are in {new}") and "cannot be replaced" in line
+    dataloader.check_files(new, dataloader.open_data(new)[1])
+
+
+def test_no_room_for_caches_is_one_line(tmp_path, target, monkeypatch, capsys):
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(400))
+    with tiny.small_disk(tmp_path / "home", 100) as (home, _):
+        monkeypatch.setattr(prepare_data.huggingface_hub.constants, "HF_HOME", str(home))
+        line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target)
+        assert str(home) in line and "No space left on device" in line
+    with tiny.small_disk(tmp_path / "read", 100) as (home, _):
+        subprocess.run(["mount", "-o", "remount,ro", str(home)], check=True)
+        monkeypatch.setattr(prepare_data.huggingface_hub.constants, "HF_HOME", str(home))
+        line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target)
+        assert f"HF_HOME {home}" in line and "Read-only file system" in line
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["home", "read", "rows.jsonl"]
 
 
 # ---------------------------------------------------------------------------- command line
