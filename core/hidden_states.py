@@ -6,13 +6,18 @@ read, and last_hidden_states [U, Ht] (after the final norm) of the U tokens that
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import os
+import socket
 import sys
+import tempfile
+import time
 import zlib
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -24,6 +29,7 @@ from core import common, dataloader, slots, target_files
 FP8 = torch.float8_e4m3fn
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": FP8}
 STATES = ("aux_hidden_states", "last_hidden_states")  # of a row
+LEFTOVER_SECONDS = 3600  # after which what another host left half-written is removed
 SHARD_BYTES = 256 * 2**20  # a shard is closed when it has grown beyond that
 
 # ==================== A row ==========================================================================================
@@ -161,11 +167,14 @@ class Store:
         return {name: value for name, value in vars(self).items() if name not in ("pool", "writing", "new")}
 
     def remove_leftovers(self):
-        """Remove what an interruption left half-written; while nobody writes."""
-        # `.tmp...`: safetensors writes under a name of its own first.
-        patterns = (".*.building", ".index.json.*.tmp", ".tmp*")
-        for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
-            path.unlink(missing_ok=True)
+        """Remove what interruptions left half-written; of writers that may live nothing."""
+        here = f".building-{socket.gethostname()}-"
+        for path in [*self.folder.glob(".building-*"), *self.folder.glob(".index.json.*.tmp")]:
+            pid = path.name.removeprefix(here).partition("-")[0]
+            with contextlib.suppress(OSError):  # it is gone
+                is_old = time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+                if is_old or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+                    common.remove(path)
 
     # --- reading ---
 
@@ -222,8 +231,7 @@ class Store:
         if self.writing:
             self.writing.result()
         if self.new:
-            path = self.folder / f"{self.number:06d}-{dist.get_rank():05d}.safetensors"
-            self.writing = self.pool.submit(write_shard, path, self.new)
+            self.writing = self.pool.submit(write_shard, self.folder, self.number, dist.get_rank(), self.new)
             self.new = {}
             self.size = 0
             self.number += 1
@@ -260,17 +268,36 @@ def is_finite(tensors, name):
     return bool(torch.stack(states.aminmax()).isfinite().all())
 
 
-def write_shard(path, rows):
-    """One file of rows {row: tensors}; it gets its name when it is complete. OSError if it cannot be written."""
-    building = path.with_name(f".{path.name}.building")
+def write_shard(folder, number, rank, rows):
+    """Write one file of rows {row: tensors}. OSError if it cannot be written.
+
+    It gets its name when it is complete: that of this number or, where another writer has taken it, of a later one.
+    """
+    prefix = f".building-{socket.gethostname()}-{os.getpid()}-"
     tensors = {f"{row}.{name}": tensor for row, part in rows.items() for name, tensor in part.items()}
     checksums = {row: checksum(part) for row, part in rows.items()}
     try:
-        save_file(tensors, building, {"rows": json.dumps(checksums)})
-        with building.open("rb") as file:
-            os.fsync(file.fileno())
-        common.open_to_all(building)
-        building.rename(path)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as place:  # safetensors has a name of its own first
+            building = Path(place, "shard.safetensors")
+            save_file(tensors, building, {"rows": json.dumps(checksums)})
+            with building.open("rb") as file:
+                os.fsync(file.fileno())
+            common.open_to_all(building)
+            while not take_name(building, folder / f"{number:06d}-{rank:05d}.safetensors"):
+                number += 1
     except (OSError, SafetensorError) as error:
-        building.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error}") from error
+        raise OSError(f"shard {number} of {folder} cannot be written: {error}") from error
+
+
+def take_name(building, path):
+    """Give a complete file its name; returns whether it was free."""
+    try:
+        os.link(building, path)  # fails if the name is taken, whatever another writer does meanwhile
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # storage without hard links
+        if path.exists():
+            return False
+        building.rename(path)
+        return True

@@ -17,6 +17,7 @@ from core import common
 LONGEST_PAUSE = 60  # seconds between two attempts
 PASSING = (408, 429)  # timed out, too many requests: refusals that time mends
 OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError)  # an answer of another form raises these
+ANSWER_BYTES = 2**28  # of an answer at most
 
 
 class ServerFailed(Exception):
@@ -40,9 +41,20 @@ def open_answer(endpoint, path, body=None, timeout=60):
 
 
 def request_answer(endpoint, path, body=None, timeout=60):
-    """The JSON of the answer at a path below /v1. Raises OSError, HTTPException, ValueError."""
+    """The JSON of the answer at a path below /v1. Raises OSError, HTTPException, ValueError.
+
+    timeout: seconds until it begins, and then until it is there.
+    """
     with open_answer(endpoint, f"v1/{path}", body, timeout) as answer:
-        return json.load(answer)
+        end = time.monotonic() + timeout
+        data = bytearray()
+        while part := answer.read1(2**20):
+            data += part
+            if time.monotonic() > end:
+                raise TimeoutError("the answer does not end")
+            if len(data) > ANSWER_BYTES:
+                raise ValueError(f"an answer of more than {ANSWER_BYTES:,} bytes")
+    return json.loads(data)
 
 
 def stream_answer(endpoint, path, body, timeout=60):

@@ -141,14 +141,15 @@ class Server:
         return self.asked[row].pop(0).get()
 
     def generate(self, input_ids):
-        """One request. The server holds the lock of its file until the file is complete; both are removed."""
+        """One request. The server holds the lock of its file until the file is complete; both are removed once read."""
         end = time.monotonic() + self.args.request_timeout
         body = {"model": self.model, "prompt": input_ids, "max_tokens": 1, "return_token_ids": True}
         answer = request(self.args, "completions", body)
         path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
-        if not path:
+        if not isinstance(path, str) or not path.endswith(".safetensors"):
             raise server.ServerFailed(
-                "its answer names no file: start it with extract_hidden_states, as examples/run_llama3_vllm.sh does"
+                "its answer names no file of hidden states: start it with extract_hidden_states, as "
+                "examples/run_llama3_vllm.sh does"
             )
         try:
             with open(f"{path}.lock") as lock:
@@ -160,14 +161,14 @@ class Server:
                 states = states if problem else states.clone()  # it lies in the file's pages
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}: its folder must be seen here under the same path") from error
-        for name in (f"{path}.lock", path):
-            Path(name).unlink(missing_ok=True)
         if problem in ("missing", "damaged"):
             raise OSError(f"{path} is {problem}")
         if problem or answer["choices"][0].get("prompt_token_ids", input_ids) != input_ids:
             raise server.ServerFailed(
                 f"what it gives is {problem or 'of other tokens'}, not {len(input_ids)} x {self.shape}"
             )
+        for name in (f"{path}.lock", path):  # it is the answer to this request, and nobody else's file
+            Path(name).unlink(missing_ok=True)
         return states
 
 

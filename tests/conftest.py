@@ -32,7 +32,8 @@ def waits(monkeypatch):
         else:
             waited.append(seconds)
 
-    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=sleep))  # other threads of this process go on sleeping
+    # Other threads of this process go on sleeping.
+    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     return waited
 
 

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -364,12 +365,46 @@ def test_overflow_of_float16_is_not_written(work, tmp_path, capsys):
 
 def test_started_again_it_writes_nothing_and_needs_no_target(work, tmp_path, no_target, capsys):
     out = shutil.copytree(work / "bfloat16", tmp_path / "out")
-    (out / ".000009-00001.safetensors.building").write_bytes(b"half")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = out / f".building-{socket.gethostname()}-{ended.pid}-abc"
+    lives = out / f".building-{socket.gethostname()}-{os.getpid()}-def"
+    elsewhere = out / ".building-node-b-1-ghi"
+    for folder in (left, lives, elsewhere):
+        folder.mkdir()
+        (folder / "1.safetensors").write_bytes(b"half")
     (out / ".index.json.123.tmp").write_text("{")
+    os.utime(out / ".index.json.123.tmp", (0, 0))
     before = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
     write(work, out)
     assert "0 of 26 rows to write" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in out.glob(".*")} == {lives.name, elsewhere.name}, "their writers may live"
+    assert {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")} == before
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_writers_of_one_folder_never_take_each_others_names(work, tmp_path, monkeypatch, links):
+    """As trainings that cache into one store do; also on storage without hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *given: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    out = tmp_path / "store"
+    shutil.copytree(work / "bfloat16", out, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps(settings | {"shards": {}}))
+    names = ("target", "layers", "tokenizer", "data")
+    stores = [hidden_states.Store(out, {name: settings[name] for name in names}) for _ in range(3)]
+    monkeypatch.setattr(hidden_states.dist, "get_rank", lambda: 0)
+    whole = hidden_states.Store(work / "bfloat16", {name: settings[name] for name in names})
+    rows = sorted(whole.rows)[:6]
+    for number, row in enumerate(rows):
+        store = stores[number % 3]
+        store.add(row, whole.read(row)[0])
+        store.flush()
+    for store in stores:
+        store.flush(wait=True)
+    assert len(list(out.glob("*.safetensors"))) == 6 and not list(out.glob(".building*"))
+    found = hidden_states.Store(out, {name: settings[name] for name in names})
+    assert sorted(found.rows) == rows and all(found.read(row)[1] == "" for row in rows)
 
 
 def test_what_is_there_is_not_written_again(work, tmp_path, small_shards, capsys):

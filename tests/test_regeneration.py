@@ -1,5 +1,6 @@
 """Replies of the target itself, from a small server that speaks OpenAI's protocol: turns, faults, kills, settings."""
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -494,6 +495,32 @@ def test_refused_rows_count_as_rejected(server, target, tmp_path, capsys):
     assert "1 of 10 rows rejected" in error and "1 refused by the server (first: line 4: " in error
     config = prepare_data.main(prepare_data.parse_args([*words, "--max_rejected_ratio", "0.2"]))
     assert config["splits"]["train"]["rejected"] == {"refused by the server": 1}
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Answers byte by byte, without end."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" " * self.server.size)
+                time.sleep(self.server.pause)
+
+
+@pytest.mark.parametrize(("size", "pause", "problem"), [(1, 0.1, "does not end"), (2**20, 0, "more than 3,000,000")])
+def test_an_answer_that_does_not_end_is_given_up(size, pause, problem, monkeypatch):
+    monkeypatch.setattr(regeneration.server, "ANSWER_BYTES", 3_000_000)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
+        slow.daemon_threads, slow.size, slow.pause = True, size, pause
+        threading.Thread(target=slow.serve_forever, daemon=True).start()
+        with pytest.raises((TimeoutError, ValueError), match=problem):
+            regeneration.server.request_answer(f"http://127.0.0.1:{slow.server_port}", "models", timeout=1)
+        slow.shutdown()
 
 
 def test_a_server_that_is_not_there_is_named():

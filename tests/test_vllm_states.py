@@ -171,6 +171,22 @@ def test_other_tokens_are_refused_at_once(work, server, tmp_path, capsys, waits)
     assert draft_files.check_draft(tmp_path / "out" / "step_00000000") == [] and not waits
 
 
+@pytest.mark.parametrize("name", ["uv", "weights.safetensors"])
+def test_files_that_a_server_names_are_not_removed_unless_they_are_its_answer(
+    work, server, tmp_path, capsys, waits, monkeypatch, name
+):
+    """Whatever it names: a file of the user's and its lock stay."""
+    mine = tmp_path / name
+    save_file({"mine": torch.zeros(3)}, mine)
+    lock = tmp_path / f"{name}.lock"
+    lock.write_text("mine")
+    answer = {"choices": [{}], "kv_transfer_params": {"hidden_states_path": str(mine)}}
+    monkeypatch.setattr(vllm_states, "request", lambda *given: answer)
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url, "--max_retries", 1)
+    assert "names no file of hidden states" in error or "is damaged" in error
+    assert lock.read_text() == "mine" and load_file(mine)["mine"].tolist() == [0, 0, 0]
+
+
 def test_server_of_another_model_or_length_is_refused_before_anything_is_trained(work, server, tmp_path, capsys):
     server.name, server.root = "other", "/models/other"
     error = refused(capsys, work, tmp_path / "a", "--vllm_endpoint", server.url)
