@@ -7,7 +7,8 @@ from helpers import tiny
 
 FOLDER = Path(__file__).parent
 # Properties of the repository itself, which no module and no run has alone.
-OWN = {"docs", "safe_loading", "style", "tests", "benchmarks", "setup"}
+OWN = {"docs", "safe_loading", "style", "tests", "benchmarks", "setup", "soak"}
+PROGRAMS = {"soak.py", "faults.py"}  # that people run
 
 
 def imported(path):
@@ -31,4 +32,5 @@ def test_files_are_named_after_a_module_a_property_of_runs_or_a_recipe():
         name = path.stem.removeprefix("test_")
         known = name in OWN or name.startswith(("run_", "recipe_", *modules))
         assert known, f"{path.name}: name it test_<module>, test_run_<property> or test_recipe_<name>"
-    assert not [path.name for path in FOLDER.glob("*.py") if not path.stem.startswith(("test_", "conftest"))]
+    others = {path.name for path in FOLDER.glob("*.py") if not path.stem.startswith(("test_", "conftest"))}
+    assert others == PROGRAMS
