@@ -47,6 +47,7 @@ WEIGHT_FILES = (
 
 FINGERPRINT = "samples-2:"  # begins a target's fingerprint: change it whenever the same target would get another one
 
+HEADER_BYTES = 2**27  # of a safetensors file at most, as the library has it
 SAMPLE = 256  # bytes that are hashed at the beginning, in the middle and at the end of each tensor
 
 # ==================== Locating =======================================================================================
@@ -173,8 +174,8 @@ def read_target_config(model_dir, trust_remote_code=False):
     """(text_config, config) of a target; ends the program if a draft cannot be trained for it."""
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        problem = str(error).strip().splitlines()[0]
+    except Exception as error:  # of several libraries
+        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         common.fail(f"target_model_path {model_dir}: its config.json cannot be read: {problem}")
     text_config = config.get_text_config()
     if text_config.num_hidden_layers < MIN_TARGET_LAYERS:
@@ -234,7 +235,8 @@ def weight_files(model_dir):
     files = [first]
     if first.suffix == ".json":
         try:
-            files = [model_dir / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
+            names = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+            files = [common.below(model_dir, name) for name in names]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             common.fail(f"{first} is not an index of weights: {type(error).__name__}: {error}")
     missing = [path.name for path in files if not path.is_file()]
@@ -262,11 +264,11 @@ def read_header(path):
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(start - 8)) if start <= size else {}
+            header = json.loads(file.read(start - 8)) if start <= min(size, HEADER_BYTES) else {}
             header.pop("__metadata__", None)
             for tensor in header.values():
                 tensor["data_offsets"] = [start + offset for offset in tensor["data_offsets"]]
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             header = {}
     if not header:
         common.fail(f"{path} of {size:,} bytes is not a safetensors file: download or copy it again")

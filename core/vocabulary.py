@@ -23,8 +23,8 @@ def read_token_freq(path):
         common.fail(
             f"token counts {path}: not a plain dict {{token id: count}} in a file of torch ({type(error).__name__})"
         )
-    if not counts or min(counts) < 0 or min(counts.values()) < 0:
-        common.fail(f"token counts {path}: none in it, or a negative token id or count")
+    if not counts or min(*counts, *counts.values()) < 0 or max(*counts, *counts.values()) >= 2**53:
+        common.fail(f"token counts {path}: none in it, or a token id or count that is negative or above 2**53")
     return counts
 
 
@@ -126,8 +126,9 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
     for path in (d2t_path, t2d_path):
         try:
             arrays.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            common.fail(f"the vocabulary mapping {path} cannot be read: {str(error).splitlines()[0]}")
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            common.fail(f"the vocabulary mapping {path} cannot be read: {reason}")
         if not isinstance(arrays[-1], np.ndarray):
             common.fail(f"the vocabulary mapping {path} is not one array: give the .npy of build_vocab_mapping.py")
     d2t, t2d = arrays

@@ -64,7 +64,7 @@ OTHERS = {  # flags of programs that are not here: as their own --help has them
             "tensor-parallel-size dtype served-model-name per-request-spec-decode-metrics",
     "sglang": "dtype model-path reasoning-parser speculative-algorithm speculative-draft-model-path "
               "speculative-eagle-topk speculative-num-draft-tokens speculative-num-steps tp-size",
-    "SLURM": "ntasks-per-node",
+    "SLURM": "ntasks-per-node", "docker": "shm-size",
     "az": "file resource-group set workspace-name", "swanlab": "id", "tensorboard": "logdir",
     "SpecForge": "max-num-steps",
     "pip, apt, conda": "channel disable-pip-version-check no-cache-dir no-install-recommends override-channels prefix "

@@ -85,15 +85,15 @@ def last_words(capsys, *given, **options):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def long_question(chat):
+def long_question(chat, word):
     """A question whose prompt leaves room for less than LIMIT tokens."""
-    text = "word"
+    text = word
     while True:
         messages = [{"role": "user", "content": text}]
         prompt = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if len(prompt) >= CONTEXT - LIMIT // 2:
             return text
-        text += " word"
+        text += f" {word}"
 
 
 def own_conversation(model, tokenizer, messages):
@@ -105,6 +105,8 @@ def own_conversation(model, tokenizer, messages):
             options = {"do_sample": False, "max_new_tokens": min(LIMIT, CONTEXT - len(prompt)), "pad_token_id": 4}
             reply = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
             content = tokenizer.decode(reply, skip_special_tokens=True)
+            if reply[-1] != 4:
+                content = content.rstrip("\ufffd")  # of a character that is cut
             if content.strip():
                 said.append({"role": "assistant", "content": content})
             if reply[-1] != 4 or not content.strip():
@@ -119,10 +121,13 @@ def own_conversation(model, tokenizer, messages):
 def test_answers_are_the_targets_own_greedy_text(target, chat, asked, tmp_path, capsys):
     rows = tiny.conversations(12, turns=3)
     rows[3]["conversations"][0]["content"] = "word " * CONTEXT
-    rows[4]["conversations"][0]["content"] = long_question(chat)
+    model = AutoModelForCausalLM.from_pretrained(target).eval()
+    for word in ("word", "quick", "fox", "dog", "lazy", "what"):  # until it replies with a character
+        rows[4]["conversations"][0]["content"] = long_question(chat, word)
+        if own_conversation(model, chat.tokenizer, rows[4]["conversations"]):
+            break
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     prepare(target, path, tmp_path / "out", regenerate_concurrency=5)
-    model = AutoModelForCausalLM.from_pretrained(target).eval()
     found = read(tmp_path / "out.answers" / "train.jsonl")
     turns = 0
     for row, answer in zip(rows, found, strict=True):
