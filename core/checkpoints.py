@@ -273,7 +273,7 @@ class Saving:
                 self.measured[str(path.relative_to(self.building))] = common.measure_file(path)
         except (OSError, RuntimeError, SafetensorError, SystemExit) as error:  # the last has printed its own line
             free = shutil.disk_usage(self.folder.parent).free / 1e9
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = common.first_line(error)
             self.problem = f"{self.building} cannot be written, {free:.3f} GB are free: {reason}"
 
     def publish(self):

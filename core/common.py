@@ -34,6 +34,11 @@ def fail(message) -> NoReturn:
     raise SystemExit(2)
 
 
+def first_line(error):
+    """The first line of an error's text, or its type: MemoryError and others come without a text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default after the help of each flag."""
 

@@ -12,6 +12,7 @@ import heapq
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -449,12 +450,18 @@ def share(tensors):
                 time.sleep(0.5)
 
 
-def check_shared_memory(packed, steps):
-    """End the program if /dev/shm has no room for this number of steps that are read ahead; packed: one of them."""
-    needed = steps * sum(tensor.nbytes for tensor in packed[1].values())
+def find_shortage(packed, steps):
+    """What /dev/shm lacks for this number of steps that each rank of a node reads ahead; "" if nothing.
+
+    packed: one of the steps.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, deepspeed's
+    needed = here * steps * sum(tensor.nbytes for tensor in packed[1].values())
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
-    if needed > free:
-        fail_for_room(f"{steps} steps that are read ahead take {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+    if needed <= free:
+        return ""
+    ahead = f"{steps} steps that are read ahead" + (f" by each of {here} ranks" if here > 1 else "")
+    return f"{ahead} take {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
 
 
 def fail_for_room(problem):
@@ -500,8 +507,11 @@ def read_steps(
     steps = range(len(data)) if steps is None else steps
 
     ahead = num_workers * (prefetch_factor or 2)  # steps of a rank, 2 is the loader's own default
-    if ahead and len(steps):
-        check_shared_memory(data.read(steps[0]), min(ahead, len(steps)))
+    shortage = find_shortage(data.read(steps[0]), min(ahead, len(steps))) if ahead and len(steps) else ""
+    if shortage and name == "train":
+        fail_for_room(shortage)
+    if shortage:  # an evaluation beside what is read ahead for training
+        num_workers = 0
 
     def load(part):
         loader = DataLoader(

@@ -74,12 +74,12 @@ def open_target(target, chat, settings, trust_remote_code=False):
     except (MemoryError, torch.OutOfMemoryError) as error:
         common.fail(
             f"regenerate local: no memory for the cache of {settings.concurrency} conversations beside the target "
-            f"{model_dir}: {first_line(error)}; lower --regenerate_concurrency"
+            f"{model_dir}: {common.first_line(error)}; lower --regenerate_concurrency"
         )
     except (ValueError, LookupError, AttributeError, NotImplementedError) as error:  # another kind of attention
         common.fail(
             f"regenerate local: transformers cannot batch the target {model_dir}: {type(error).__name__}: "
-            f"{first_line(error)}; give a server that runs it by --regenerate_endpoint"
+            f"{common.first_line(error)}; give a server that runs it by --regenerate_endpoint"
         )
     resolved = manager.continuous_batching_config
     context = min(context, resolved.num_blocks * resolved.page_size)
@@ -89,11 +89,6 @@ def open_target(target, chat, settings, trust_remote_code=False):
         yield local
     finally:
         local.close()
-
-
-def first_line(error):
-    """The first line of an error's text, or its type: MemoryError and others come without a text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def set_sampling(generation, tokenizer, temperature):
@@ -198,7 +193,7 @@ class LocalTarget:
     def problem(self):
         """Why the manager has ended, in one line."""
         error = self.manager.background_thread_status.fatal_error
-        reason = first_line(error) if error else "it was stopped"
+        reason = common.first_line(error) if error else "it was stopped"
         return f"regenerate local: the target does not generate any more: {reason}"
 
 

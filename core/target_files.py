@@ -175,7 +175,7 @@ def read_target_config(model_dir, trust_remote_code=False):
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except Exception as error:  # of several libraries
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        problem = common.first_line(error)
         common.fail(f"target_model_path {model_dir}: its config.json cannot be read: {problem}")
     text_config = config.get_text_config()
     if text_config.num_hidden_layers < MIN_TARGET_LAYERS:

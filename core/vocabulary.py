@@ -127,8 +127,7 @@ def load_mapping(d2t_path, t2d_path, target_vocab_size=None):
         try:
             arrays.append(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            common.fail(f"the vocabulary mapping {path} cannot be read: {reason}")
+            common.fail(f"the vocabulary mapping {path} cannot be read: {common.first_line(error)}")
         if not isinstance(arrays[-1], np.ndarray):
             common.fail(f"the vocabulary mapping {path} is not one array: give the .npy of build_vocab_mapping.py")
     d2t, t2d = arrays

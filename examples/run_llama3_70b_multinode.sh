@@ -46,8 +46,8 @@ if [ "$NO_SSH" = 1 ]; then
         exit 2
     fi
     if [ -n "${REGENERATE:-}" ]; then # stage 1 would wait for ranks on the other nodes
-        echo "error: REGENERATE needs ssh between the nodes: without it, run stage 1 on one node before:" \
-            "STAGES=1 REGENERATE=$REGENERATE bash examples/run_llama3_online.sh, with the same OUTPUT" >&2
+        echo "error: REGENERATE needs ssh between the nodes: without it, run examples/run_llama3_online.sh with it and" \
+            "STAGES=1 on one node, with this TARGET and OUTPUT, and then this recipe with STAGES=\"2 3 4\" instead" >&2
         exit 2
     fi
     LAUNCHER+=" --no_ssh --node_rank $NODE_RANK"

@@ -106,7 +106,7 @@ def test_a_rank_whose_launcher_was_killed_stops(name, is_launcher, tmp_path):
 # --- the readers ---
 
 
-def steps_of(work, workers):
+def steps_of(work, workers, name="train"):
     """The steps of the prepared data, as training reads them."""
     data, _ = dataloader.open_data(work / "data")
 
@@ -124,7 +124,7 @@ def steps_of(work, workers):
         return dataloader.Batch(**dataloader.concatenate(rows, epoch), plan=None, normaliser=0)
 
     sizes = {"seed": 0, "global_batch_size": 2, "micro_batch_size": 2, "num_workers": workers, "prefetch_factor": 1}
-    return dataloader.read_steps(data["train"], Source, collate, torch.device("cpu"), range(9), **sizes)
+    return dataloader.read_steps(data["train"], Source, collate, torch.device("cpu"), range(9), name=name, **sizes)
 
 
 @pytest.fixture
@@ -162,6 +162,7 @@ def test_steps_that_do_not_fit_into_shared_memory_are_one_line(work, one_rank, t
             line = training.refused(capsys, next, steps)
         assert line.startswith(f"{folder} is too small: 2 steps that are read ahead take ") and "--shm-size" in line
         assert len(list(steps_of(work, 0))) == 9
+        assert len(list(steps_of(work, 2, "validation"))) == 9, "an evaluation in a training that has all the room"
 
 
 def test_a_worker_waits_for_room_and_then_says_so(work, one_rank, monkeypatch, capsys):
@@ -171,11 +172,10 @@ def test_a_worker_waits_for_room_and_then_says_so(work, one_rank, monkeypatch, c
 
     def share_memory_(tensor):
         tries.append(1)
-        if len(tries) > 3 or last:
+        if len(tries) > 3:
             return original(tensor)
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
-    last = False
     monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)
     assert len(list(steps_of(work, 1))) == 9, "there is room after a while"
     monkeypatch.setattr(dataloader, "SHARED_PATIENCE", -1)
