@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -163,6 +164,18 @@ def test_steps_that_do_not_fit_into_shared_memory_are_one_line(work, one_rank, t
         assert line.startswith(f"{folder} is too small: 2 steps that are read ahead take ") and "--shm-size" in line
         assert len(list(steps_of(work, 0))) == 9
         assert len(list(steps_of(work, 2, "validation"))) == 9, "an evaluation in a training that has all the room"
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_all_ranks_of_a_node_share_its_memory(variable, monkeypatch):
+    packed = [], {torch.uint8: torch.zeros(10**6, dtype=torch.uint8)}
+    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**6))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert dataloader.find_shortage(packed, 2) == ""
+    monkeypatch.setenv(variable, "4")
+    expected = "2 steps that are read ahead by each of 4 ranks take 8 MB, 3 MB are free"
+    assert dataloader.find_shortage(packed, 2) == expected
 
 
 def test_a_worker_waits_for_room_and_then_says_so(work, one_rank, monkeypatch, capsys):
