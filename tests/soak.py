@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from core import checkpoints, common  # noqa: E402  (neither the root nor tests/ is on a script's path)
-from helpers import resuming, training  # noqa: E402
+from helpers import resuming, tiny, training  # noqa: E402
 from helpers.starts import Starts  # noqa: E402
 
 STEPS = 60
@@ -32,42 +31,18 @@ SIZE = 40 * 1024  # KiB of the disk
 FLAGS = "--save_steps", 1, "--total_steps", STEPS, "--save_total_limit", 3, "--num_workers", 1, "--resume"
 
 
-class Disk:
-    """A small file system at a folder; without the right to mount one, the folder alone, which never fills up."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
-        self.is_mounted = self.mount(f"size={SIZE}k", "tmpfs", "-t", "tmpfs")
-
-    def mount(self, options, *words):
-        command = ["mount", *words[1:], "-o", options, *words[:1], str(self.folder)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-    def resize(self, size):
-        if self.is_mounted:
-            self.mount(f"remount,size={size}k")
-
-    def used(self):
-        return shutil.disk_usage(self.folder).used // 1024
-
-    def close(self):
-        if self.is_mounted:
-            subprocess.run(["umount", "-l", str(self.folder)], check=True)
-        shutil.rmtree(self.folder)
-
-
 class Life:
     """A training from its first start to its end."""
 
-    def __init__(self, draw, starts, work, out, disk, counts):
+    def __init__(self, draw, starts, work, disk, resize, counts):
         self.draw = draw  # random.Random
         self.starts = starts
         self.work = work
-        self.out = out
         self.disk = disk
+        self.out = disk / "out"
+        self.resize = resize  # resize(KiB) of the disk
         self.counts = counts
-        self.log = out.parent.parent / "log"
+        self.log = disk.parent / "log"
         self.worlds = set()
         self.damaged = None
 
@@ -91,7 +66,7 @@ class Life:
             if fault:
                 self.count(fault)
             codes = self.starts.wait()
-            self.disk.resize(SIZE)
+            self.resize(SIZE)
             if not fault and codes != [0] * world:
                 self.fail(f"a start that nothing disturbed ended with {codes}")
             self.check_folders()
@@ -136,9 +111,10 @@ class Life:
 
     def fill_disk(self):
         """For two seconds; checkpoints are left out meanwhile."""
-        self.disk.resize(self.disk.used() + self.draw.choice([0, 100, 400]))
+        used = shutil.disk_usage(self.disk).used // 1024
+        self.resize(used + self.draw.choice([0, 100, 400]))
         time.sleep(2)
-        self.disk.resize(SIZE)
+        self.resize(SIZE)
         self.starts.kill(signal.SIGTERM)
 
     def start_again(self):
@@ -220,13 +196,10 @@ def soak(folder, minutes, seed):
         starts.run(resuming.arguments(work, folder / "whole", *FLAGS), 2, folder / "log")
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end or not counts:
-            disk = Disk(folder / "disk")
-            try:
-                life = Life(draw, starts, work, disk.folder / "out", disk, counts)
+            with tiny.small_disk(folder / f"disk_{len(list(folder.glob('disk_*')))}", SIZE) as (disk, resize):
+                life = Life(draw, starts, work, disk, resize, counts)
                 life.run()
                 life.compare(folder / "whole")
-            finally:
-                disk.close()
     return counts
 
 
