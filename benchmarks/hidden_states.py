@@ -59,8 +59,8 @@ def file_size(tokens, share, hidden_size, dtype):
     last = torch.randn(tokens, hidden_size)
     row = hidden_states.to_stored(input_ids, loss_mask, auxiliary, last, hidden_states.DTYPES[dtype])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shard.safetensors"
-        hidden_states.write_shard(path, {"train/0": row})
+        hidden_states.write_shard(Path(folder), number=0, rank=0, rows={"train/0": row})
+        (path,) = Path(folder).glob("*.safetensors")
         return path.stat().st_size
 
 

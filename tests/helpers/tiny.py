@@ -2,11 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,11 @@ def other_writer(*claim):
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    """A port that nobody has now, below those that the system gives out: what starts later still finds it free."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def tokenizer(vocab_size=400, **options):
