@@ -749,12 +749,7 @@ def parse_args(argv=None):
     setup.add_run_flags(parser.add_argument_group("run").add_argument)
     foreign = (foreign_flags.OF_TRAINERS, foreign_flags.ALIASES, foreign_flags.VALUES)
     args = foreign_flags.parse(parser, argv, *foreign, RECIPES)
-    args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
-    unknown = [name for name in args.report_to if name not in run_record.TRACKERS]
-    if unknown:
-        common.fail(f"report_to {','.join(unknown)}: choose from none, {', '.join(run_record.TRACKERS)}")
-    args.log_dir = args.log_dir or str(Path(args.output_dir) / "logs")
-    return args
+    return run_record.complete_flags(args)
 
 
 def add_data_flags(add):

@@ -108,17 +108,19 @@ def gradient_of_scores(grad, v, out, weights, scale):
     return (weight_grad - delta) * weights * scale
 
 
-def merge_own(q, out, lse, own):
+def merge_own(q, out, lse, own, mask=None):
     """Step-0 keys (out [n, A, D], lse [n, A]) and the slot's own keys as one softmax: its output and logsumexp.
 
-    own: keys [n, G, i, D] and values [n, G, i, D] of i later steps.
+    own: keys [n, G, i, D] and values [n, G, i, D] of i later steps. mask [A/G, i] is added to their scores.
     """
     keys, values = own
     groups = keys.shape[1]
     scale = q.shape[-1] ** -0.5
     grouped = q.unflatten(1, (groups, -1))  # [n, G, A/G, D]
-    scores = upcast(grouped @ keys.transpose(2, 3))  # [n, G, A/G, i]
-    scores = scores.flatten(1, 2) * scale  # [n, A, i]
+    scores = upcast(grouped @ keys.transpose(2, 3)) * scale  # [n, G, A/G, i]
+    if mask is not None:
+        scores = scores + mask
+    scores = scores.flatten(1, 2)  # [n, A, i]
     total = torch.logaddexp(lse, scores.logsumexp(-1))  # [n, A]
     weights = (scores - total[..., None]).exp()
     weights = weights.to(q.dtype).unflatten(1, (groups, -1))
@@ -134,8 +136,9 @@ class SlotAttention(torch.autograd.Function):
     """One softmax over the step-0 keys up to the slot in its document and over the slot's own keys of later steps.
 
     q [n, A, D]; k, v [T, G, D]; live [n]: the slots; begin [n]: the first key of each, None where spans begin with it;
-    spans: of the plan; own: keys and values of i later steps, [n, G, i, D] each. It runs in chunks of queries: nothing
-    of n x T is kept.
+    spans: of the plan; mask: as of merge_own; own: keys and values of i later steps, [n, G, i, D] each. Where begin is
+    [n, B], the heads of a key head are B queries of each of A/G/B heads. It runs in chunks of queries: nothing of n x T
+    is kept.
     """
 
     @staticmethod
@@ -147,6 +150,7 @@ class SlotAttention(torch.autograd.Function):
         live,
         begin,
         spans,
+        mask,
         *own,
     ):
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -159,14 +163,14 @@ class SlotAttention(torch.autograd.Function):
             out[queries] = ungrouped(part_out, queries)
             lse[queries] = ungrouped(part_lse, queries)
         if own:
-            out, lse = merge_own(q, out, lse, own)
-        ctx.save_for_backward(q, k, v, live, begin, out, lse, *own)
+            out, lse = merge_own(q, out, lse, own, mask)
+        ctx.save_for_backward(q, k, v, live, begin, mask, out, lse, *own)
         ctx.spans = spans
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, live, begin, out, lse, *own = ctx.saved_tensors
+        q, k, v, live, begin, own_mask, out, lse, *own = ctx.saved_tensors
         groups = k.shape[1]
         wide = lse.dtype
         dq = torch.empty_like(q)
@@ -190,12 +194,12 @@ class SlotAttention(torch.autograd.Function):
             dv[keys] += part_dv[0].transpose(0, 1)
         own_grads = ()
         if own:
-            own_dq, *own_grads = own_backward(grad, q, out, lse, own)
+            own_dq, *own_grads = own_backward(grad, q, out, lse, own, own_mask)
             dq += own_dq
-        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, None, *own_grads
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, None, None, *own_grads
 
 
-def own_backward(grad, q, out, lse, own):
+def own_backward(grad, q, out, lse, own, mask=None):
     """Gradients of q [n, A, D] and of the slot's own keys and values, which are a part of the softmax."""
     keys, values = own
     groups = keys.shape[1]
@@ -205,8 +209,10 @@ def own_backward(grad, q, out, lse, own):
     grad = grad.unflatten(1, shape)
     out = out.unflatten(1, shape)
     lse = lse.unflatten(1, shape)[..., None]
-    products = upcast(q @ keys.transpose(2, 3))
-    weights = (products * scale - lse).exp()
+    scores = upcast(q @ keys.transpose(2, 3)) * scale
+    if mask is not None:
+        scores = scores + mask
+    weights = (scores - lse).exp()
     score_grad = gradient_of_scores(grad, values, out, weights, scale)
     score_grad = score_grad.to(q.dtype)
     weights = weights.to(q.dtype)
@@ -229,11 +235,15 @@ def span_inputs(q, k, v, live, begin, span):
     shared = q.shape[1] // groups  # heads that share a key head
     tokens = torch.arange(keys.start, keys.stop, device=live.device)
     unseen = tokens > live[queries, None]
-    if begin is not None:
+    if begin is not None and begin.dim() == 2:
+        before = tokens < begin[queries].T[..., None]  # [B, N, M]
+        unseen = (before | unseen).flatten(0, 1)
+    elif begin is not None:
         unseen |= tokens < begin[queries, None]
     mask = q.new_zeros(unseen.shape)
     mask.masked_fill_(unseen, -math.inf)
-    mask = mask.repeat(shared, 1)[None, None]
+    count = queries.stop - queries.start
+    mask = mask.repeat(shared * count // len(mask), 1)[None, None]
     q = grouped(q[queries], groups)
     k = k[None, keys].transpose(1, 2)
     v = v[None, keys].transpose(1, 2)
@@ -262,8 +272,9 @@ def flex_slots(
     v,
     own,
     live,  # [n]
-    begin,  # [n]: the first key that each slot sees
+    begin,  # [n]: the first key that each slot sees; or [n, B], as of SlotAttention
     blocks,  # of the plan
+    own_mask=None,
 ):
     """What SlotAttention computes, with FlexAttention's kernel for the step-0 keys; n > 0.
 
@@ -281,12 +292,15 @@ def flex_slots(
     def visible(b, h, query, key):
         return (begin[query] <= key) & (key <= live[query])
 
+    def visible_of_many(b, h, query, key):
+        return (begin[query, h % begin.shape[1]] <= key) & (key <= live[query])
+
     queries = q.index_select(0, rows)
     queries = queries.transpose(0, 1)[None]  # [1, A, N, D]
     keys = padded_keys(k, size)  # [1, G, M, D]
     values = padded_keys(v, size)
     lengths = (queries.shape[2], keys.shape[2])
-    mask = block_mask(blocks, rows, lengths, visible)
+    mask = block_mask(blocks, rows, lengths, visible if begin.dim() == 1 else visible_of_many)
     attend = compiled(flex_attention) if q.is_cuda else flex_attention
     out, aux = attend(
         queries,
@@ -300,7 +314,7 @@ def flex_slots(
     lse = aux.lse[0].transpose(0, 1)[:count]
     if not own:
         return out
-    out, _ = merge_own(q, out, lse, own)
+    out, _ = merge_own(q, out, lse, own, own_mask)
     return out
 
 
@@ -354,4 +368,39 @@ def attend_slots(backend, view, position_ids, queries, q, keys):
         blocks = view.blocks.split(view.sizes, dim=1)[queries.entry]
         return flex_slots(q, k, v, keys.own, live, begin, blocks)
     spans = view.spans[queries.entry]
-    return SlotAttention.apply(q, k, v, live, begin, spans, *keys.own)
+    return SlotAttention.apply(q, k, v, live, begin, spans, None, *keys.own)
+
+
+def attend_blocks(backend, view, is_causal, position_ids, live, q, context, own):
+    """Attention of blocks behind the slots `live` [N], over the keys of the context up to the slot, and their own.
+
+    q [N, B, A, D] -> [N, B, A, D]; context: k, v [T, G, D]; own: k, v [N, B, G, D]. A block sees all of itself, with
+    is_causal each query up to itself. In a window the keys of the context move on with the queries of the block.
+
+    The B queries of a block see the same keys: they are further heads of one query of SlotAttention.
+    """
+    k, v = context
+    size = q.shape[1]
+    groups = k.shape[1]
+    q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [N, G, A/G, B, D]
+    shape = q.shape
+    shared = shape[2]
+    q = q.flatten(1, 3)  # [N, A · B, D]
+    own = [x.transpose(1, 2).contiguous() for x in own]  # [N, G, B, D]
+    mask = None
+    if is_causal:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        mask = torch.full((size, size), -math.inf, dtype=wide, device=q.device)
+        mask = mask.triu(1).repeat(shared, 1)  # [A/G · B, B]
+    begin = None
+    if view.window or backend == "flex_attention":
+        begin = live - position_ids[live]
+    if view.window:
+        steps = torch.arange(1, size + 1, device=live.device)
+        begin = slots.first_keys(begin[:, None], live[:, None], steps, view.window)  # [N, B]
+    if backend == "flex_attention" and len(live) > 0:
+        out = flex_slots(q, k, v, own, live, begin, view.blocks, mask)
+    else:
+        out = SlotAttention.apply(q, k, v, live, begin, view.spans[0], mask, *own)
+    out = out.view(shape).permute(0, 3, 1, 2, 4)  # [N, B, G, A/G, D]
+    return out.flatten(2, 3)

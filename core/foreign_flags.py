@@ -172,3 +172,5 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("wandb", "false", "write --report_to wandb"),
     Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see docs/metrics.md"),
 )  # fmt: skip
+
+OF_BLOCKS = OF_TRAINERS[2:]

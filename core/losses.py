@@ -40,6 +40,8 @@ def head_loss(
     plan,  # its teachers, order, places and chunks are read, as of slots.Plan
     token_loss,
     token_metrics,
+    further=None,  # [Vd, r]: the last columns of the head; hidden is [R, H + r] then
+    weigh=None,  # (values of a chunk {name: [n]}, its first row in plan.order) -> [n], a factor of row_weights
 ):
     """Loss and metrics of the draft's head.
 
@@ -57,11 +59,13 @@ def head_loss(
     loss, values = HeadLoss.apply(
         hidden,
         weight,
+        further,
         row_weights,
         teacher,
         plan,
         functions,
-        len(names),
+        names,
+        weigh,
     )
     return loss, dict(zip(names, values, strict=True))
 
@@ -74,30 +78,38 @@ class HeadLoss(torch.autograd.Function):
         ctx,
         hidden,
         weight,
+        further,
         row_weights,
         teacher,
         plan,
         functions,
-        count,
+        names,
+        weigh,
     ):
         token_loss, token_metrics = functions
         learns = ctx.needs_input_grad[0]  # not while evaluating
         hidden = hidden.detach()  # each row is replaced by its gradient once it has been read
-        weight_grad = None  # of a frozen head
-        if learns and ctx.needs_input_grad[1]:
-            weight_grad = torch.zeros_like(weight, dtype=row_weights.dtype)
+        parts = [weight] if further is None else [weight, further]
+        widths = [part.shape[1] for part in parts]
+        grads = [None for _ in parts]  # of what is frozen
+        for n, part in enumerate(parts):
+            if learns and ctx.needs_input_grad[1 + n]:
+                grads[n] = torch.zeros_like(part, dtype=row_weights.dtype)
+        row_weights = row_weights.clone()
         most = max((stop - row for _, _, row, stop in plan.chunks), default=0)
         buffer = hidden.new_empty(most, len(weight))
         in_vocabulary = teacher.in_vocabulary()
-        values = row_weights.new_empty(count, len(hidden))  # losses, then each metric
+        values = row_weights.new_empty(len(names), len(hidden))  # losses, then each metric
 
         for first, end, row, stop in plan.chunks:
             rows = plan.order[row:stop]
             of_row = plan.places[row:stop] - first  # its teacher among the chunk's
             p, mass, best = teacher.read(plan.teachers[first:end])
             learnable = in_vocabulary[best[of_row]]
-            x = hidden[rows]
-            logits = torch.mm(x, weight.T, out=buffer[: stop - row])
+            columns = hidden[rows].split(widths, dim=1)
+            logits = torch.mm(columns[0], weight.T, out=buffer[: stop - row])
+            if further is not None:
+                logits.addmm_(columns[1], further.T)
             found = compare(
                 logits,
                 p,
@@ -111,24 +123,29 @@ class HeadLoss(torch.autograd.Function):
             )
             found[0] = torch.where(learnable, found[0], 0.0)
             values[:, rows] = torch.stack(found)
-            if learns:  # logits hold their gradient now
-                scale = row_weights[rows] * learnable
-                scale = scale[:, None].to(x.dtype)
-                hidden[rows] = (logits @ weight).mul_(scale)
-            if weight_grad is not None:
-                add_product(weight_grad, logits.T, x.mul_(scale))
+            if weigh:
+                row_weights[rows] *= weigh(dict(zip(names, found, strict=True)), row)
+            if not learns:
+                continue
+            scale = row_weights[rows] * learnable  # logits hold their gradient now
+            scale = scale[:, None].to(hidden.dtype)
+            hidden_grads = [(logits @ part).mul_(scale) for part in parts]
+            hidden[rows] = torch.cat(hidden_grads, dim=1) if len(parts) > 1 else hidden_grads[0]
+            for grad, x in zip(grads, columns, strict=True):
+                if grad is not None:
+                    add_product(grad, logits.T, x.mul_(scale))
 
-        ctx.grads = (hidden, weight_grad)
+        ctx.grads = (hidden, *grads)
         ctx.mark_non_differentiable(values)
         return (values[0] * row_weights).sum(), values
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight = ctx.grads
+        hidden, *weights = ctx.grads
         ctx.grads = None  # or autograd would copy what is still referred to here
-        if weight is not None:
-            weight = weight.mul_(grad).to(hidden.dtype)
-        return hidden.mul_(grad), weight, None, None, None, None, None
+        weights = [None if w is None else w.mul_(grad).to(hidden.dtype) for w in weights]
+        weights += [None] * (2 - len(weights))
+        return hidden.mul_(grad), *weights, None, None, None, None, None, None
 
 
 def compare(

@@ -308,6 +308,16 @@ TRACKERS = {
 }  # fmt: skip
 
 
+def complete_flags(args):
+    """The flags of a training with report_to as a list, and log_dir; ends the program at an unknown tracker."""
+    args.report_to = [name for name in args.report_to.split(",") if name not in ("", "none")]
+    unknown = [name for name in args.report_to if name not in TRACKERS]
+    if unknown:
+        common.fail(f"report_to {','.join(unknown)}: choose from none, {', '.join(TRACKERS)}")
+    args.log_dir = args.log_dir or str(Path(args.output_dir) / "logs")
+    return args
+
+
 class Tracker(threading.Thread):
     """A tracker in a thread of its own: foreign code, accounts and networks must not end the training, nor stop it.
 

@@ -266,31 +266,35 @@ def view_keys(queries, starts, window):
     return View(window, spans, torch.cat(blocks, dim=1), sizes)
 
 
-def cut_spans(slots, starts, begin):
+def cut_spans(slots, starts, begin, size=None):
     """Queries in chunks of one document: [(first query, end query, first key, end key)].
 
-    slots [n] ascending; starts [documents + 1]; begin [n]: the first key that each slot sees.
+    slots [n] ascending; starts [documents + 1]; begin [n]: the first key that each slot sees; size: of a chunk, none:
+    QUERY_CHUNK.
     """
+    size = size or QUERY_CHUNK
     spans = []
     borders = torch.searchsorted(slots, starts).tolist()
     for first, end in itertools.pairwise(borders):
-        for at in range(first, end, QUERY_CHUNK):
-            stop = min(at + QUERY_CHUNK, end)
+        for at in range(first, end, size):
+            stop = min(at + size, end)
             spans.append((at, stop, int(begin[at]), int(slots[stop - 1]) + 1))
     return spans
 
 
-def find_blocks(slots, begin):
+def find_blocks(slots, begin, latest=None):
     """[4, ceil(n / BLOCK)]: per block of queries its first key block, its full key blocks' first and end, its end.
 
     A key block is full if every query of the block sees all of it: it begins after what the last query sees begins,
-    and ends before the first query. begin [n] ascends as slots do.
+    and ends before the first query. begin [n] ascends as slots do. latest [n]: the first key that all queries of a slot
+    see, if they differ.
     """
+    latest = begin if latest is None else latest
     head = torch.arange(0, len(slots), BLOCK)  # first query of each block
     tail = (head + BLOCK - 1).clamp(max=len(slots) - 1)  # last query
     first = begin[head] // BLOCK
     end = slots[tail] // BLOCK + 1
-    full = torch.minimum((begin[tail] + BLOCK - 1) // BLOCK, end)
+    full = torch.minimum((latest[tail] + BLOCK - 1) // BLOCK, end)
     full_end = torch.maximum(full, (slots[head] + 1) // BLOCK)
     return torch.stack([first, full, full_end, end])
 

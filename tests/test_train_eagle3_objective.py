@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import AuxOutput, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 import train_eagle3
 from core import attention, draft_files, losses, slots, target_model
-from helpers import statement, training
+from helpers import flex, statement, training
 
 ROPES = {
     "default": None,
@@ -119,37 +119,8 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(losses if name == "PIECE_ROWS" else slots, name, size)
     if request.param == "sdpa without a kernel":
         monkeypatch.setattr(attention, "MASKED_KERNEL", ())
-    monkeypatch.setattr(attention, "flex_attention", flex_in_plain_torch)
+    monkeypatch.setattr(attention, "flex_attention", flex.in_plain_torch)
     return request.param.split()[0]
-
-
-def visible(block_mask, queries, keys):
-    """bool [queries, keys]: what a BlockMask lets through, read off its tables of partial and full blocks."""
-    seen = torch.zeros(queries, keys, dtype=torch.bool)
-    size = block_mask.BLOCK_SIZE[0]
-    tables = (
-        (block_mask.kv_num_blocks, block_mask.kv_indices, False),
-        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
-    )
-    for counts, indices, full in tables:
-        for row, count in enumerate(counts[0, 0].tolist()):
-            for column in indices[0, 0, row, :count].tolist():
-                here = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
-                assert not seen[here].any(), "a block is visited twice"
-                q, k = torch.arange(queries)[here[0], None], torch.arange(keys)[here[1]]
-                seen[here] = full or block_mask.mask_mod(0, 0, q, k)
-    return seen
-
-
-def flex_in_plain_torch(q, k, v, block_mask, enable_gqa, return_aux):
-    """FlexAttention has no backward on CPUs: this stands in for its kernel, and computes what its block mask says."""
-    assert enable_gqa and return_aux.lse
-    assert q.shape[2] % block_mask.BLOCK_SIZE[0] == k.shape[2] % block_mask.BLOCK_SIZE[1] == 0
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(
-        ~visible(block_mask, q.shape[2], k.shape[2]), -torch.inf
-    )
-    return scores.softmax(-1) @ v, AuxOutput(lse=scores.logsumexp(-1))
 
 
 def gradients(draft):
@@ -386,10 +357,10 @@ def test_the_real_flex_attention_reads_the_block_mask_as_its_stand_in_does(windo
             if window:
                 begin = begin.maximum(live + i + 1 - window)
             results = []
-            for flex in (flex_attention, flex_in_plain_torch):
-                monkeypatch.setattr(attention, "flex_attention", flex)
+            for kernel in (flex_attention, flex.in_plain_torch):
+                monkeypatch.setattr(attention, "flex_attention", kernel)
                 results.append(attention.flex_slots(q, k, v, own, live, begin, block))
-            results.append(attention.SlotAttention.apply(q, k, v, live, begin, spans, *own))
+            results.append(attention.SlotAttention.apply(q, k, v, live, begin, spans, None, *own))
             assert torch.allclose(results[0], results[1], atol=1e-5)
             assert torch.allclose(results[2], results[1], atol=1e-5)
 
