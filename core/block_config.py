@@ -1,0 +1,2 @@
+def add_flags(add):
+    add("--algorithm", default="dflash")
