@@ -227,22 +227,26 @@ def proc_bytes(path, field):
 
 
 def peak_memory(case, side):
+    """peak_of the loss of a side."""
+    return peak_of(lambda: loss_of(case, side), case["draft"], case["input_ids"].device)
+
+
+def peak_of(loss, draft, device):
     """Bytes that one forward and backward adds at its peak to weights, gradients and inputs, which exist before.
 
     On the CPU it is read from the highest resident size of the process, so nothing else may have run in it.
     """
-    device = case["input_ids"].device
-    for parameter in case["draft"].parameters():
+    for parameter in draft.parameters():
         parameter.grad = torch.empty_like(parameter).fill_(0)  # written to: untouched zeros are not resident yet
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        loss_of(case, side).backward()
+        loss().backward()
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is still resident would be reused uncounted
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here (Linux, proc(5))
     before = proc_bytes("/proc/self/status", "VmRSS")
-    loss_of(case, side).backward()
+    loss().backward()
     return proc_bytes("/proc/self/status", "VmHWM") - before
 
 

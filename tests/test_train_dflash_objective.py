@@ -6,7 +6,7 @@ import torch
 import train_dflash
 import train_eagle3
 from core import attention, block_files, blocks, dataloader, draft_files, losses, slots, target_model
-from helpers import block_statement, flex
+from helpers import block_dense, block_statement, flex
 
 LENGTHS, HIDDEN, VOCABULARY, DRAFT_VOCABULARY, MASK = (11, 29, 17), 24, 48, 29, 47
 CASES = {  # options of the draft, flags
@@ -96,7 +96,7 @@ def make_inputs(case, flags="", trains=True):
 
 def complete(mask, anchor, count):
     """Whether the block at an anchor lies in its reply, with `count` predictions."""
-    return 0 < anchor and anchor + count < len(mask) and bool(mask[anchor : anchor + count + 1].all())
+    return anchor > 0 and anchor + count < len(mask) and bool(mask[anchor : anchor + count + 1].all())
 
 
 def state(case, flags="", fewest=None):
@@ -277,3 +277,19 @@ def test_chunks_of_the_head_are_whole_blocks(monkeypatch):
     places = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 10, 11], [9, 10, 11, 12]])
     assert blocks.cut_chunks(places) == [(0, 5, 0, 8), (4, 8, 8, 12), (8, 13, 12, 20)]
     assert dataloader.FORMAT_VERSION == 3, "plans are not a part of the data"
+
+
+@pytest.mark.parametrize("lengths", [(40,), (17, 30)])
+def test_the_dense_form_of_the_benchmark_is_the_same_objective(lengths):
+    case = make_case(lengths=lengths)
+    inputs = make_inputs(case)
+    product, _, _ = case[0](**inputs)
+    documents = slots.documents_of(list(lengths))
+    plan, args = inputs.pop("plan"), inputs.pop("args")
+    anchors = plan.slots + 1
+    options = {"anchors": anchors, "gamma": args.dflash_decay_gamma, "mask_token": MASK}
+    dense = block_dense.objective(case[0], document_ids=documents, **options, **inputs)
+    assert product.item() == pytest.approx(dense.item(), rel=1e-9)
+    found = [torch.autograd.grad(loss, list(case[0].parameters())) for loss in (product, dense)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
