@@ -16,58 +16,25 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers.activations import ACT2FN
 
-from core import common, target_files, vocabulary
+from core import common, draft_keys, target_files, vocabulary
 
 # ==================== Constants ======================================================================================
 
 ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}  # by model_type
 
-DTYPES = ("bfloat16", "float16", "float32")
+EMBEDDING = draft_keys.EMBEDDING
 
-MAPPING = {"d2t": torch.int64, "t2d": torch.bool}
-
-EMBEDDING = "embed_tokens.weight"
+MAPPING = draft_keys.MAPPING
 
 AUXILIARY = "eagle_aux_hidden_state_layer_ids"
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "vocab_size",
-    "draft_vocab_size",
-)
-
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
-
-# Keys with one allowed value. SGLang drops biases, and a tied head would be the target's embeddings instead of the
-# trained one.
-FIXED = {"attention_bias": False, "tie_word_embeddings": False}
-
-# Keys of a sliding window. vLLM reads layer_types, and sliding_window for the layers that have it; of a qwen3 draft
-# transformers drops sliding_window unless use_sliding_window is true.
-WINDOW = ("sliding_window", "layer_types", "use_sliding_window")
-
-# Keys with which an engine computes another layer, and the values that change nothing; null never does.
-NEUTRAL = {
-    "mlp_bias": False, "qkv_bias": False, "bias": False, "partial_rotary_factor": 1, "is_causal": True,
-    "qk_norm": False, "use_qk_norm": False, "clip_qkv": None, "attention_chunk_size": None,
-    "attn_temperature_tuning": False,
-    "attention_multiplier": None, "query_pre_attn_scalar": None, "attn_logit_softcapping": None,
-    "final_logit_softcapping": None, "residual_multiplier": 1, "embedding_multiplier": 1, "logits_scaling": 1,
-    "logit_scale": 1, "quantization_config": None, "parallel_drafting": False,
-}  # fmt: skip
 
 REQUIRED = (
     "architectures",
     "model_type",
-    *SIZES,
+    *draft_keys.SIZES,
     "attention_bias",
     "tie_word_embeddings",
     "rms_norm_eps",
@@ -101,16 +68,6 @@ EMBEDDING_NAMES = (
 SPECULATORS_VERSION = "0.5.0"
 
 ADDED = "the target's"  # metadata of a speculators form whose embedding table is not the draft's own
-
-# Rope types that all engines compute alike, and the numbers they need. A target with another type gets a draft with
-# plain RoPE.
-ROPE_TYPES = {
-    "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}  # fmt: skip
-
-ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # yarn's
-
 
 # ==================== What a draft consists of =======================================================================
 
@@ -162,13 +119,12 @@ def has_head_norms(config):
 def window_keys(window, layers):
     """The keys with which these of a draft's layers (a bool each) see the last `window` positions alone."""
     kinds = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in layers]
-    return dict(zip(WINDOW, (window, kinds, True), strict=True))
+    return dict(zip(draft_keys.WINDOW, (window, kinds, True), strict=True))
 
 
 def windows(config):
     """The window of each layer; 0: none."""
-    kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 1)
-    return [config["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds]
+    return draft_keys.windows(config)
 
 
 def expected_tensors(config):
@@ -242,46 +198,6 @@ def as_written(config, tensors):
 # ==================== Checks =========================================================================================
 
 
-def _is_positive(value):
-    return type(value) in (int, float) and value > 0
-
-
-def size_problems(config):
-    problems = []
-    for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states"):
-        if key in config and (type(config[key]) is not int or config[key] <= 0):
-            problems.append(f"{key} is {config[key]!r}, not a positive integer")
-    return problems
-
-
-def _rope_problems(scaling):
-    if scaling is None:
-        return []
-    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        return [f"rope_scaling is {scaling!r}, not null or an object with a rope_type of {', '.join(ROPE_TYPES)}"]
-    partial = scaling.get("partial_rotary_factor", 1)
-    if partial != 1:
-        return [f"rope_scaling's partial_rotary_factor is {partial!r}, not 1: a draft rotates complete heads"]
-    known = {*ROPE_TYPES[kind], *ROPE_OPTIONS, "partial_rotary_factor"}
-    unknown = [key for key, value in scaling.items() if key not in known and value is not None]
-    if unknown:
-        return [f"rope_scaling's {', '.join(unknown)}: the engines do not all compute them in {kind}"]
-    values = {key: scaling.get(key) for key in ROPE_TYPES[kind]}
-    return [
-        f"rope_scaling's {key} is {value!r}, {kind} needs a positive number"
-        for key, value in values.items()
-        if not _is_positive(value)
-    ]
-
-
-def _is_layer_ids(ids, first):
-    """Whether ids are a list of layer ids from `first` on; None is one that is left out."""
-    if ids is None:
-        return True
-    return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
-
-
 def layer_problems(config):
     """The problems of a config's auxiliary layers, place by place."""
     nested = config.get("eagle_config", {})
@@ -292,9 +208,9 @@ def layer_problems(config):
         problems.append("eagle_config.use_aux_hidden_state is false: the engines would leave out fc")
     ids = config.get(AUXILIARY)
     nested_ids = nested.get(AUXILIARY)
-    if not _is_layer_ids(ids, 1):
+    if not draft_keys.is_layer_ids(ids, 1):
         problems.append(f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1")
-    if not _is_layer_ids(nested_ids, 0):
+    if not draft_keys.is_layer_ids(nested_ids, 0):
         problems.append(f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0")
     return problems
 
@@ -327,33 +243,18 @@ def _auxiliary_problems(config):
 def check_config(config):
     """The problems of a flat config, one line each; empty if both engines can read it."""
     problems = [f"{key} is missing" for key in REQUIRED if key not in config]
-    problems += size_problems(config)
+    problems += draft_keys.size_problems(config)
     problems += _value_problems(config)
-    problems += _rope_problems(config.get("rope_scaling"))
+    problems += draft_keys.rope_problems(config.get("rope_scaling"))
     problems += _auxiliary_problems(config)
-    return problems or _relation_problems(config)
+    return problems or draft_keys.relation_problems(config)
 
 
 def _value_problems(config):
-    problems = []
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
-    problems += _kind_problems(config) + _window_problems(config)
-    for key, value in NEUTRAL.items():
-        if config.get(key) not in (None, value):
-            problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
-    for key in ("rms_norm_eps", "rope_theta"):
-        if key in config and not _is_positive(config[key]):
-            problems.append(f"{key} is {config[key]!r}, not a positive number")
+    problems = draft_keys.value_problems(config) + _kind_problems(config)
     for key in FLAGS:
         if type(config.get(key, False)) is not bool:
             problems.append(f"{key} is {config[key]!r}, not true or false")
-    activation = config.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        problems.append(f"hidden_act is {activation!r}, not the name of an activation in transformers, such as silu")
-    if config.get("torch_dtype", DTYPES[0]) not in DTYPES:
-        problems.append(f"torch_dtype is {config['torch_dtype']!r}, not one of {', '.join(DTYPES)}")
     return problems
 
 
@@ -366,46 +267,6 @@ def _kind_problems(config):
     if config.get("architectures", expected) != expected:
         return [f"architectures is {json.dumps(config['architectures'])}, not {json.dumps(expected)}, of {kind}"]
     return []
-
-
-def _window_problems(config):
-    """Those of the keys of a sliding window: the engines have to understand the same by them."""
-    window, kinds, is_used = (config.get(key) for key in WINDOW)
-    count = config.get("num_hidden_layers", 1)
-    known = ("full_attention", "sliding_attention")
-    if kinds is None and window is not None and is_used is not False:
-        return [f"sliding_window is {window}, not null, without layer_types, which says what layers have it"]
-    if kinds is None:
-        return ["use_sliding_window is true, without sliding_window"] if is_used else []
-    if not isinstance(kinds, list) or any(kind not in known for kind in kinds) or len(kinds) != count:
-        return [f"layer_types is {json.dumps(kinds)}, not a list of {' or '.join(known)}, one for each layer: {count}"]
-    if "sliding_attention" not in kinds:
-        return []
-    if type(window) is not int or window <= 0:
-        return [f"sliding_window is {window!r}, not a positive integer"]
-    if has_head_norms(config) and is_used is not True:
-        return [f"use_sliding_window is {json.dumps(is_used)}, not true: vLLM would leave out the window of qwen3"]
-    return []
-
-
-def _relation_problems(config):
-    """The problems between values that are valid one by one."""
-    problems = []
-    draft = config["draft_vocab_size"]
-    vocab = config["vocab_size"]
-    heads = config["num_attention_heads"]
-    groups = config["num_key_value_heads"]
-    if draft > vocab:
-        problems.append(f"draft_vocab_size {draft} is larger than vocab_size {vocab}")
-    if heads % groups:
-        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    if config["head_dim"] % 2:
-        problems.append(f"head_dim {config['head_dim']} is odd: rotary positions need pairs")
-    return problems
-
-
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def check_tensors(config, tensors):
@@ -422,7 +283,7 @@ def check_tensors(config, tensors):
         if tuple(tensor.shape) != shapes[name]:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
         if tensor.dtype != dtype:
-            problems.append(f"{name} is {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}")
+            problems.append(f"{name} is {draft_keys.dtype_name(tensor.dtype)}, expected {draft_keys.dtype_name(dtype)}")
         if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
             problems.append(f"{name} has {bad} of {tensor.numel()} values that are not finite")
     if set(MAPPING) <= set(tensors) & set(expected):
@@ -510,29 +371,10 @@ def _read_tensors(folder):
     return {}, ["model.safetensors is missing"]
 
 
-def with_two_rope_keys(config):
-    """A copy of config with rope_theta and rope_scaling, whatever version of transformers wrote it."""
-    config = dict(config)
-    rope = config.pop("rope_parameters", None)  # transformers 5's name for both
-    if isinstance(rope, dict):
-        config = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope} | config
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", rope)
-    scaling = config.get("rope_scaling")
-    if isinstance(scaling, dict):
-        scaling = dict(scaling)
-        theta = scaling.pop("rope_theta", None)
-        if theta is not None:
-            config.setdefault("rope_theta", theta)
-        kind = scaling.pop("type", None)  # the older spelling, which the draft would not see
-        config["rope_scaling"] = scaling if kind is None else {"rope_type": kind} | scaling
-    return config
-
-
 def _complete(raw, tensors):
     """The flat config of a foreign config: what it leaves out is filled in where that has one meaning only."""
     config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
-    config = {**LLAMA_DEFAULTS, **with_two_rope_keys(config)}
+    config = {**LLAMA_DEFAULTS, **draft_keys.with_two_rope_keys(config)}
     config["architectures"] = architectures(config)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
@@ -542,7 +384,8 @@ def _complete(raw, tensors):
     if tensors and not any(name.startswith("layers.1.") for name in tensors):  # some keep their target's number
         config["num_hidden_layers"] = 1
     config.setdefault("num_hidden_layers", 1)
-    dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
+    dtype = config.pop("dtype", None)  # transformers 5's name for torch_dtype
+    dtype = dtype or draft_keys.common_dtype(tensors)
     if dtype:
         config.setdefault("torch_dtype", dtype)
     return _complete_auxiliary(config)
@@ -566,13 +409,6 @@ def _complete_auxiliary(config):
             "eagle_config": {**both["eagle_config"], **nested},
         }
     return config
-
-
-def _common_dtype(tensors):
-    """The dtype that all floating tensors but the embedding table have ("bfloat16"), or None if there are several."""
-    floating = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name != EMBEDDING]
-    dtypes = {dtype_name(tensor.dtype) for tensor in floating}
-    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def is_speculators(raw):
@@ -668,7 +504,7 @@ def _as_ours(config, tensors):
     # Engines convert while loading: a config that names another dtype than all tensors have is not a problem of the
     # weights, nor is a table in the target's dtype beside weights in another.
     config = {key: value for key, value in config.items() if key != "auto_map"}  # code that is not copied
-    config["torch_dtype"] = _common_dtype(tensors) or config["torch_dtype"]
+    config["torch_dtype"] = draft_keys.common_dtype(tensors) or config["torch_dtype"]
     if EMBEDDING in tensors:
         tensors[EMBEDDING] = tensors[EMBEDDING].to(getattr(torch, config["torch_dtype"]))
     return config, tensors
