@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from core import common, draft_keys, target_files, vocabulary
+from core import block_files, common, draft_keys, target_files, vocabulary
 
 # ==================== Constants ======================================================================================
 
@@ -65,8 +65,6 @@ EMBEDDING_NAMES = (
     "gpt_neox.embed_in.weight",
 )
 
-SPECULATORS_VERSION = "0.5.0"
-
 ADDED = "the target's"  # metadata of a speculators form whose embedding table is not the draft's own
 
 # ==================== What a draft consists of =======================================================================
@@ -74,6 +72,8 @@ ADDED = "the target's"  # metadata of a speculators form whose embedding table i
 
 def auxiliary_layers(config):
     """The auxiliary layers in hidden_states indexing (0 = embeddings), or None where the config leaves the default."""
+    if block_files.is_block(config):
+        return block_files.auxiliary_layers(config)
     if config.get(AUXILIARY):
         return list(config[AUXILIARY])
     nested = config.get("eagle_config") or {}
@@ -132,6 +132,8 @@ def expected_tensors(config):
 
     Of several layers `as_written` has the names in a file.
     """
+    if block_files.is_block(config):
+        return block_files.expected_tensors(config)
     hidden = config["hidden_size"]
     inner = config["intermediate_size"]
     draft = config["draft_vocab_size"]
@@ -186,7 +188,7 @@ def first_norms(config):
 
 def as_written(config, tensors):
     """A draft's tensors by their names in the flat form: of several layers the first is layers.0 as well."""
-    if config["num_hidden_layers"] == 1:
+    if config["num_hidden_layers"] == 1 or block_files.is_block(config):
         return tensors
     written = {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
     for vllm, sglang in first_norms(config):
@@ -242,6 +244,8 @@ def _auxiliary_problems(config):
 
 def check_config(config):
     """The problems of a flat config, one line each; empty if both engines can read it."""
+    if block_files.is_block(config):
+        return block_files.check_config(config)
     problems = [f"{key} is missing" for key in REQUIRED if key not in config]
     problems += draft_keys.size_problems(config)
     problems += _value_problems(config)
@@ -276,7 +280,9 @@ def check_tensors(config, tensors):
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:
-            why = " (the draft has the full vocabulary: vLLM refuses a mapping)" if name in MAPPING else ""
+            why = {"lm_head.weight": " (with the full vocabulary a block draft has its target's head)"}.get(name, "")
+            if name in MAPPING:
+                why = " (the draft has the full vocabulary: vLLM refuses a mapping)"
             problems.append(f"{name} is not a tensor of this draft{why}")
             continue
         dtype = MAPPING.get(name) or getattr(torch, config["torch_dtype"])
@@ -447,6 +453,8 @@ def load(folder, strict):
     problems += unreadable
     if problems:
         return Loaded(None, None, problems)
+    if block_files.is_block(raw):
+        return _load_block(folder, raw, tensors, strict)
     nested = is_speculators(raw)
     renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
     several = any(n.startswith("layers.1.") for n in tensors)
@@ -473,6 +481,23 @@ def load(folder, strict):
     if renamed and (nested or several):  # named as the file names them
         problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
     return Loaded(config, tensors, problems)
+
+
+def _load_block(folder, raw, tensors, strict):
+    """`load` of a block draft with this config.json and these tensors."""
+    read = block_files.from_speculators if is_speculators(raw) else block_files.complete
+    if not strict:
+        tensors = block_files.rename(tensors)
+    config = read(raw, tensors)
+    if not strict:
+        config = block_files.as_ours(config, tensors)
+    if problems := check_config(config):
+        return Loaded(None, None, [f"config.json: {problem}" for problem in problems])
+    if (folder / block_files.LEARNED_MASK).exists():
+        problems.append(f"{block_files.LEARNED_MASK}: a mask of its own is not trained here, nor served alike")
+    if not strict:
+        config, tensors = _as_ours(config, tensors)
+    return Loaded(config, tensors, problems + check_tensors(config, tensors))
 
 
 def _merge_first_norms(config, tensors, strict):
@@ -582,54 +607,50 @@ def write_draft(folder, config, tensors):
     _write(folder, config, as_written(config, tensors))
 
 
-def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=5):
+def to_speculators(
+    config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=None
+):
     """(config, tensors) of the speculators form of a flat draft; ends the program if it is incomplete.
 
     target_model_path and target_architectures (a list) name the target. embed_tokens [V, H] is its embedding table,
-    used unless the draft has its own. speculative_tokens is what an engine drafts by default.
+    used where `takes_table`. speculative_tokens is what an engine drafts by default; none: 5, or a complete block.
     """
-    if EMBEDDING not in tensors:
+    if block_files.is_block(config):
+        tensors = _cast_complete(config, tensors)
+        named = (target_model_path, target_architectures, speculative_tokens)
+        return block_files.to_speculators(config, *named), tensors
+    if takes_table(config, tensors):
         if embed_tokens is None:
             common.fail(f"the speculators form needs {EMBEDDING}: pass the target's embeddings")
         tensors = {**tensors, EMBEDDING: embed_tokens}
     tensors = _cast_complete(config, tensors)
     outer = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "target_hidden_size"}
-    layer = {key: value for key, value in config.items() if key not in outer}  # vLLM counts the auxiliary states there
-    # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
-    rope = config.get("rope_scaling") or {}
-    layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
-    layer["architectures"] = [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]]
-    proposal = {
-        "proposal_type": "greedy",
-        "speculative_tokens": speculative_tokens,
-        "verifier_accept_k": 1,
-        "accept_tolerance": 0.0,
-    }
+    tokens = speculative_tokens or 5
     speculators = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
-        "speculators_version": SPECULATORS_VERSION,
+        "speculators_version": draft_keys.SPECULATORS_VERSION,
         "draft_vocab_size": config["draft_vocab_size"],
         **{flag: bool(config.get(flag)) for flag in FLAGS},  # norm_before_residual always: absent would mean true
         "target_hidden_size": config.get("target_hidden_size"),
         AUXILIARY: auxiliary_layers(config),
         "tie_word_embeddings": False,
         "torch_dtype": config["torch_dtype"],
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": {"name_or_path": str(target_model_path), "architectures": list(target_architectures)},
-        },
-        "transformer_layer_config": layer,
+        "speculators_config": draft_keys.speculators_config("eagle3", tokens, target_model_path, target_architectures),
+        "transformer_layer_config": draft_keys.speculators_layer(config, outer),  # vLLM counts auxiliary states there
     }
     tensors = as_written(config, tensors)
     return speculators, {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
 
 
+def takes_table(config, tensors):
+    """Whether the speculators form of this flat draft gets the target's embedding table."""
+    return EMBEDDING not in tensors and not block_files.is_block(config)
+
+
 def write_speculators(folder, config, tensors, **target):
     """Write the speculators form of a flat draft; target: the further arguments of to_speculators."""
-    metadata = {} if EMBEDDING in tensors else {"embed_tokens": ADDED}  # so that an export to the flat form drops it
+    metadata = {"embed_tokens": ADDED} if takes_table(config, tensors) else {}  # an export to the flat form drops it
     config, tensors = to_speculators(config, tensors, **target)
     _write(folder, config, tensors, **metadata)
 

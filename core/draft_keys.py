@@ -50,6 +50,8 @@ ROPE_TYPES = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 
+SPECULATORS_VERSION = "0.5.0"
+
 ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # yarn's
 
 
@@ -80,9 +82,9 @@ def is_positive(value):
     return type(value) in (int, float) and value > 0
 
 
-def size_problems(config):
+def size_problems(config, keys=(*SIZES, "target_hidden_size", "num_aux_hidden_states")):
     problems = []
-    for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states"):
+    for key in keys:
         if key in config and (type(config[key]) is not int or config[key] <= 0):
             problems.append(f"{key} is {config[key]!r}, not a positive integer")
     return problems
@@ -193,3 +195,29 @@ def with_two_rope_keys(config):
         kind = scaling.pop("type", None)  # the older spelling, which the draft would not see
         config["rope_scaling"] = scaling if kind is None else {"rope_type": kind} | scaling
     return config
+
+
+def speculators_layer(config, outer):
+    """transformer_layer_config of the speculators form: a flat config without the keys that stand outside of it."""
+    layer = {key: value for key, value in config.items() if key not in outer}
+    # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
+    rope = config.get("rope_scaling") or {}
+    layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
+    layer["architectures"] = [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]]
+    return layer
+
+
+def speculators_config(algorithm, tokens, target_model_path, target_architectures):
+    """speculators_config of that form: tokens that are drafted by default, and the target."""
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    return {
+        "algorithm": algorithm,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [proposal],
+        "verifier": {"name_or_path": str(target_model_path), "architectures": list(target_architectures)},
+    }
