@@ -21,7 +21,7 @@ from pathlib import Path
 import huggingface_hub
 from safetensors import safe_open
 
-from core import checkpoints, common, draft_files, evaluations, model_card, serving, target_files
+from core import checkpoints, common, draft_files, draft_keys, evaluations, model_card, serving, target_files
 
 
 def check(folder):
@@ -32,7 +32,7 @@ def check(folder):
         return 1
     width = max(map(len, tensors))
     for name, tensor in sorted(tensors.items()):
-        print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {draft_files.dtype_name(tensor.dtype)}")
+        print(f"{name:<{width}}  {list(tensor.shape)!s:<18}  {draft_keys.dtype_name(tensor.dtype)}")
     parameters = sum(tensor.numel() for name, tensor in tensors.items() if name not in draft_files.MAPPING)
     layers = draft_files.auxiliary_layers(config) or "default (2, L//2, L-3)"
     print(

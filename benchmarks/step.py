@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import objective  # noqa: E402  (the root is not on the path of a script that lies here)
 import operations  # noqa: E402
 
-from core import common, draft_config, draft_files, ranks, slots, target_files, target_model  # noqa: E402
+from core import common, draft_config, draft_keys, ranks, slots, target_files, target_model  # noqa: E402
 
 TABLE = {
     "shares": [100.0, 50.0, 15.0],
@@ -194,7 +194,7 @@ def put_row(args, columns, row):
 
 
 def dtype_names(args):
-    return ", ".join(draft_files.dtype_name(dtype) for dtype in args.dtypes)
+    return ", ".join(draft_keys.dtype_name(dtype) for dtype in args.dtypes)
 
 
 def put_header(args, columns, note):
@@ -306,7 +306,7 @@ def run_other(args):
         for dtype in args.dtypes:
             args = argparse.Namespace(**{**vars(args), "dtype": dtype})
             for columns, steps, length, share in sizes_of(args):
-                row = {"dtype": draft_files.dtype_name(dtype)}
+                row = {"dtype": draft_keys.dtype_name(dtype)}
                 row |= {"share %": share, "tokens": length, "K": steps, "draft vocab": columns}
                 config = objective.draft_config(args, columns)
                 mask = objective.tail(length, share)

@@ -7,12 +7,12 @@ the speculators form, a plain Llama decoder's config.json. It is read from a pat
 import difflib
 import math
 
-from core import common, draft_files, target_files
+from core import common, draft_files, draft_keys, target_files
 
 # Keys that are read. Nothing else goes into the config.json of a new draft.
 READ = {
-    *draft_files.REQUIRED, *draft_files.FLAGS, *draft_files.NEUTRAL, "rope_scaling", "target_hidden_size",
-    draft_files.AUXILIARY, "eagle_config", "num_aux_hidden_states", *draft_files.WINDOW,
+    *draft_files.REQUIRED, *draft_files.FLAGS, *draft_keys.NEUTRAL, "rope_scaling", "target_hidden_size",
+    draft_files.AUXILIARY, "eagle_config", "num_aux_hidden_states", *draft_keys.WINDOW,
 }  # fmt: skip
 
 REMEDY = "The draft has Llama or Qwen3 layers without biases: write these values, or drop the keys"
@@ -59,7 +59,7 @@ def without_full_layers(given):
     kinds = given.get("layer_types")
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         return dict(given)
-    return {key: value for key, value in given.items() if key not in draft_files.WINDOW}
+    return {key: value for key, value in given.items() if key not in draft_keys.WINDOW}
 
 
 def name_unread(source, given):
@@ -75,7 +75,7 @@ def name_unread(source, given):
 def name_replaced(source, given, config):
     """Print the given values in whose place the target's, or a flag's, are used."""
     replaced = []
-    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size", *KEYS.values(), *draft_files.WINDOW):
+    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size", *KEYS.values(), *draft_keys.WINDOW):
         value = given.get(key)
         if value is not None and value != config.get(key, value):
             replaced.append(f"{key} {value} -> {config[key]}")
@@ -202,10 +202,10 @@ def _derived_rope(text_config):
     rope = dict(rope.get("full_attention", rope))  # some families keep one entry per kind of layer
     theta = rope.pop("rope_theta", None) or 10000.0
     kind = rope.get("rope_type", "default")
-    if kind == "default" or kind not in draft_files.ROPE_TYPES:
+    if kind == "default" or kind not in draft_keys.ROPE_TYPES:
         return theta, None
     # A family's other keys concern its own layers: shares of heads, sections of pictures, scales of queries.
-    known = {*draft_files.ROPE_TYPES[kind], *draft_files.ROPE_OPTIONS}
+    known = {*draft_keys.ROPE_TYPES[kind], *draft_keys.ROPE_OPTIONS}
     rope = {key: value for key, value in rope.items() if value is not None and key in known}
     if kind != "linear":  # as transformers completes them
         positions = text_config.max_position_embeddings
@@ -220,7 +220,7 @@ def derive_config(text_config, config):
     configs = (text_config, config)
     dtype = first_of(configs, "dtype", default="bfloat16")
     return {
-        **draft_files.FIXED,
+        **draft_keys.FIXED,
         "model_type": "llama",
         "num_hidden_layers": 1,
         "hidden_size": text_config.hidden_size,
@@ -232,7 +232,7 @@ def derive_config(text_config, config):
         "max_position_embeddings": text_config.max_position_embeddings,
         "vocab_size": text_config.vocab_size,
         "draft_vocab_size": text_config.vocab_size,
-        "torch_dtype": draft_files.dtype_name(dtype),
+        "torch_dtype": draft_keys.dtype_name(dtype),
         "bos_token_id": first_of(configs, "bos_token_id"),
         "eos_token_id": first_of(configs, "eos_token_id"),
     }
@@ -246,7 +246,7 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     """
     derived = derive_config(text_config, config)
     source = source or "the derived draft configuration"
-    given = draft_files.with_two_rope_keys(given or {})
+    given = draft_keys.with_two_rope_keys(given or {})
     name_unread(source, given)
     draft_config = _merge(derived, {key: value for key, value in given.items() if key in READ}, source)
     if draft_vocab_size:
@@ -267,13 +267,13 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
     problems = draft_files.check_config(draft_config)
     if problems:
-        of_layers = draft_files.FIXED.keys() | draft_files.NEUTRAL.keys()
+        of_layers = draft_keys.FIXED.keys() | draft_keys.NEUTRAL.keys()
         remedy = f". {REMEDY}" if any(problem.split()[0] in of_layers for problem in problems) else ""
         common.fail(f"{source}: {'; '.join(problems)}{remedy}")
-    for key in draft_files.NEUTRAL:
+    for key in draft_keys.NEUTRAL:
         draft_config.pop(key, None)
     if not any(draft_files.windows(draft_config)):
-        for key in draft_files.WINDOW:
+        for key in draft_keys.WINDOW:
             draft_config.pop(key, None)
     return draft_config, layers
 
@@ -286,7 +286,7 @@ def _merge(derived, given, source):
         config["rope_theta"] = 10000.0 if theta is None else theta
         config["rope_scaling"] = given.get("rope_scaling")
     config |= {key: value for key, value in given.items() if value is not None}
-    if problems := draft_files.size_problems(config) + draft_files.layer_problems(config):  # what follows computes
+    if problems := draft_keys.size_problems(config) + draft_files.layer_problems(config):  # what follows computes
         common.fail(f"{source}: {'; '.join(problems)}")
     if given.get("head_dim") is None and ("hidden_size" in given or "num_attention_heads" in given):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]

@@ -16,58 +16,25 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers.activations import ACT2FN
 
-from core import common, target_files, vocabulary
+from core import block_files, common, draft_keys, target_files, vocabulary
 
 # ==================== Constants ======================================================================================
 
 ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}  # by model_type
 
-DTYPES = ("bfloat16", "float16", "float32")
+EMBEDDING = draft_keys.EMBEDDING
 
-MAPPING = {"d2t": torch.int64, "t2d": torch.bool}
-
-EMBEDDING = "embed_tokens.weight"
+MAPPING = draft_keys.MAPPING
 
 AUXILIARY = "eagle_aux_hidden_state_layer_ids"
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "vocab_size",
-    "draft_vocab_size",
-)
-
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
-
-# Keys with one allowed value. SGLang drops biases, and a tied head would be the target's embeddings instead of the
-# trained one.
-FIXED = {"attention_bias": False, "tie_word_embeddings": False}
-
-# Keys of a sliding window. vLLM reads layer_types, and sliding_window for the layers that have it; of a qwen3 draft
-# transformers drops sliding_window unless use_sliding_window is true.
-WINDOW = ("sliding_window", "layer_types", "use_sliding_window")
-
-# Keys with which an engine computes another layer, and the values that change nothing; null never does.
-NEUTRAL = {
-    "mlp_bias": False, "qkv_bias": False, "bias": False, "partial_rotary_factor": 1, "is_causal": True,
-    "qk_norm": False, "use_qk_norm": False, "clip_qkv": None, "attention_chunk_size": None,
-    "attn_temperature_tuning": False,
-    "attention_multiplier": None, "query_pre_attn_scalar": None, "attn_logit_softcapping": None,
-    "final_logit_softcapping": None, "residual_multiplier": 1, "embedding_multiplier": 1, "logits_scaling": 1,
-    "logit_scale": 1, "quantization_config": None, "parallel_drafting": False,
-}  # fmt: skip
 
 REQUIRED = (
     "architectures",
     "model_type",
-    *SIZES,
+    *draft_keys.SIZES,
     "attention_bias",
     "tie_word_embeddings",
     "rms_norm_eps",
@@ -98,25 +65,15 @@ EMBEDDING_NAMES = (
     "gpt_neox.embed_in.weight",
 )
 
-SPECULATORS_VERSION = "0.5.0"
-
 ADDED = "the target's"  # metadata of a speculators form whose embedding table is not the draft's own
-
-# Rope types that all engines compute alike, and the numbers they need. A target with another type gets a draft with
-# plain RoPE.
-ROPE_TYPES = {
-    "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}  # fmt: skip
-
-ROPE_OPTIONS = {"rope_type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}  # yarn's
-
 
 # ==================== What a draft consists of =======================================================================
 
 
 def auxiliary_layers(config):
     """The auxiliary layers in hidden_states indexing (0 = embeddings), or None where the config leaves the default."""
+    if block_files.is_block(config):
+        return block_files.auxiliary_layers(config)
     if config.get(AUXILIARY):
         return list(config[AUXILIARY])
     nested = config.get("eagle_config") or {}
@@ -162,13 +119,12 @@ def has_head_norms(config):
 def window_keys(window, layers):
     """The keys with which these of a draft's layers (a bool each) see the last `window` positions alone."""
     kinds = ["sliding_attention" if is_sliding else "full_attention" for is_sliding in layers]
-    return dict(zip(WINDOW, (window, kinds, True), strict=True))
+    return dict(zip(draft_keys.WINDOW, (window, kinds, True), strict=True))
 
 
 def windows(config):
     """The window of each layer; 0: none."""
-    kinds = config.get("layer_types") or ["full_attention"] * config.get("num_hidden_layers", 1)
-    return [config["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds]
+    return draft_keys.windows(config)
 
 
 def expected_tensors(config):
@@ -176,6 +132,8 @@ def expected_tensors(config):
 
     Of several layers `as_written` has the names in a file.
     """
+    if block_files.is_block(config):
+        return block_files.expected_tensors(config)
     hidden = config["hidden_size"]
     inner = config["intermediate_size"]
     draft = config["draft_vocab_size"]
@@ -230,7 +188,7 @@ def first_norms(config):
 
 def as_written(config, tensors):
     """A draft's tensors by their names in the flat form: of several layers the first is layers.0 as well."""
-    if config["num_hidden_layers"] == 1:
+    if config["num_hidden_layers"] == 1 or block_files.is_block(config):
         return tensors
     written = {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
     for vllm, sglang in first_norms(config):
@@ -240,46 +198,6 @@ def as_written(config, tensors):
 
 
 # ==================== Checks =========================================================================================
-
-
-def _is_positive(value):
-    return type(value) in (int, float) and value > 0
-
-
-def size_problems(config):
-    problems = []
-    for key in (*SIZES, "target_hidden_size", "num_aux_hidden_states"):
-        if key in config and (type(config[key]) is not int or config[key] <= 0):
-            problems.append(f"{key} is {config[key]!r}, not a positive integer")
-    return problems
-
-
-def _rope_problems(scaling):
-    if scaling is None:
-        return []
-    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        return [f"rope_scaling is {scaling!r}, not null or an object with a rope_type of {', '.join(ROPE_TYPES)}"]
-    partial = scaling.get("partial_rotary_factor", 1)
-    if partial != 1:
-        return [f"rope_scaling's partial_rotary_factor is {partial!r}, not 1: a draft rotates complete heads"]
-    known = {*ROPE_TYPES[kind], *ROPE_OPTIONS, "partial_rotary_factor"}
-    unknown = [key for key, value in scaling.items() if key not in known and value is not None]
-    if unknown:
-        return [f"rope_scaling's {', '.join(unknown)}: the engines do not all compute them in {kind}"]
-    values = {key: scaling.get(key) for key in ROPE_TYPES[kind]}
-    return [
-        f"rope_scaling's {key} is {value!r}, {kind} needs a positive number"
-        for key, value in values.items()
-        if not _is_positive(value)
-    ]
-
-
-def _is_layer_ids(ids, first):
-    """Whether ids are a list of layer ids from `first` on; None is one that is left out."""
-    if ids is None:
-        return True
-    return isinstance(ids, list) and len(ids) > 0 and all(type(i) is int and i >= first for i in ids)
 
 
 def layer_problems(config):
@@ -292,9 +210,9 @@ def layer_problems(config):
         problems.append("eagle_config.use_aux_hidden_state is false: the engines would leave out fc")
     ids = config.get(AUXILIARY)
     nested_ids = nested.get(AUXILIARY)
-    if not _is_layer_ids(ids, 1):
+    if not draft_keys.is_layer_ids(ids, 1):
         problems.append(f"{AUXILIARY} is {ids!r}, not a list of layer ids from 1")
-    if not _is_layer_ids(nested_ids, 0):
+    if not draft_keys.is_layer_ids(nested_ids, 0):
         problems.append(f"eagle_config.{AUXILIARY} is {nested_ids!r}, not a list of layer ids from 0")
     return problems
 
@@ -326,34 +244,21 @@ def _auxiliary_problems(config):
 
 def check_config(config):
     """The problems of a flat config, one line each; empty if both engines can read it."""
+    if block_files.is_block(config):
+        return block_files.check_config(config)
     problems = [f"{key} is missing" for key in REQUIRED if key not in config]
-    problems += size_problems(config)
+    problems += draft_keys.size_problems(config)
     problems += _value_problems(config)
-    problems += _rope_problems(config.get("rope_scaling"))
+    problems += draft_keys.rope_problems(config.get("rope_scaling"))
     problems += _auxiliary_problems(config)
-    return problems or _relation_problems(config)
+    return problems or draft_keys.relation_problems(config)
 
 
 def _value_problems(config):
-    problems = []
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
-    problems += _kind_problems(config) + _window_problems(config)
-    for key, value in NEUTRAL.items():
-        if config.get(key) not in (None, value):
-            problems.append(f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}")
-    for key in ("rms_norm_eps", "rope_theta"):
-        if key in config and not _is_positive(config[key]):
-            problems.append(f"{key} is {config[key]!r}, not a positive number")
+    problems = draft_keys.value_problems(config) + _kind_problems(config)
     for key in FLAGS:
         if type(config.get(key, False)) is not bool:
             problems.append(f"{key} is {config[key]!r}, not true or false")
-    activation = config.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACT2FN:
-        problems.append(f"hidden_act is {activation!r}, not the name of an activation in transformers, such as silu")
-    if config.get("torch_dtype", DTYPES[0]) not in DTYPES:
-        problems.append(f"torch_dtype is {config['torch_dtype']!r}, not one of {', '.join(DTYPES)}")
     return problems
 
 
@@ -368,46 +273,6 @@ def _kind_problems(config):
     return []
 
 
-def _window_problems(config):
-    """Those of the keys of a sliding window: the engines have to understand the same by them."""
-    window, kinds, is_used = (config.get(key) for key in WINDOW)
-    count = config.get("num_hidden_layers", 1)
-    known = ("full_attention", "sliding_attention")
-    if kinds is None and window is not None and is_used is not False:
-        return [f"sliding_window is {window}, not null, without layer_types, which says what layers have it"]
-    if kinds is None:
-        return ["use_sliding_window is true, without sliding_window"] if is_used else []
-    if not isinstance(kinds, list) or any(kind not in known for kind in kinds) or len(kinds) != count:
-        return [f"layer_types is {json.dumps(kinds)}, not a list of {' or '.join(known)}, one for each layer: {count}"]
-    if "sliding_attention" not in kinds:
-        return []
-    if type(window) is not int or window <= 0:
-        return [f"sliding_window is {window!r}, not a positive integer"]
-    if has_head_norms(config) and is_used is not True:
-        return [f"use_sliding_window is {json.dumps(is_used)}, not true: vLLM would leave out the window of qwen3"]
-    return []
-
-
-def _relation_problems(config):
-    """The problems between values that are valid one by one."""
-    problems = []
-    draft = config["draft_vocab_size"]
-    vocab = config["vocab_size"]
-    heads = config["num_attention_heads"]
-    groups = config["num_key_value_heads"]
-    if draft > vocab:
-        problems.append(f"draft_vocab_size {draft} is larger than vocab_size {vocab}")
-    if heads % groups:
-        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    if config["head_dim"] % 2:
-        problems.append(f"head_dim {config['head_dim']} is odd: rotary positions need pairs")
-    return problems
-
-
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
 def check_tensors(config, tensors):
     """The problems of a draft's tensors (flat names), one line each, by name; its config is complete."""
     expected = expected_tensors(config)
@@ -415,14 +280,16 @@ def check_tensors(config, tensors):
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:
-            why = " (the draft has the full vocabulary: vLLM refuses a mapping)" if name in MAPPING else ""
+            why = {"lm_head.weight": " (with the full vocabulary a block draft has its target's head)"}.get(name, "")
+            if name in MAPPING:
+                why = " (the draft has the full vocabulary: vLLM refuses a mapping)"
             problems.append(f"{name} is not a tensor of this draft{why}")
             continue
         dtype = MAPPING.get(name) or getattr(torch, config["torch_dtype"])
         if tuple(tensor.shape) != shapes[name]:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
         if tensor.dtype != dtype:
-            problems.append(f"{name} is {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}")
+            problems.append(f"{name} is {draft_keys.dtype_name(tensor.dtype)}, expected {draft_keys.dtype_name(dtype)}")
         if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
             problems.append(f"{name} has {bad} of {tensor.numel()} values that are not finite")
     if set(MAPPING) <= set(tensors) & set(expected):
@@ -510,29 +377,10 @@ def _read_tensors(folder):
     return {}, ["model.safetensors is missing"]
 
 
-def with_two_rope_keys(config):
-    """A copy of config with rope_theta and rope_scaling, whatever version of transformers wrote it."""
-    config = dict(config)
-    rope = config.pop("rope_parameters", None)  # transformers 5's name for both
-    if isinstance(rope, dict):
-        config = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope} | config
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", rope)
-    scaling = config.get("rope_scaling")
-    if isinstance(scaling, dict):
-        scaling = dict(scaling)
-        theta = scaling.pop("rope_theta", None)
-        if theta is not None:
-            config.setdefault("rope_theta", theta)
-        kind = scaling.pop("type", None)  # the older spelling, which the draft would not see
-        config["rope_scaling"] = scaling if kind is None else {"rope_type": kind} | scaling
-    return config
-
-
 def _complete(raw, tensors):
     """The flat config of a foreign config: what it leaves out is filled in where that has one meaning only."""
     config = {k: v for k, v in raw.items() if v is not None or k.endswith("_token_id")}  # null = left out
-    config = {**LLAMA_DEFAULTS, **with_two_rope_keys(config)}
+    config = {**LLAMA_DEFAULTS, **draft_keys.with_two_rope_keys(config)}
     config["architectures"] = architectures(config)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if all(type(config[key]) is int and config[key] > 0 for key in ("hidden_size", "num_attention_heads")):
@@ -542,7 +390,8 @@ def _complete(raw, tensors):
     if tensors and not any(name.startswith("layers.1.") for name in tensors):  # some keep their target's number
         config["num_hidden_layers"] = 1
     config.setdefault("num_hidden_layers", 1)
-    dtype = config.pop("dtype", None) or _common_dtype(tensors)  # dtype: transformers 5's name for torch_dtype
+    dtype = config.pop("dtype", None)  # transformers 5's name for torch_dtype
+    dtype = dtype or draft_keys.common_dtype(tensors)
     if dtype:
         config.setdefault("torch_dtype", dtype)
     return _complete_auxiliary(config)
@@ -566,13 +415,6 @@ def _complete_auxiliary(config):
             "eagle_config": {**both["eagle_config"], **nested},
         }
     return config
-
-
-def _common_dtype(tensors):
-    """The dtype that all floating tensors but the embedding table have ("bfloat16"), or None if there are several."""
-    floating = [tensor for name, tensor in tensors.items() if tensor.is_floating_point() and name != EMBEDDING]
-    dtypes = {dtype_name(tensor.dtype) for tensor in floating}
-    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def is_speculators(raw):
@@ -611,6 +453,8 @@ def load(folder, strict):
     problems += unreadable
     if problems:
         return Loaded(None, None, problems)
+    if block_files.is_block(raw):
+        return _load_block(folder, raw, tensors, strict)
     nested = is_speculators(raw)
     renamed = any(n.startswith("layers.0.") for n in tensors) and not any(n.startswith("midlayer.") for n in tensors)
     several = any(n.startswith("layers.1.") for n in tensors)
@@ -637,6 +481,23 @@ def load(folder, strict):
     if renamed and (nested or several):  # named as the file names them
         problems = [problem.replace("midlayer.", "layers.0.") for problem in problems]
     return Loaded(config, tensors, problems)
+
+
+def _load_block(folder, raw, tensors, strict):
+    """`load` of a block draft with this config.json and these tensors."""
+    read = block_files.from_speculators if is_speculators(raw) else block_files.complete
+    if not strict:
+        tensors = block_files.rename(tensors)
+    config = read(raw, tensors)
+    if not strict:
+        config = block_files.as_ours(config, tensors)
+    if problems := check_config(config):
+        return Loaded(None, None, [f"config.json: {problem}" for problem in problems])
+    if (folder / block_files.LEARNED_MASK).exists():
+        problems.append(f"{block_files.LEARNED_MASK}: a mask of its own is not trained here, nor served alike")
+    if not strict:
+        config, tensors = _as_ours(config, tensors)
+    return Loaded(config, tensors, problems + check_tensors(config, tensors))
 
 
 def _merge_first_norms(config, tensors, strict):
@@ -668,7 +529,7 @@ def _as_ours(config, tensors):
     # Engines convert while loading: a config that names another dtype than all tensors have is not a problem of the
     # weights, nor is a table in the target's dtype beside weights in another.
     config = {key: value for key, value in config.items() if key != "auto_map"}  # code that is not copied
-    config["torch_dtype"] = _common_dtype(tensors) or config["torch_dtype"]
+    config["torch_dtype"] = draft_keys.common_dtype(tensors) or config["torch_dtype"]
     if EMBEDDING in tensors:
         tensors[EMBEDDING] = tensors[EMBEDDING].to(getattr(torch, config["torch_dtype"]))
     return config, tensors
@@ -746,54 +607,50 @@ def write_draft(folder, config, tensors):
     _write(folder, config, as_written(config, tensors))
 
 
-def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=5):
+def to_speculators(
+    config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=None
+):
     """(config, tensors) of the speculators form of a flat draft; ends the program if it is incomplete.
 
     target_model_path and target_architectures (a list) name the target. embed_tokens [V, H] is its embedding table,
-    used unless the draft has its own. speculative_tokens is what an engine drafts by default.
+    used where `takes_table`. speculative_tokens is what an engine drafts by default; none: 5, or a complete block.
     """
-    if EMBEDDING not in tensors:
+    if block_files.is_block(config):
+        tensors = _cast_complete(config, tensors)
+        named = (target_model_path, target_architectures, speculative_tokens)
+        return block_files.to_speculators(config, *named), tensors
+    if takes_table(config, tensors):
         if embed_tokens is None:
             common.fail(f"the speculators form needs {EMBEDDING}: pass the target's embeddings")
         tensors = {**tensors, EMBEDDING: embed_tokens}
     tensors = _cast_complete(config, tensors)
     outer = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "target_hidden_size"}
-    layer = {key: value for key, value in config.items() if key not in outer}  # vLLM counts the auxiliary states there
-    # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
-    rope = config.get("rope_scaling") or {}
-    layer["rope_parameters"] = {"rope_type": "default", **rope, "rope_theta": config["rope_theta"]}
-    layer["architectures"] = [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]]
-    proposal = {
-        "proposal_type": "greedy",
-        "speculative_tokens": speculative_tokens,
-        "verifier_accept_k": 1,
-        "accept_tolerance": 0.0,
-    }
+    tokens = speculative_tokens or 5
     speculators = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
-        "speculators_version": SPECULATORS_VERSION,
+        "speculators_version": draft_keys.SPECULATORS_VERSION,
         "draft_vocab_size": config["draft_vocab_size"],
         **{flag: bool(config.get(flag)) for flag in FLAGS},  # norm_before_residual always: absent would mean true
         "target_hidden_size": config.get("target_hidden_size"),
         AUXILIARY: auxiliary_layers(config),
         "tie_word_embeddings": False,
         "torch_dtype": config["torch_dtype"],
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [proposal],
-            "verifier": {"name_or_path": str(target_model_path), "architectures": list(target_architectures)},
-        },
-        "transformer_layer_config": layer,
+        "speculators_config": draft_keys.speculators_config("eagle3", tokens, target_model_path, target_architectures),
+        "transformer_layer_config": draft_keys.speculators_layer(config, outer),  # vLLM counts auxiliary states there
     }
     tensors = as_written(config, tensors)
     return speculators, {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
 
 
+def takes_table(config, tensors):
+    """Whether the speculators form of this flat draft gets the target's embedding table."""
+    return EMBEDDING not in tensors and not block_files.is_block(config)
+
+
 def write_speculators(folder, config, tensors, **target):
     """Write the speculators form of a flat draft; target: the further arguments of to_speculators."""
-    metadata = {} if EMBEDDING in tensors else {"embed_tokens": ADDED}  # so that an export to the flat form drops it
+    metadata = {"embed_tokens": ADDED} if takes_table(config, tensors) else {}  # an export to the flat form drops it
     config, tensors = to_speculators(config, tensors, **target)
     _write(folder, config, tensors, **metadata)
 

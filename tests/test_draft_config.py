@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 import prepare_data
 import train_eagle3
-from core import draft_config, draft_files, ranks, setup, states, target_files
+from core import draft_config, draft_files, draft_keys, ranks, setup, states, target_files
 from helpers import tiny
 from helpers.training import arguments
 
@@ -91,7 +91,7 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     for key, value in json.loads(config).items():
         assert written.get(key) == value, (key, written.get(key))
     # Nothing that an engine could read is there beside what is trained.
-    assert written.keys() <= draft_config.READ - draft_files.NEUTRAL.keys()
+    assert written.keys() <= draft_config.READ - draft_keys.NEUTRAL.keys()
     assert draft_files.check_config(written) == []
 
 
