@@ -6,7 +6,7 @@
 #
 #   bash examples/run_llama3_online.sh
 #   TARGET=/models/Llama-3.1-8B-Instruct DATASET=chats.jsonl NUM_GPUS=4 bash examples/run_llama3_online.sh
-#   bash examples/run_llama3_online.sh --weight_decay 0.1     # arguments go to train_eagle3.py
+#   bash examples/run_llama3_online.sh --weight_decay 0.1     # arguments go to the trainer
 #   STAGES="3 4" bash examples/run_llama3_online.sh           # some of the stages
 #
 # Started again after an interruption, it continues where it stopped.
@@ -27,16 +27,18 @@ OUTPUT=${OUTPUT:-output/llama3-8b-online}
 NUM_SAMPLES=${NUM_SAMPLES:-}                        # conversations, drawn at random; empty: all
 MAX_LENGTH=${MAX_LENGTH:-2048}                      # tokens
 VALIDATION_RATIO=${VALIDATION_RATIO:-0.005}         # share of the conversations that selects the best checkpoint
-DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-32000}
+DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE-32000}          # empty: all tokens
 NUM_GPUS=${NUM_GPUS:-8}                             # ranks on this node
 LAUNCHER=${LAUNCHER:-deepspeed --num_gpus $NUM_GPUS}  # command that starts the ranks
-RECIPE=${RECIPE:-best}                              # flags of train_eagle3.py --recipe; empty: its defaults
+TRAINER=${TRAINER:-train_eagle3.py}
+RECIPE=${RECIPE-best}                               # flags of train_eagle3.py --recipe; empty: its defaults
 TP_SIZE=${TP_SIZE:-1}                               # ranks that share one copy of the target
 BATCH_SIZE=${BATCH_SIZE:-2}                         # sequences per rank in one forward of the target
 DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
 PRECISION=${PRECISION:-auto}                        # of the draft: bf16, fp32; auto: bf16 on GPUs
 NUM_EPOCHS=${NUM_EPOCHS:-2}
-TTT_LENGTH=${TTT_LENGTH:-7}
+TTT_LENGTH=${TTT_LENGTH-7}                          # of train_eagle3.py
+NUM_DRAFT_TOKENS=${NUM_DRAFT_TOKENS:-$TTT_LENGTH}   # per pass of the evaluation
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}                    # sequences per optimizer step, all ranks
 MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one forward of the draft
@@ -62,7 +64,11 @@ if [[ $STAGES == *1* ]]; then
         ${NUM_SAMPLES:+--num_samples "$NUM_SAMPLES"} --validation_ratio "$VALIDATION_RATIO" --output_path "$OUTPUT/data"
 fi
 
-if [[ $STAGES == *2* ]]; then
+MAPPING=()
+[ -z "$DRAFT_VOCAB_SIZE" ] ||
+    MAPPING=(--d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy")
+
+if [[ $STAGES == *2* && -n $DRAFT_VOCAB_SIZE ]]; then
     echo "=== 2. the draft's vocabulary"
     python build_vocab_mapping.py --token_freq_path "$OUTPUT/data/token_freq.pt" \
         --draft_vocab_size "$DRAFT_VOCAB_SIZE" --target_model_path "$TARGET" --output_path "$OUTPUT/vocab_mapping"
@@ -70,11 +76,10 @@ fi
 
 if [[ $STAGES == *3* ]]; then
     echo "=== 3. training"
-    $LAUNCHER train_eagle3.py \
-        --target_model_path "$TARGET" --data_path "$OUTPUT/data" --max_length "$MAX_LENGTH" \
-        --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
+    $LAUNCHER "$TRAINER" \
+        --target_model_path "$TARGET" --data_path "$OUTPUT/data" --max_length "$MAX_LENGTH" "${MAPPING[@]}" \
         --tp_size "$TP_SIZE" --batch_size "$BATCH_SIZE" ${RECIPE:+--recipe "$RECIPE"} \
-        --ttt_length "$TTT_LENGTH" --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
+        ${TTT_LENGTH:+--ttt_length "$TTT_LENGTH"} --num_epochs "$NUM_EPOCHS" --learning_rate "$LEARNING_RATE" \
         --draft_global_batch_size "$GLOBAL_BATCH" --draft_micro_batch_size "$MICRO_BATCH" \
         --log_steps "$LOG_STEPS" --report_to "$REPORT_TO" \
         --save_best --save_minutes "$SAVE_MINUTES" --save_total_limit 3 --resume \
@@ -93,7 +98,7 @@ if [[ $STAGES == *4* ]]; then
     if [ "$NUM_PROMPTS" != 0 ]; then
         python evaluate_draft.py --target_model_path "$TARGET" --draft_model_path "$BEST" \
             --prompts "$PROMPTS" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
-            --num_draft_tokens "$TTT_LENGTH" --output "$OUTPUT/evaluation"
+            --num_draft_tokens "$NUM_DRAFT_TOKENS" --output "$OUTPUT/evaluation"
         evaluation=(--evaluation "$OUTPUT/evaluation")
     fi
     # The draft alone, its model card, and the commands that serve it: a checkpoint has other files as well.

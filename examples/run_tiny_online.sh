@@ -19,6 +19,8 @@ NUM_EPOCHS=${NUM_EPOCHS:-1}               # of the draft's training
 MAX_LENGTH=${MAX_LENGTH:-256}             # tokens
 DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE:-1024}
 NUM_PROMPTS=${NUM_PROMPTS:-16}            # of the evaluation
+TRAINER=${TRAINER:-train_eagle3.py}
+TRAINER_FLAGS=("$@")                      # arguments go to it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one rank per core
 
 if [ -e "$OUTPUT" ]; then
@@ -45,12 +47,12 @@ python build_vocab_mapping.py --token_freq_path "$OUTPUT/data/token_freq.pt" --d
     --target_model_path "$OUTPUT/target" --output_path "$OUTPUT/vocab_mapping"
 
 train() {
-    deepspeed --num_gpus "$RANKS" train_eagle3.py \
+    deepspeed --num_gpus "$RANKS" "$TRAINER" \
         --target_model_path "$OUTPUT/target" \
         --data_path "$OUTPUT/data" \
         --d2t_path "$OUTPUT/vocab_mapping/d2t.npy" --t2d_path "$OUTPUT/vocab_mapping/t2d.npy" \
         --learning_rate 2e-3 --num_epochs "$NUM_EPOCHS" --warmup_ratio 0.05 --max_length "$MAX_LENGTH" \
-        --batch_size 4 --draft_micro_batch_size 2 --draft_global_batch_size 8 --log_steps 40 "$@"
+        --batch_size 4 --draft_micro_batch_size 2 --draft_global_batch_size 8 --log_steps 40 "${TRAINER_FLAGS[@]}" "$@"
 }
 
 evaluate() {
