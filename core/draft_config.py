@@ -17,6 +17,10 @@ READ = {
 
 REMEDY = "The draft has Llama or Qwen3 layers without biases: write these values, or drop the keys"
 
+# What `setup.prepare` reads of the kind of drafts that is trained.
+DECISIVE = ("ttt_length", "freeze_head")  # flags that have to stay where a training is continued
+FRESH = {"head_init": "random"}  # values that only a new draft can have
+
 # Flags that are keys of the configuration, under this name there.
 KEYS = {"num_layers": "num_hidden_layers", "draft_arch": "model_type", "draft_hidden_act": "hidden_act"}
 KEYS |= {name: name for name in draft_files.FLAGS}
@@ -105,6 +109,19 @@ def add_flags(add):
     add("--freeze_head", action=common.Switch, help="the head stays as it starts")
 
 
+def check_flags(args, default):
+    """End the program if flags of EAGLE-3's drafts contradict each other; default: {flag: its default}."""
+    if args.sliding_window_indices and not args.sliding_window:
+        common.fail("sliding_window_indices are the layers that have the sliding_window: give that too")
+    if args.chain_sampling and args.step_weights != default["step_weights"]:
+        remedy = common.without(args, "chain_sampling")
+        common.fail(f"chain_sampling takes the place of step_weights survival: drop one of them, or {remedy}")
+    replaces_decay = args.chain_sampling or args.step_weights == "survival"
+    if replaces_decay and args.ttt_step_loss_decay != default["ttt_step_loss_decay"]:
+        remedy = f", or {common.without(args, 'chain_sampling')}" if args.chain_sampling else ""
+        common.fail(f"ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it{remedy}")
+
+
 def with_flags(given, args, text_config):
     """The given keys of a new draft, with those that flags name in their place; text_config: the target's."""
     given = without_full_layers(given) if args.num_layers else dict(given)
@@ -126,7 +143,7 @@ def with_flags(given, args, text_config):
     return given
 
 
-def check_flags(args, text_config, checkpoint, config):
+def check_continued(args, text_config, checkpoint, config):
     """End the program if flags say another draft than the checkpoint's, whose configuration this is."""
     there = {**dict.fromkeys(draft_files.FLAGS, False), **config}
     asked = with_flags({"num_hidden_layers": config["num_hidden_layers"]}, args, text_config)
@@ -316,3 +333,73 @@ def _choose_layers(config, num_layers, source, layer_ids):
     if count != len(layers):
         common.fail(f"{source}: num_aux_hidden_states {count} for the auxiliary layers {layers}")
     return layers
+
+
+# ==================== Of a training ==================================================================================
+
+
+def configure_draft(args, model_dir, text_config, target_config, checkpoint, source):
+    """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one.
+
+    checkpoint, source: of `setup.draft_source`.
+    """
+
+    def complete(given, source, vocab_size):
+        return configure(text_config, target_config, given, source, args.target_layer_ids, vocab_size)
+
+    if not checkpoint:
+        flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
+        given = read(flag, source) if source else {}
+        shaped = with_flags(given, args, text_config)
+        configured, layers = complete(shaped, source, args.draft_vocab_size)
+        name_replaced(source, given, configured)
+        check_new_head(args, configured)
+        return configured, layers
+    given, _ = draft_files.read_draft(checkpoint, model_dir)
+    count = draft_files.num_auxiliary(given)
+    if args.target_layer_ids and len(args.target_layer_ids) != count:
+        common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")
+    configured, layers = complete(given, checkpoint, None)  # a checkpoint's mapping decides
+    check_continued(args, text_config, checkpoint, configured)
+    if args.draft_model_config:  # the command line of a training that is continued
+        path = args.draft_model_config
+        again = with_flags(read("draft_model_config", path), args, text_config)
+        again, _ = complete(again, path, None)
+        check_same_draft(path, again, checkpoint, configured)
+    return configured, layers
+
+
+def check_new_head(args, config):
+    """End the program if the head of a new draft would stay random."""
+    width = config.get("target_hidden_size", config["hidden_size"])
+    reason = ""
+    if args.head_init == "random":
+        reason = "head_init is random"
+    elif width != config["hidden_size"]:
+        reason = f"hidden_size {config['hidden_size']} is not the target's {width}, so the head starts random"
+    if args.freeze_head and reason:
+        common.fail(f"freeze_head: {reason}: drop it, or {common.without(args, 'freeze_head')}")
+
+
+def check_shape(args, config):
+    """End the program if a chain outgrows the draft's window."""
+    window = max(draft_files.windows(config))
+    if 0 < window < args.ttt_length:
+        common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
+
+
+def check_same_draft(path, config, checkpoint, continued):
+    """End the program if the draft_model_config at `path` is not the configuration of the checkpoint's draft.
+
+    config, continued: the flat configurations of the two; their vocabularies may differ.
+    """
+    differ = [
+        f"{key} {config.get(key)}, there {continued.get(key)}"
+        for key in config.keys() | continued.keys()
+        if key != "draft_vocab_size" and config.get(key) != continued.get(key)
+    ]
+    if differ:
+        common.fail(
+            f"draft_model_config {path} is not the draft of {checkpoint}, which is continued: "
+            f"{', '.join(sorted(differ))}: drop it"
+        )
