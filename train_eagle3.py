@@ -848,7 +848,7 @@ def start(args, device):
         disable_progress_bar()
     recipe = ["--recipe", args.recipe] if args.recipe else []
     default = vars(parse_args(["--target_model_path", args.target_model_path, *recipe]))
-    prepared = ranks.on_first_rank(lambda: setup.prepare(args, default, prepare_conversations))
+    prepared = ranks.on_first_rank(lambda: setup.prepare(args, default, prepare_conversations, draft_config))
     run, deepspeed_config, config, layers, data_folder, d2t, state = prepared
     ranks.check_shared("output_dir", args.output_dir)
     data, data_config = dataloader.open_data(data_folder)

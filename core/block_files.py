@@ -274,7 +274,8 @@ def as_ours(config, tensors):
     config |= {"architectures": [ARCHITECTURES[kind]], "tie_word_embeddings": False}
     config = {"attention_bias": False, "hidden_act": "silu", **config}
     if kind == "dspark":
-        return with_options(_complete_heads({**nested, **config}, tensors), **values)
+        config = {**nested, **config}
+        return with_options(_complete_heads(config, tensors) if tensors else config, **values)
     return with_options({**config, "dflash_config": nested}, **values)
 
 
@@ -334,7 +335,8 @@ def from_speculators(raw, tensors):
         values["target_layer_ids"] = [layer - 1 for layer in raw["aux_hidden_state_layer_ids"]]
     config = with_options(complete(config, tensors), **values)
     if kind == "dspark":
-        config = _complete_heads(config, tensors)
+        if tensors:
+            config = _complete_heads(config, tensors)
         if not raw.get("sample_from_anchor"):
             config["sample_from_anchor"] = False  # the default there, true in the flat form
     elif raw.get("sample_from_anchor"):

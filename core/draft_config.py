@@ -7,7 +7,7 @@ the speculators form, a plain Llama decoder's config.json. It is read from a pat
 import difflib
 import math
 
-from core import common, draft_files, draft_keys, target_files
+from core import block_files, common, draft_files, draft_keys, target_files
 
 # Keys that are read. Nothing else goes into the config.json of a new draft.
 READ = {
@@ -17,6 +17,10 @@ READ = {
 
 REMEDY = "The draft has Llama or Qwen3 layers without biases: write these values, or drop the keys"
 
+# What `setup.prepare` reads of the kind of drafts that is trained.
+DECISIVE = ("ttt_length", "freeze_head")  # flags that have to stay where a training is continued
+FRESH = {"head_init": "random"}  # values that only a new draft can have
+
 # Flags that are keys of the configuration, under this name there.
 KEYS = {"num_layers": "num_hidden_layers", "draft_arch": "model_type", "draft_hidden_act": "hidden_act"}
 KEYS |= {name: name for name in draft_files.FLAGS}
@@ -24,10 +28,10 @@ KEYS |= {name: name for name in draft_files.FLAGS}
 # ==================== Given ==========================================================================================
 
 
-def read(flag, source):
-    """The keys, in the flat form, of the configuration that `flag` names: a JSON file, its folder, or a hub id.
+def read_file(flag, source):
+    """The object of the configuration that `flag` names: a JSON file, its folder, or a hub id.
 
-    Ends the program if there is none, or if it is not an EAGLE-3 draft's or a decoder's.
+    Ends the program if there is none.
     """
     path = draft_files.locate(source, ("config.json",), flag)
     if path.is_dir():
@@ -35,22 +39,46 @@ def read(flag, source):
     raw, problem = draft_files.read_json(path)
     if problem:
         common.fail(f"{flag} {source}: {problem}")
+    if draft_files.is_speculators(raw) and not isinstance(raw.get("transformer_layer_config"), dict):
+        common.fail(f"{flag} {source}: transformer_layer_config is missing, which has the sizes of the layer")
+    return raw
+
+
+def read(flag, source):
+    """The keys, in the flat form, of the configuration that `flag` names.
+
+    Ends the program if it is not an EAGLE-3 draft's or a decoder's.
+    """
+    raw = read_file(flag, source)
+    algorithm = block_files.algorithm(raw)
+    if algorithm:
+        common.fail(
+            f"{flag} {source} is of a {algorithm} draft, which train_dflash.py trains with --algorithm {algorithm}"
+        )
     kind = raw.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
         common.fail(f"{flag} {source}: speculators_model_type is {kind!r}, not 'eagle3', which is what is trained here")
     if draft_files.is_speculators(raw):
-        if not isinstance(raw.get("transformer_layer_config"), dict):
-            common.fail(f"{flag} {source}: transformer_layer_config is missing, which has the sizes of the layer")
         return draft_files.from_speculators(raw)
+    return with_torch_dtype(raw) if is_eagle(raw) else of_decoder(raw)
+
+
+def is_eagle(raw):
+    return any("eagle" in str(name).lower() for name in raw.get("architectures") or [])
+
+
+def of_decoder(raw):
+    """The keys of a complete model's configuration, of which a draft is some layers: neither its class nor its head."""
+    given = with_torch_dtype(raw)
+    given.pop("architectures", None)
+    given.pop("tie_word_embeddings", None)
+    return without_full_layers(given)  # these are the target's
+
+
+def with_torch_dtype(raw):
     given = dict(raw)
     if "dtype" in given:  # transformers 5's name
         given.setdefault("torch_dtype", given.pop("dtype"))
-    architectures = given.get("architectures") or []
-    if not any("eagle" in str(name).lower() for name in architectures):
-        # A complete model's, of which the draft is one layer: its class and its head are not the draft's.
-        given.pop("architectures", None)
-        given.pop("tie_word_embeddings", None)
-        return without_full_layers(given)  # these are the target's
     return given
 
 
@@ -62,20 +90,20 @@ def without_full_layers(given):
     return {key: value for key, value in given.items() if key not in draft_keys.WINDOW}
 
 
-def name_unread(source, given):
+def name_unread(source, given, read=READ):
     """Print the given keys that nothing reads, with the key that may have been meant."""
     named = []
-    for key in sorted(given.keys() - READ):
-        close = difflib.get_close_matches(key, READ - given.keys(), n=1, cutoff=0.85)
+    for key in sorted(given.keys() - read):
+        close = difflib.get_close_matches(key, read - given.keys(), n=1, cutoff=0.85)
         named.append(f"{key} (or {close[0]}?)" if close else key)
     if named:
         print(f"{source}: keys that nothing reads are left out: {', '.join(named)}")
 
 
-def name_replaced(source, given, config):
-    """Print the given values in whose place the target's, or a flag's, are used."""
+def name_replaced(source, given, config, keys):
+    """Print the given values in whose place the target's, or a flag's, are used; keys: those that flags have."""
     replaced = []
-    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size", *KEYS.values(), *draft_keys.WINDOW):
+    for key in ("torch_dtype", "max_position_embeddings", "draft_vocab_size", *keys, *draft_keys.WINDOW):
         value = given.get(key)
         if value is not None and value != config.get(key, value):
             replaced.append(f"{key} {value} -> {config[key]}")
@@ -105,6 +133,19 @@ def add_flags(add):
     add("--freeze_head", action=common.Switch, help="the head stays as it starts")
 
 
+def check_flags(args, default):
+    """End the program if flags of EAGLE-3's drafts contradict each other; default: {flag: its default}."""
+    if args.sliding_window_indices and not args.sliding_window:
+        common.fail("sliding_window_indices are the layers that have the sliding_window: give that too")
+    if args.chain_sampling and args.step_weights != default["step_weights"]:
+        remedy = common.without(args, "chain_sampling")
+        common.fail(f"chain_sampling takes the place of step_weights survival: drop one of them, or {remedy}")
+    replaces_decay = args.chain_sampling or args.step_weights == "survival"
+    if replaces_decay and args.ttt_step_loss_decay != default["ttt_step_loss_decay"]:
+        remedy = f", or {common.without(args, 'chain_sampling')}" if args.chain_sampling else ""
+        common.fail(f"ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it{remedy}")
+
+
 def with_flags(given, args, text_config):
     """The given keys of a new draft, with those that flags name in their place; text_config: the target's."""
     given = without_full_layers(given) if args.num_layers else dict(given)
@@ -126,7 +167,7 @@ def with_flags(given, args, text_config):
     return given
 
 
-def check_flags(args, text_config, checkpoint, config):
+def check_continued(args, text_config, checkpoint, config):
     """End the program if flags say another draft than the checkpoint's, whose configuration this is."""
     there = {**dict.fromkeys(draft_files.FLAGS, False), **config}
     asked = with_flags({"num_hidden_layers": config["num_hidden_layers"]}, args, text_config)
@@ -248,28 +289,15 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     source = source or "the derived draft configuration"
     given = draft_keys.with_two_rope_keys(given or {})
     name_unread(source, given)
-    draft_config = _merge(derived, {key: value for key, value in given.items() if key in READ}, source)
+    draft_config = merge(derived, {key: value for key, value in given.items() if key in READ}, source)
     if draft_vocab_size:
         draft_config["draft_vocab_size"] = draft_vocab_size
     draft_config = {"architectures": draft_files.architectures(draft_config), **draft_config}
-    check_target(source, draft_config, text_config)
-    count = draft_config["num_hidden_layers"]
-    most = text_config.num_hidden_layers
-    if count >= max(most, 2):
-        common.fail(f"{source}: num_hidden_layers {count}: a draft has fewer layers than its target, here {most}")
-    columns = draft_config["draft_vocab_size"]
-    rows = draft_config["vocab_size"]
-    if not 0 < columns <= rows:
-        named = "" if draft_vocab_size else f"{source}: "
-        common.fail(f"{named}draft_vocab_size {columns} is not within 1..{rows}, the target's")
+    check_sizes(source, draft_config, text_config, draft_vocab_size)
     layers = _choose_layers(draft_config, text_config.num_hidden_layers, source, layer_ids)
     default = target_files.default_layer_ids(text_config.num_hidden_layers)
     draft_config = draft_files.with_auxiliary_layers(draft_config, layers, default)
-    problems = draft_files.check_config(draft_config)
-    if problems:
-        of_layers = draft_keys.FIXED.keys() | draft_keys.NEUTRAL.keys()
-        remedy = f". {REMEDY}" if any(problem.split()[0] in of_layers for problem in problems) else ""
-        common.fail(f"{source}: {'; '.join(problems)}{remedy}")
+    check_complete(source, draft_config)
     for key in draft_keys.NEUTRAL:
         draft_config.pop(key, None)
     if not any(draft_files.windows(draft_config)):
@@ -278,7 +306,7 @@ def configure(text_config, config, given=None, source=None, layer_ids=None, draf
     return draft_config, layers
 
 
-def _merge(derived, given, source):
+def merge(derived, given, source):
     """The derived configuration with the given keys in their place."""
     config = dict(derived)
     theta = given.get("rope_theta")
@@ -297,6 +325,29 @@ def _merge(derived, given, source):
     return config
 
 
+def check_complete(source, config):
+    """End the program if the engines do not compute what a configuration asks for."""
+    problems = draft_files.check_config(config)
+    if problems:
+        of_layers = draft_keys.FIXED.keys() | draft_keys.NEUTRAL.keys()
+        remedy = f". {REMEDY}" if any(problem.split()[0] in of_layers for problem in problems) else ""
+        common.fail(f"{source}: {'; '.join(problems)}{remedy}")
+
+
+def check_sizes(source, config, text_config, draft_vocab_size):
+    """End the program if a draft does not fit its target; draft_vocab_size: of the flag, or None."""
+    check_target(source, config, text_config)
+    count = config["num_hidden_layers"]
+    most = text_config.num_hidden_layers
+    if count >= max(most, 2):
+        common.fail(f"{source}: num_hidden_layers {count}: a draft has fewer layers than its target, here {most}")
+    columns = config["draft_vocab_size"]
+    rows = config["vocab_size"]
+    if not 0 < columns <= rows:
+        named = "" if draft_vocab_size else f"{source}: "
+        common.fail(f"{named}draft_vocab_size {columns} is not within 1..{rows}, the target's")
+
+
 def check_target(source, config, text_config):
     """End the program if a draft with this configuration does not belong to a target with this text configuration."""
     hidden_size = config.get("target_hidden_size", config["hidden_size"])
@@ -309,10 +360,84 @@ def check_target(source, config, text_config):
 def _choose_layers(config, num_layers, source, layer_ids):
     """The auxiliary layers: of the flag, else of the configuration, else the default; ends the program if invalid."""
     layers = layer_ids or draft_files.auxiliary_layers(config) or target_files.default_layer_ids(num_layers)
-    if not all(1 <= layer <= num_layers for layer in layers) or sorted(set(layers)) != layers:
-        name = "target_layer_ids" if layer_ids else f"{source}: auxiliary layers"
-        common.fail(f"{name} {layers}: they must ascend within 1..{num_layers}, the target's layers")
+    check_layers("target_layer_ids" if layer_ids else f"{source}: auxiliary layers", layers, num_layers)
     count = config.get("num_aux_hidden_states", len(layers))
     if count != len(layers):
         common.fail(f"{source}: num_aux_hidden_states {count} for the auxiliary layers {layers}")
     return layers
+
+
+def check_layers(name, layers, num_layers):
+    """End the program if auxiliary layers (hidden_states indexing) are not the target's; name: of what says them."""
+    if not all(1 <= layer <= num_layers for layer in layers) or sorted(set(layers)) != layers:
+        common.fail(f"{name} {layers}: they must ascend within 1..{num_layers}, the target's layers")
+
+
+# ==================== Of a training ==================================================================================
+
+
+def configure_draft(args, model_dir, text_config, target_config, checkpoint, source):
+    """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one.
+
+    checkpoint, source: of `setup.draft_source`.
+    """
+
+    def complete(given, source, vocab_size):
+        return configure(text_config, target_config, given, source, args.target_layer_ids, vocab_size)
+
+    if not checkpoint:
+        flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
+        given = read(flag, source) if source else {}
+        shaped = with_flags(given, args, text_config)
+        configured, layers = complete(shaped, source, args.draft_vocab_size)
+        name_replaced(source, given, configured, KEYS.values())
+        check_new_head(args, configured)
+        return configured, layers
+    given, _ = draft_files.read_draft(checkpoint, model_dir)
+    count = draft_files.num_auxiliary(given)
+    if args.target_layer_ids and len(args.target_layer_ids) != count:
+        common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")
+    configured, layers = complete(given, checkpoint, None)  # a checkpoint's mapping decides
+    check_continued(args, text_config, checkpoint, configured)
+    if args.draft_model_config:  # the command line of a training that is continued
+        path = args.draft_model_config
+        again = with_flags(read("draft_model_config", path), args, text_config)
+        again, _ = complete(again, path, None)
+        check_same_draft(path, again, checkpoint, configured)
+    return configured, layers
+
+
+def check_new_head(args, config):
+    """End the program if the head of a new draft would stay random."""
+    width = config.get("target_hidden_size", config["hidden_size"])
+    reason = ""
+    if args.head_init == "random":
+        reason = "head_init is random"
+    elif width != config["hidden_size"]:
+        reason = f"hidden_size {config['hidden_size']} is not the target's {width}, so the head starts random"
+    if args.freeze_head and reason:
+        common.fail(f"freeze_head: {reason}: drop it, or {common.without(args, 'freeze_head')}")
+
+
+def check_shape(args, config):
+    """End the program if a chain outgrows the draft's window."""
+    window = max(draft_files.windows(config))
+    if 0 < window < args.ttt_length:
+        common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
+
+
+def check_same_draft(path, config, checkpoint, continued):
+    """End the program if the draft_model_config at `path` is not the configuration of the checkpoint's draft.
+
+    config, continued: the flat configurations of the two; their vocabularies may differ.
+    """
+    differ = [
+        f"{key} {config.get(key)}, there {continued.get(key)}"
+        for key in config.keys() | continued.keys()
+        if key != "draft_vocab_size" and config.get(key) != continued.get(key)
+    ]
+    if differ:
+        common.fail(
+            f"draft_model_config {path} is not the draft of {checkpoint}, which is continued: "
+            f"{', '.join(sorted(differ))}: drop it"
+        )

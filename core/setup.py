@@ -20,7 +20,6 @@ from core import (
     common,
     conversation_files,
     dataloader,
-    draft_config,
     draft_files,
     optimization,
     serving,
@@ -152,8 +151,6 @@ def check_flags(args):
         given := [name for name, value in conversation_files.read_flags(args).items() if value is not None]
     ):
         common.fail(f"{given[0]} is for conversations, data_path is prepared already: drop it")
-    if args.sliding_window_indices and not args.sliding_window:
-        common.fail("sliding_window_indices are the layers that have the sliding_window: give that too")
     for name in PATHS:
         path = getattr(args, name)
         if path and not Path(path).exists():
@@ -175,12 +172,6 @@ def check_unread(args, default):
     states.check_source_flags(args, default)
     given = {name for name, value in default.items() if getattr(args, name) != value}
     optimization.check_flags(args, given)
-    if args.chain_sampling and args.step_weights != default["step_weights"]:
-        remedy = common.without(args, "chain_sampling")
-        common.fail(f"chain_sampling takes the place of step_weights survival: drop one of them, or {remedy}")
-    if (args.chain_sampling or args.step_weights == "survival") and "ttt_step_loss_decay" in given:
-        remedy = f", or {common.without(args, 'chain_sampling')}" if args.chain_sampling else ""
-        common.fail(f"ttt_step_loss_decay: chain_sampling and step_weights survival take its place: drop it{remedy}")
     if args.token_freq_path and args.d2t_path:
         common.fail("d2t_path and t2d_path are a complete mapping: drop token_freq_path, which one is built from")
     if args.total_seq_len and "draft_micro_batch_size" in given:
@@ -246,11 +237,11 @@ def accumulation_steps(args, world):
 # ==================== The draft and its data =========================================================================
 
 
-def draft_source(args, checkpoint, state):
+def draft_source(args, checkpoint, state, fresh):
     """(checkpoint, configuration): the draft whose weights are read, and the file or folder that configures a new one.
 
     Both are None for a new draft with the derived configuration. checkpoint: a draft, or None; state: its
-    trainer_state.json if the training continues it.
+    trainer_state.json if the training continues it. fresh: {flag: value that only a new draft can have}.
     """
     if state:
         return checkpoint, None
@@ -259,62 +250,18 @@ def draft_source(args, checkpoint, state):
     if args.draft_model_config:
         common.fail(f"resume_from_checkpoint {checkpoint} has a draft's configuration: drop draft_model_config")
     if draft_files.has_weights(checkpoint):
-        if args.head_init == "random":
-            common.fail(f"head_init random: the draft {checkpoint} brings its head: drop it")
+        for name, value in fresh.items():
+            if getattr(args, name) == value:
+                common.fail(f"{name} {value}: the draft {checkpoint} brings its own: drop it")
         print(f"the training starts from the weights of {checkpoint}")
         return checkpoint, None
     print(f"{checkpoint} has a config.json alone: fresh weights")
     return None, checkpoint
 
 
-def configure_draft(args, model_dir, text_config, target_config, checkpoint, source):
-    """(flat configuration, auxiliary layers) of the draft: a checkpoint's, that of a file, or the derived one.
-
-    checkpoint, source: of `draft_source`.
-    """
-
-    def configure(given, source, vocab_size):
-        return draft_config.configure(text_config, target_config, given, source, args.target_layer_ids, vocab_size)
-
-    if not checkpoint:
-        flag = "draft_model_config" if source == args.draft_model_config else "resume_from_checkpoint"
-        given = draft_config.read(flag, source) if source else {}
-        shaped = draft_config.with_flags(given, args, text_config)
-        configured, layers = configure(shaped, source, args.draft_vocab_size)
-        draft_config.name_replaced(source, given, configured)
-        check_new_head(args, configured)
-        return configured, layers
-    given, _ = draft_files.read_draft(checkpoint, model_dir)
-    count = draft_files.num_auxiliary(given)
-    if args.target_layer_ids and len(args.target_layer_ids) != count:
-        common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")
-    configured, layers = configure(given, checkpoint, None)  # a checkpoint's mapping decides
-    draft_config.check_flags(args, text_config, checkpoint, configured)
-    if args.draft_model_config:  # the command line of a training that is continued
-        path = args.draft_model_config
-        again = draft_config.with_flags(draft_config.read("draft_model_config", path), args, text_config)
-        again, _ = configure(again, path, None)
-        check_same_draft(path, again, checkpoint, configured)
-    return configured, layers
-
-
-def check_new_head(args, config):
-    """End the program if the head of a new draft would stay random."""
-    width = config.get("target_hidden_size", config["hidden_size"])
-    reason = ""
-    if args.head_init == "random":
-        reason = "head_init is random"
-    elif width != config["hidden_size"]:
-        reason = f"hidden_size {config['hidden_size']} is not the target's {width}, so the head starts random"
-    if args.freeze_head and reason:
-        common.fail(f"freeze_head: {reason}: drop it, or {common.without(args, 'freeze_head')}")
-
-
-def check_shape(args, config, text_config):
-    """End the program if a chain outgrows the draft's window; print what an engine cannot serve."""
+def say_notes(config, text_config):
+    """Print what an engine cannot serve as it is trained."""
     window = max(draft_files.windows(config))
-    if 0 < window < args.ttt_length:
-        common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
     for note in serving.serving_notes(config):
         print(f"note: {note}")
     targets = getattr(text_config, "sliding_window", None)
@@ -322,23 +269,6 @@ def check_shape(args, config, text_config):
     if targets and targets != window and set(kinds) == {"sliding_attention"}:
         print(
             f"note: vLLM gives this draft the window of its target, {targets}: train it with --sliding_window {targets}"
-        )
-
-
-def check_same_draft(path, config, checkpoint, continued):
-    """End the program if the draft_model_config at `path` is not the configuration of the checkpoint's draft.
-
-    config, continued: the flat configurations of the two; their vocabularies may differ.
-    """
-    differ = [
-        f"{key} {config.get(key)}, there {continued.get(key)}"
-        for key in config.keys() | continued.keys()
-        if key != "draft_vocab_size" and config.get(key) != continued.get(key)
-    ]
-    if differ:
-        common.fail(
-            f"draft_model_config {path} is not the draft of {checkpoint}, which is continued: "
-            f"{', '.join(sorted(differ))}: drop it"
         )
 
 
@@ -421,7 +351,7 @@ def schedule(args, rows, default):
 # ==================== A training that is continued ===================================================================
 
 # Flags that have to stay: they decide what the remaining steps of a training are.
-DECISIVE = ("seed", "draft_global_batch_size", "ttt_length", "freeze_head", "muon_adjust_lr_fn")
+DECISIVE = ("seed", "draft_global_batch_size", "muon_adjust_lr_fn")  # of every trainer
 # Flags that may differ between the starts of one training without a word.
 FREE = ("resume", "resume_from_checkpoint", "output_dir", "local_rank", "build_dataset_num_proc", "engine")
 
@@ -467,15 +397,17 @@ class Setup(NamedTuple):
     state: dict | None  # trainer_state.json of the checkpoint that is continued
 
 
-def prepare(args, default, prepare_conversations):
+def prepare(args, default, prepare_conversations, trainer):
     """Everything that can go wrong before a model loads, on rank 0; the Setup of all ranks.
 
-    default: {flag: its default}; prepare_conversations(args) -> the folder of prepared data.
+    default: {flag: its default}; prepare_conversations(args) -> the folder of prepared data. trainer: the module with
+    what belongs to one kind of drafts: DECISIVE, FRESH, check_flags, configure_draft and check_shape, as draft_config.
     """
     # --- flags ---
     world = dist.get_world_size()
     holds_old = check_output(args)
     check_flags(args)
+    trainer.check_flags(args, default)
     check_unread(args, default)
     sharding = target_model.resolve_sharding(args, world)
     micro = micro_batch_size(args)
@@ -486,14 +418,15 @@ def prepare(args, default, prepare_conversations):
         print("optimizer states on nvme: DeepSpeed restores only a part of them, this training cannot be resumed")
 
     # --- draft ---
-    start, state = checkpoints.find_start(args, engine, DECISIVE)
-    checkpoint, source = draft_source(args, start, state)
+    start, state = checkpoints.find_start(args, engine, DECISIVE + trainer.DECISIVE)
+    checkpoint, source = draft_source(args, start, state, trainer.FRESH)
     model_dir = target_files.resolve_target(args.target_model_path)
     text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)
     target_model.check_heads(text_config, args.tp_size)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
-    config, layers = configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
-    check_shape(args, config, text_config)
+    config, layers = trainer.configure_draft(args, model_dir, text_config, target_config, checkpoint, source)
+    trainer.check_shape(args, config)
+    say_notes(config, text_config)
 
     # --- data ---
     folder = args.data_path

@@ -77,8 +77,9 @@ def test_every_configuration_is_trained_as_served_or_refused(work, tmp_path, cap
     configs = target_files.read_target_config(target)
 
     def configure():
-        found = setup.configure_draft(args, target, *configs, None, str(path))
-        setup.check_shape(args, found[0], configs[0])
+        found = draft_config.configure_draft(args, target, *configs, None, str(path))
+        draft_config.check_shape(args, found[0])
+        setup.say_notes(found[0], configs[0])
         return found
 
     found, error, printed = outcome(capsys, configure)
@@ -104,7 +105,8 @@ def test_a_speculators_configuration_of_several_qwen3_layers(work, tmp_path, cap
     args = train_eagle3.parse_args(arguments(work, tmp_path / "out", "--draft_model_config", str(path)))
     target = work / "target"
     configs = target_files.read_target_config(target)
-    (config, _), error, _ = outcome(capsys, lambda: setup.configure_draft(args, target, *configs, None, str(path)))
+    where = (target, *configs, None, str(path))
+    (config, _), error, _ = outcome(capsys, lambda: draft_config.configure_draft(args, *where))
     assert not error and draft_files.check_config(config) == []
     assert (config["num_hidden_layers"], config["model_type"]) == (2, "qwen3")
     assert draft_files.windows(config) == [0, 16] and config["use_sliding_window"] is True
@@ -133,9 +135,11 @@ def test_flags_shape_a_draft_as_keys_do(work, tmp_path, capsys, given, flags, sa
 
     def configure():
         setup.check_flags(args)
+        draft_config.check_flags(args, vars(args))
         where = (str(path), None) if is_checkpoint else (None, str(path) if keys else None)
-        found = setup.configure_draft(args, target, *configs, *where)
-        setup.check_shape(args, found[0], configs[0])
+        found = draft_config.configure_draft(args, target, *configs, *where)
+        draft_config.check_shape(args, found[0])
+        setup.say_notes(found[0], configs[0])
         return found
 
     found, error, printed = outcome(capsys, configure)
@@ -149,7 +153,6 @@ def test_flags_shape_a_draft_as_keys_do(work, tmp_path, capsys, given, flags, sa
 
 def test_a_target_whose_layers_all_have_a_window_hands_it_to_its_draft(capsys):
     """In vLLM, to a draft's layer without one of its own."""
-    args = train_eagle3.parse_args(["--target_model_path", "M"])
     for keys, window, says in (
         ({"sliding_window": 64}, 0, True),
         ({"sliding_window": 64}, 64, False),
@@ -160,7 +163,7 @@ def test_a_target_whose_layers_all_have_a_window_hands_it_to_its_draft(capsys):
         text = LlamaConfig(vocab_size=400, **{**SIZES, "num_hidden_layers": 8}, **keys)
         config, _ = draft_config.configure(text, text, draft_files.window_keys(window, [True]) if window else {})
         capsys.readouterr()
-        setup.check_shape(args, config, text)
+        setup.say_notes(config, text)
         assert ("train it with --sliding_window 64" in capsys.readouterr().out) == says, (keys, window)
 
 
@@ -212,7 +215,7 @@ def prepared(argv):
     ranks.start_distributed(20)
     args = train_eagle3.parse_args(argv)
     default = vars(train_eagle3.parse_args(["--target_model_path", args.target_model_path]))
-    return setup.prepare(args, default, train_eagle3.prepare_conversations)
+    return setup.prepare(args, default, train_eagle3.prepare_conversations, draft_config)
 
 
 @pytest.mark.parametrize(("flags", "happens"), table("draft_sources.txt"))

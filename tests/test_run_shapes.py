@@ -55,7 +55,7 @@ def test_the_weights_of_a_shaped_draft_are_a_start(work, tmp_path, capsys):
     train(work, tmp_path / "again", "--resume_from_checkpoint", start, "--dry_run")
     assert furthest(weights(tmp_path / "again" / "step_00000000"), weights(start)) == 0
     line = refused(capsys, work, tmp_path / "no", "--resume_from_checkpoint", start, "--head_init", "random")
-    assert "brings its head: drop it" in line
+    assert "brings its own: drop it" in line
 
 
 def test_a_draft_narrower_than_its_target_trains_a_table_of_its_own(work, tmp_path):
