@@ -21,7 +21,17 @@ from pathlib import Path
 import huggingface_hub
 from safetensors import safe_open
 
-from core import checkpoints, common, draft_files, draft_keys, evaluations, model_card, serving, target_files
+from core import (
+    block_files,
+    checkpoints,
+    common,
+    draft_files,
+    draft_keys,
+    evaluations,
+    model_card,
+    serving,
+    target_files,
+)
 
 
 def check(folder):
@@ -43,6 +53,8 @@ def check(folder):
     )
     for note in serving.serving_notes(config):
         print(f"note: {note}")
+    if block_files.is_block(config):
+        print(block_files.describe(config))
     print(f"complete: {len(tensors)} tensors, {parameters:,} parameters")
     return 0
 
@@ -71,8 +83,8 @@ def read(args, folder):
 
 
 def write_speculators(args, config, tensors):
-    own_table = draft_files.EMBEDDING in tensors
-    model_dir = target_files.resolve_target(args.target_model_path, weights=not own_table)
+    takes_table = draft_files.takes_table(config, tensors)
+    model_dir = target_files.resolve_target(args.target_model_path, weights=takes_table)
     target_config = json.loads((model_dir / "config.json").read_text())
     draft_files.write_speculators(
         args.output,
@@ -80,8 +92,8 @@ def write_speculators(args, config, tensors):
         tensors,
         target_model_path=args.base_model or args.target_model_path,
         target_architectures=target_config.get("architectures") or [],
-        embed_tokens=None if own_table else draft_files.read_embedding(model_dir),
-        speculative_tokens=args.speculative_tokens,
+        embed_tokens=draft_files.read_embedding(model_dir) if takes_table else None,
+        tokens=args.speculative_tokens,
     )
 
 
@@ -90,7 +102,7 @@ def write_card(args, folder, config, tensors, measured):
     training = model_card.find_training(folder)
     target = args.target_model_path or (training and training.flags["target_model_path"])
     is_flat = args.format == "flat"
-    tokens = serving.TOKENS if is_flat else args.speculative_tokens
+    tokens = None if is_flat else args.speculative_tokens or draft_files.speculative_tokens(config)
     place = (args.push_to_hub, False) if args.push_to_hub else (Path(args.output).name, True)
     card = model_card.compose(
         (config, tensors),
@@ -116,9 +128,13 @@ def write_card(args, folder, config, tensors, measured):
 
 def flags_given(flags):
     """{flag: value} of a training's flags that differ from the trainer's defaults."""
-    import train_eagle3  # slow, and of no use to a draft that it did not train
+    # slow, and of no use to a draft that they did not train
+    if "algorithm" in flags:
+        import train_dflash as trainer
+    else:
+        import train_eagle3 as trainer
 
-    defaults = vars(train_eagle3.parse_args(["--target_model_path", "target"]))
+    defaults = vars(trainer.parse_args(["--target_model_path", "target"]))
     return {name: flags[name] for name in defaults if name in flags and flags[name] != defaults[name]}
 
 
@@ -180,7 +196,7 @@ def push(args, folder):
                 repo_id=name,
                 folder_path=folder,
                 allow_patterns=[model_card.NAME, "config.json", "model.safetensors"],
-                commit_message="Upload an EAGLE-3 draft",
+                commit_message="Upload a draft",
             )
     except Exception as error:  # of several libraries; each means that the files are not on the hub
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -219,8 +235,7 @@ def parse_args(argv=None):
     add(
         "--speculative_tokens",
         type=common.at_least(int, 1),
-        default=5,
-        help="tokens that an engine drafts by default; speculators form",
+        help="tokens that an engine drafts by default, in the speculators form; none: 5, or a complete block",
     )
     tp_size = "GPUs that share the target, in the commands that serve it"
     add("--tp_size", type=common.at_least(int, 1), default=1, help=tp_size)

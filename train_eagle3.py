@@ -864,7 +864,8 @@ def start(args, device):
     settings = run_record.begin(__file__, flags, data_config, step)
     if dist.get_rank() == 0 and data_folder:
         covered = vocabulary.coverage_of(Path(data_folder) / "token_freq.pt", d2t)
-        print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered, RECIPES))
+        found = (layers, draft, target, data, data_config, covered, f"ttt_length {args.ttt_length}")
+        print(run_record.summary(args, run, config, *found, RECIPES))
     groups = optimization.parameter_groups(draft, args)
     engine = optimization.build_engine(draft, groups, deepspeed_config, device)
     d2t = d2t.to(device)

@@ -103,6 +103,19 @@ def drafted_tokens(config):
     return config["block_size"] - (algorithm(config) == "dflash")
 
 
+def describe(config):
+    """A line about the blocks."""
+    causal = causal_layers(config)
+    sees = "all of it"
+    if all(causal):
+        sees = "earlier ones alone"
+    elif any(causal):
+        sees = f"earlier ones alone in layers {[n for n, is_causal in enumerate(causal) if is_causal]}"
+    slots = f"{config['block_size']} slots a block, which see {sees}"
+    mask = f"mask token {mask_token_id(config)}"
+    return f"{algorithm(config)}: {slots}; {drafted_tokens(config)} tokens drafted a pass; {mask}"
+
+
 def expected_tensors(config):
     """{name: shape} of a block draft with this (complete) config."""
     hidden = config["hidden_size"]
@@ -356,7 +369,7 @@ def _with_causality(config, raw):
     return {**config, "is_causal": False} if says and True in sliding else config
 
 
-def to_speculators(config, target_model_path, target_architectures, speculative_tokens=None):
+def to_speculators(config, target_model_path, target_architectures, tokens):
     """The config of the speculators form of a flat draft; its tensors are the same. See draft_files.to_speculators.
 
     Ends the program if that form cannot say what the draft computes.
@@ -368,7 +381,6 @@ def to_speculators(config, target_model_path, target_architectures, speculative_
             "sliding window: serve it in the flat form"
         )
     most = drafted_tokens(config)
-    tokens = speculative_tokens or most
     if tokens > most:
         common.fail(f"speculative_tokens {tokens}: a block of {config['block_size']} drafts {most}")
     inside = options(config)

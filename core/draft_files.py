@@ -607,25 +607,22 @@ def write_draft(folder, config, tensors):
     _write(folder, config, as_written(config, tensors))
 
 
-def to_speculators(
-    config, tensors, target_model_path, target_architectures, embed_tokens=None, speculative_tokens=None
-):
+def to_speculators(config, tensors, target_model_path, target_architectures, embed_tokens=None, tokens=None):
     """(config, tensors) of the speculators form of a flat draft; ends the program if it is incomplete.
 
     target_model_path and target_architectures (a list) name the target. embed_tokens [V, H] is its embedding table,
-    used where `takes_table`. speculative_tokens is what an engine drafts by default; none: 5, or a complete block.
+    used where `takes_table`. tokens: what an engine drafts by default; none: `speculative_tokens`.
     """
+    tokens = tokens or speculative_tokens(config)
     if block_files.is_block(config):
         tensors = _cast_complete(config, tensors)
-        named = (target_model_path, target_architectures, speculative_tokens)
-        return block_files.to_speculators(config, *named), tensors
+        return block_files.to_speculators(config, target_model_path, target_architectures, tokens), tensors
     if takes_table(config, tensors):
         if embed_tokens is None:
             common.fail(f"the speculators form needs {EMBEDDING}: pass the target's embeddings")
         tensors = {**tensors, EMBEDDING: embed_tokens}
     tensors = _cast_complete(config, tensors)
     outer = {*FLAGS, AUXILIARY, "architectures", "draft_vocab_size", "eagle_config", "target_hidden_size"}
-    tokens = speculative_tokens or 5
     speculators = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
@@ -641,6 +638,11 @@ def to_speculators(
     }
     tensors = as_written(config, tensors)
     return speculators, {re.sub(r"\Amidlayer\.", "layers.0.", name): tensor for name, tensor in tensors.items()}
+
+
+def speculative_tokens(config):
+    """Tokens that an engine drafts a pass with the speculators form, unless it is told otherwise."""
+    return block_files.drafted_tokens(config) if block_files.is_block(config) else 5
 
 
 def takes_table(config, tensors):

@@ -103,7 +103,8 @@ def is_harmless(foreign, name, value):
 
 
 PREPARE = "prepare the conversations with prepare_data.py"
-EAGLE3 = "EAGLE-3 drafts are what is trained here"
+BLOCKS = "train_eagle3.py trains EAGLE-3 drafts; for dflash and dspark start train_dflash.py with the same flags"
+EAGLE3 = "of EAGLE-3 drafts, which train_eagle3.py trains: drop it"
 PRECISION = "bf16 is what trains on GPUs, and fp32 on CPUs: see --precision"
 TEXT_ALONE = "drafts are trained on text alone, drop it"
 CLASS_KNOWS = "the model's class knows it, drop it"
@@ -145,8 +146,8 @@ VALUES = {  # {flag: {another trainer's value: ours, which computes the same}}
 }
 
 OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
-    Foreign("speculator_type", "eagle3", EAGLE3),
-    Foreign("mask_token_id|block_size|max_anchors|dflash_.*", "", "not of EAGLE-3, drop it"),
+    Foreign("speculator_type", "eagle3", BLOCKS),
+    Foreign("mask_token_id|block_size|max_anchors|dflash_.*", "", BLOCKS),
     Foreign("legacy_data", "false", PREPARE),
     Foreign("data_format_version", "1", PREPARE),
     Foreign("cache_(dir|key)|model_download_dir", "",
@@ -173,4 +174,13 @@ OF_TRAINERS = (  # flags of other trainers that train_eagle3.py does not have
     Foreign("(wandb|swanlab|mlflow|trackio)_.*", "", "set the tracker's own variable: see docs/metrics.md"),
 )  # fmt: skip
 
-OF_BLOCKS = OF_TRAINERS[2:]
+BLOCK_ALIASES = {**ALIASES, "speculator_type": "algorithm"}
+
+OF_BLOCK_TRAINERS = (  # the same of train_dflash.py
+    Foreign("draft_arch", "qwen3", "the layers of a block draft are Qwen3's: drop it"),
+    Foreign("draft_hidden_act", "silu|none", "the engines know silu alone: drop it"),
+    Foreign("(norm_before_(residual|fc)|fc_norm|norm_output|embed_requires_grad)(=false)?", "false", EAGLE3),
+    Foreign("ttt_.*|use_off_policy_tokens(=false)?|sliding_window_indices", "", EAGLE3),
+    Foreign("head_init|freeze_head|step_weights|chain_sampling|noise_std|recipe", "", EAGLE3),
+    *(foreign for foreign in OF_TRAINERS if foreign.instead != BLOCKS),
+)  # fmt: skip

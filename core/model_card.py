@@ -12,10 +12,14 @@ from pathlib import Path
 import huggingface_hub
 import torch
 
-from core import checkpoints, common, conversations, draft_files, run_record, serving
+from core import block_files, checkpoints, common, conversations, draft_files, run_record, serving
 
 NAME = "README.md"
-PAPER = "https://arxiv.org/abs/2503.01840"
+KINDS = {  # (article, name, paper) by algorithm
+    "eagle3": ("an", "EAGLE-3", "https://arxiv.org/abs/2503.01840"),
+    "dflash": ("a", "DFlash", "https://arxiv.org/abs/2602.06036"),
+    "dspark": ("a", "DSpark", "https://arxiv.org/abs/2607.05147"),
+}
 CACHED = r"models--([^/]+)--([^/]+)/"  # in the path of a model in the hub's cache
 
 # Flags that the card leaves out: they are about one machine or about logging and saving, or follow from the others.
@@ -124,7 +128,7 @@ def hub_datasets(training):
 # ==================== The card =======================================================================================
 
 
-def metadata(target, training, engines, license=None):
+def metadata(target, training, engines, algorithm, license=None):
     """The hub's metadata.
 
     library_name is the engine's, because without one the hub takes a folder with a config.json for a model of
@@ -136,7 +140,7 @@ def metadata(target, training, engines, license=None):
         library_name="vllm" if "vLLM" in engines else None,
         license=license,
         pipeline_tag="text-generation",
-        tags=["eagle3", "speculative-decoding", "draft-model", *(engine.lower() for engine in engines)],
+        tags=[algorithm, "speculative-decoding", "draft-model", *(engine.lower() for engine in engines)],
     )
 
 
@@ -163,6 +167,7 @@ def draft_lines(config, tensors):
         f"{parameters:,} parameters in {config['torch_dtype']}",
         f"- drafts {config['draft_vocab_size']:,} of the target's {config['vocab_size']:,} tokens",
         f"- reads the target's hidden states behind layers {layers}",
+        *([f"- {block_files.describe(config)}"] if block_files.is_block(config) else []),
         "",
     ]
 
@@ -223,8 +228,8 @@ def duration(seconds):
     return f"{seconds / 60:.1f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
-def training_lines(training, given):
-    """given: {flag: value} that differs from the trainer's defaults."""
+def training_lines(training, given, tokens):
+    """given: {flag: value} that differs from the trainer's defaults; tokens: drafted a pass in its evaluations."""
     settings = training.settings
     flags = training.flags
     ranks = settings["world_size"]
@@ -241,7 +246,7 @@ def training_lines(training, given):
     if "acceptance_length" in training.evaluation:
         lines.append(
             f"- validation rows at this step: acceptance length {training.evaluation['acceptance_length']:.3f}, as "
-            f"greedy decoding with {flags['ttt_length']} drafted tokens accepts on their replies"
+            f"greedy decoding with {tokens} drafted tokens accepts on their replies"
         )
     versions = [f"{name} {settings['versions'][name]}" for name in ("python", "torch", "deepspeed", "transformers")]
     lines.append(f"- {', '.join(versions)}")
@@ -254,12 +259,12 @@ def training_lines(training, given):
     return [*lines, ""]
 
 
-def compose(draft, target, training, given, evaluations, place, license=None, is_flat=True, tokens=serving.TOKENS):
+def compose(draft, target, training, given, evaluations, place, license=None, is_flat=True, tokens=None):
     """The ModelCard of draft = (flat config, tensors).
 
     target: hub id or path, None if it is not known. training: a Training or None; given: its flags that differ from
     the defaults. evaluations: what read_evaluation returned. place: (name of the draft's folder or hub id, whether it
-    is a folder). tokens: drafted a pass in the commands.
+    is a folder). tokens: drafted a pass in the commands; none: as `serving_commands`.
     """
     config, tensors = draft
     folder, is_local = place
@@ -268,13 +273,15 @@ def compose(draft, target, training, given, evaluations, place, license=None, is
     if not hub_id(target):
         stands_for[show(target or "TARGET")] = "the target"
     commands = serving.serving_commands(folder, config, show(target or "TARGET"), tokens=tokens, is_flat=is_flat)
-    data = metadata(target, training, commands, license)
+    algorithm = block_files.algorithm(config) or "eagle3"
+    article, kind, paper = KINDS[algorithm]
+    data = metadata(target, training, commands, algorithm, license)
     link = f"[{name}](https://huggingface.co/{name})" if hub_id(target) else name
     lines = [
-        f"# EAGLE-3 draft for {name}" if target else "# EAGLE-3 draft",
+        f"# {kind} draft for {name}" if target else f"# {kind} draft",
         "",
         f"A draft for speculative decoding: it proposes tokens, and {link} verifies several of them in one pass. It is "
-        f"an [EAGLE-3]({PAPER}) head: it reads the target's hidden states and is of no use without them.",
+        f"{article} [{kind}]({paper}) head: it reads the target's hidden states and is of no use without them.",
         "",
         *serving_lines(commands, serving.serving_notes(config), stands_for if commands else {}),
     ]
@@ -286,5 +293,6 @@ def compose(draft, target, training, given, evaluations, place, license=None, is
         lines += acceptance_lines(figures)
     lines += draft_lines(config, tensors)
     if training:
-        lines += training_lines(training, given)
+        drafted = block_files.drafted_tokens(config) if algorithm != "eagle3" else training.flags["ttt_length"]
+        lines += training_lines(training, given, drafted)
     return huggingface_hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n")

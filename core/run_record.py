@@ -144,10 +144,10 @@ def as_text(settings):
     return json.dumps(settings, indent=2) + "\n"
 
 
-def summary(args, run, config, layers, draft, target, data, data_config, covered, recipes):
+def summary(args, run, config, layers, draft, target, data, data_config, covered, shape, recipes=None):
     """The lines printed once at the start: what was derived, and from what; covered: share of supervised tokens.
 
-    recipes: {value of --recipe: {flag: value}}.
+    shape: what the trainer says of its draft ("ttt_length 7"). recipes: {value of --recipe: {flag: value}}.
     """
     world = dist.get_world_size()
     trained = sum(p.numel() for p in draft.parameters() if p.requires_grad)
@@ -168,11 +168,11 @@ def summary(args, run, config, layers, draft, target, data, data_config, covered
         "steps": f"{run.steps_per_epoch} an epoch, {run.total_steps} in all, warm-up {run.scheduler_warmup_steps}, "
         f"{args.scheduler_type} to step {run.scheduler_total_steps}",
         "draft": f"layers {config['num_hidden_layers']} x {config['model_type']}, {trained:,} parameters trained, "
-        f"ttt_length {args.ttt_length}, auxiliary layers {layers}",
+        f"{shape}, auxiliary layers {layers}",
         "attention": attention,
         "vocabulary": f"{config['draft_vocab_size']} of {config['vocab_size']} tokens, {covered:.2%} of the supervised",
     }
-    if args.recipe:
+    if recipes and args.recipe:
         chosen = [f"{flag} {str(getattr(args, flag)).lower()}" for flag in recipes[args.recipe]]
         lines["recipe"] = f"{args.recipe}: {', '.join(chosen)}"
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())

@@ -4,9 +4,14 @@ import json
 import shlex
 from pathlib import Path
 
-from core import checkpoints, draft_files, run_record
+from core import block_files, checkpoints, draft_files, run_record
 
 TOKENS = 3  # drafted a pass in the commands; longer chains pay where more drafts are accepted
+
+
+def drafted_tokens(config):
+    """Tokens drafted a pass in the commands: of a block all that it was trained for."""
+    return block_files.drafted_tokens(config) if block_files.is_block(config) else TOKENS
 
 
 def find_engines(config):
@@ -14,6 +19,8 @@ def find_engines(config):
 
     An engine that cannot serve the draft as it was trained is left out, and a note says why.
     """
+    if block_files.is_block(config):
+        return find_block_engines(config)
     flags = {"vLLM": [], "SGLang": []}
     notes = []
 
@@ -56,35 +63,64 @@ def find_engines(config):
     return flags, notes
 
 
+def find_block_engines(config):
+    """`find_engines` of a block draft."""
+    flags = {"vLLM": [], "SGLang": []}
+    notes = []
+    if config["torch_dtype"] == "float32":
+        notes.append("torch_dtype float32: SGLang serves it as float16 unless started with --dtype")
+        flags["SGLang"] += ["--dtype", "float32"]
+    if config["draft_vocab_size"] < config["vocab_size"]:
+        notes.append("draft_vocab_size: SGLang drafts with the target's head and cannot serve this draft, vLLM can")
+        flags.pop("SGLang")
+    if len(set(draft_files.windows(config))) > 1:
+        notes.append("layer_types mixes full and sliding attention: vLLM needs its V2 runner, the default on GPUs")
+    if block_files.algorithm(config) == "dspark":
+        notes.append("DSpark: vLLM needs its V2 runner, the default on GPUs")
+    if not all(block_files.causal_layers(config)):
+        tokens = block_files.drafted_tokens(config)
+        notes.append(f"slots of a block see the masks behind them: an engine has to draft {tokens} tokens a pass")
+    return flags, notes
+
+
 def serving_notes(config):
     """What a complete draft cannot do in one of the engines, one line each."""
     return find_engines(config)[1]
 
 
-def serving_commands(folder, config, target, tp_size=1, tokens=TOKENS, is_flat=True):
+def serving_commands(folder, config, target, tp_size=1, tokens=None, is_flat=True):
     """{engine: command line} of the engines that can serve a draft.
 
     folder, target: what the engine loads, a folder or a hub id. config: flat. tp_size: GPUs that share the target.
-    tokens: drafted a pass. is_flat: SGLang does not read the speculators form.
+    tokens: drafted a pass; none: `drafted_tokens`. is_flat: SGLang does not read the speculators form.
     """
     flags, _ = find_engines(config)
+    tokens = tokens or drafted_tokens(config)
     commands = {}
     if "vLLM" in flags:
         words = ["vllm", "serve", str(target)]
         if tp_size > 1:
             words += ["--tensor-parallel-size", str(tp_size)]
-        speculative = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": tokens}
+        method = block_files.algorithm(config) or "eagle3"
+        speculative = {"method": method, "model": str(folder), "num_speculative_tokens": tokens}
         words += ["--speculative-config", json.dumps(speculative), *flags["vLLM"]]
         commands["vLLM"] = shlex.join(words)
     if "SGLang" in flags and is_flat:
         words = ["python", "-m", "sglang.launch_server", "--model-path", str(target)]
         if tp_size > 1:
             words += ["--tp-size", str(tp_size)]
-        words += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(folder)]
-        words += ["--speculative-num-steps", str(tokens), "--speculative-eagle-topk", "1"]
-        words += ["--speculative-num-draft-tokens", str(tokens + 1), *flags["SGLang"]]
+        words += sglang_flags(folder, config, tokens) + flags["SGLang"]
         commands["SGLang"] = shlex.join(words)
     return commands
+
+
+def sglang_flags(folder, config, tokens):
+    """SGLang's flags for `tokens` drafted a pass: it counts the tokens that are verified, one more."""
+    algorithm = (block_files.algorithm(config) or "eagle3").upper()
+    words = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(folder)]
+    if not block_files.is_block(config):
+        words += ["--speculative-num-steps", str(tokens), "--speculative-eagle-topk", "1"]
+    return [*words, "--speculative-num-draft-tokens", str(tokens + 1)]
 
 
 # ==================== The checkpoint of a training ===================================================================

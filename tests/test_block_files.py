@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import export_draft
 from core import block_files, draft_files
 from helpers import written_drafts
 
@@ -218,9 +219,9 @@ def test_the_speculators_form_never_mixes_kinds(changes, capsys):
 
 def test_the_speculators_form_drafts_a_block_at_most(capsys):
     config, tensors = draft()
-    written, _ = draft_files.to_speculators(config, tensors, speculative_tokens=2, **TARGET)
+    written, _ = draft_files.to_speculators(config, tensors, tokens=2, **TARGET)
     assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 2
-    error = fails(capsys, draft_files.to_speculators, config, tensors, speculative_tokens=4, **TARGET)
+    error = fails(capsys, draft_files.to_speculators, config, tensors, tokens=4, **TARGET)
     assert "speculative_tokens 4: a block of 4 drafts 3" in error
 
 
@@ -432,3 +433,48 @@ def test_dspark_of_speculators_with_an_anchor_that_drafts_nothing(tmp_path, caps
     raw, _ = draft_files.to_speculators(config, tensors, **TARGET)
     put(tmp_path, raw | {"sample_from_anchor": None}, tensors)
     assert "sample_from_anchor is false, not true" in fails(capsys, draft_files.read_draft, tmp_path)
+
+
+# --- on the command line ---
+
+
+def run(*argv):
+    export_draft.main(export_draft.parse_args([str(word) for word in argv]))
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A folder of a target without weights: nothing of them is needed."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_check(tmp_path, capsys):
+    draft = written_drafts.write(tmp_path / "draft", base=DSPARK, draft_vocab_size=12)
+    with pytest.raises(SystemExit) as stop:
+        run("--check", draft)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "auxiliary layers [2, 4]" in out and "complete: 32 tensors" in out
+    assert "dspark: 4 slots a block, which see all of it; 4 tokens drafted a pass; mask token 39" in out
+    assert "note: draft_vocab_size: SGLang" in out
+
+
+@pytest.mark.parametrize(("base", "kind"), [(DFLASH, "DFlash"), (DSPARK, "DSpark")])
+def test_export_there_and_back(base, kind, tmp_path, target):
+    draft = written_drafts.write(tmp_path / "draft", base=base, **CAUSAL)
+    spec, flat = tmp_path / "spec", tmp_path / "flat"
+    run(draft, "--format", "speculators", "--output", spec, "--target_model_path", target)
+    written = json.loads((spec / "config.json").read_text())
+    assert written["speculators_config"]["verifier"]["architectures"] == ["LlamaForCausalLM"]
+    run(spec, "--format", "flat", "--output", flat, "--target_model_path", target)
+    config, tensors = draft_files.read_draft(flat)
+    assert config == {**base, **CAUSAL}
+    same(tensors, draft_files.read_draft(draft)[1])
+    card = (flat / "README.md").read_text()
+    tokens = block_files.drafted_tokens(base)
+    assert f"# {kind} draft for target" in card and f"is a [{kind}](https://arxiv.org" in " ".join(card.split())
+    assert f"- {kind.lower()}\n" in card and f'"num_speculative_tokens": {tokens}' in card
+    assert "which see earlier ones alone" in card

@@ -499,7 +499,7 @@ def test_float16_overflow_is_not_written(tmp_path, capsys):
 
 def test_the_speculators_config():
     config, tensors = draft(**draft_files.with_auxiliary_layers({}, [1, 4, 6]))
-    spec, _ = draft_files.to_speculators(config, tensors, embed_tokens=embeddings(), speculative_tokens=7, **TARGET)
+    spec, _ = draft_files.to_speculators(config, tensors, embed_tokens=embeddings(), tokens=7, **TARGET)
     layer, proposals = spec.pop("transformer_layer_config"), spec.pop("speculators_config")
     assert "model_type" not in spec and spec.pop("speculators_version")
     assert spec == {

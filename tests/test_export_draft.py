@@ -50,7 +50,7 @@ def test_an_export_is_uploaded_by_the_command_line(tmp_path):
     assert done.stdout.splitlines()[-1] == f"uploaded to {server.url}/my-org/a-draft"
     repository = server.repositories["my-org/a-draft"]
     assert repository["files"] == content(tmp_path / "served")
-    assert repository["private"] and repository["messages"] == ["Upload an EAGLE-3 draft"]
+    assert repository["private"] and repository["messages"] == ["Upload a draft"]
     assert list(server.objects.values()) == [content(tmp_path / "served")["model.safetensors"]]
     card = repository["files"]["README.md"].decode()
     assert '"model": "my-org/a-draft"' in card and "vllm serve org/target " in card

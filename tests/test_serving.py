@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from core import draft_files, serving
-from helpers import tiny
+from helpers import tiny, written_drafts
 
 CONFIG = {
     "model_type": "llama",
@@ -64,6 +64,45 @@ def test_the_commands_are_those_that_a_shell_needs():
     ]  # fmt: skip
     one = serving.serving_commands("draft", CONFIG, "org/target", is_flat=False)
     assert list(one) == ["vLLM"] and "tensor-parallel" not in one["vLLM"]
+
+
+DFLASH, DSPARK = written_drafts.DFLASH, written_drafts.DSPARK
+WINDOWS = draft_files.window_keys(8, [True, True])
+BIDIRECTIONAL = "see the masks behind them: an engine has to draft 3 tokens a pass"
+
+
+@pytest.mark.parametrize(
+    ("config", "notes", "engines"),  # notes: a part of each
+    [
+        (DFLASH, [BIDIRECTIONAL], {"vLLM", "SGLang"}),
+        (DFLASH | {"is_causal": True}, [], {"vLLM", "SGLang"}),
+        (DFLASH | WINDOWS, [], {"vLLM", "SGLang"}),  # which are causal
+        (DFLASH | WINDOWS | {"is_causal": False}, [BIDIRECTIONAL], {"vLLM", "SGLang"}),
+        (DFLASH | {"draft_vocab_size": 12, "is_causal": True}, ["SGLang drafts with the target's head"], {"vLLM"}),
+        (DFLASH | MIXED, ["vLLM needs its V2 runner", BIDIRECTIONAL], {"vLLM", "SGLang"}),
+        (DSPARK | {"is_causal": True}, ["vLLM needs its V2 runner"], {"vLLM", "SGLang"}),
+        (DSPARK, ["vLLM needs its V2 runner", "has to draft 4 tokens a pass"], {"vLLM", "SGLang"}),
+    ],
+)
+def test_what_an_engine_cannot_do_with_a_block_draft(config, notes, engines):
+    found = serving.serving_notes(config)
+    assert len(found) == len(notes) and all(part in note for part, note in zip(notes, found, strict=True)), found
+    assert serving.serving_commands("draft", config, "org/target").keys() == engines
+
+
+def test_the_commands_of_block_drafts():
+    """By hand. A block of 4: DFlash drafts 3 after the anchor, DSpark 4; SGLang counts the verified tokens."""
+    for config, method, tokens in ((DFLASH, "dflash", 3), (DSPARK, "dspark", 4)):
+        commands = serving.serving_commands("a draft", config | {"torch_dtype": "float32"}, "org/target")
+        words = shlex.split(commands["vLLM"])
+        speculative = {"method": method, "model": "a draft", "num_speculative_tokens": tokens}
+        assert words[:-1] == ["vllm", "serve", "org/target", "--speculative-config"]
+        assert json.loads(words[-1]) == speculative
+        assert shlex.split(commands["SGLang"]) == [
+            "python", "-m", "sglang.launch_server", "--model-path", "org/target", "--speculative-algorithm",
+            method.upper(), "--speculative-draft-model-path", "a draft", "--speculative-num-draft-tokens",
+            str(tokens + 1), "--dtype", "float32",
+        ]  # fmt: skip
 
 
 ROWS = [("train", 2, 9.0, None), ("validation", 2, 3.0, 1.5), ("validation", 4, 2.0, 2.5), ("validation", 6, 2.5, 2.0)]
