@@ -567,7 +567,7 @@ def parse_args(argv=None):
     optimization.add_flags(parser)
     setup.add_batch_flags(parser.add_argument_group("length and batches").add_argument)
     setup.add_run_flags(parser.add_argument_group("run").add_argument)
-    foreign = (foreign_flags.OF_BLOCKS, foreign_flags.ALIASES, foreign_flags.VALUES)
+    foreign = (foreign_flags.OF_BLOCK_TRAINERS, foreign_flags.BLOCK_ALIASES, foreign_flags.VALUES)
     args = foreign_flags.parse(parser, argv, *foreign)
     args.loss = args.loss or OWN_LOSS[args.algorithm]
     return run_record.complete_flags(args)
@@ -608,7 +608,9 @@ def build_draft(args, config, target, d2t, checkpoint):
         layer.gradient_checkpointing = args.gradient_checkpointing
     draft.initialise()
     if checkpoint:
-        draft.load_state_dict(draft_files.read_parameters(checkpoint, target.embedding))
+        parameters = draft_files.read_parameters(checkpoint, target.embedding)
+        parameters.pop("lm_head.weight", None)  # the target's rows
+        draft.load_state_dict(parameters)
     # What a checkpoint can hold, so that continuing from a dry run is the same.
     return draft.to(target.embedding.dtype).float()
 
@@ -626,7 +628,9 @@ def start(args, device):
     if dist.get_rank() != 0 or not sys.stderr.isatty():
         disable_progress_bar()
     default = vars(parse_args(["--target_model_path", args.target_model_path]))
-    prepared = ranks.on_first_rank(lambda: setup.prepare(args, default, train_eagle3.prepare_conversations))
+    prepared = ranks.on_first_rank(
+        lambda: setup.prepare(args, default, train_eagle3.prepare_conversations, block_config)
+    )
     run, deepspeed_config, config, layers, data_folder, d2t, state = prepared
     ranks.check_shared("output_dir", args.output_dir)
     data, data_config = dataloader.open_data(data_folder)
@@ -642,7 +646,8 @@ def start(args, device):
     settings = run_record.begin(__file__, flags, data_config, step)
     if dist.get_rank() == 0 and data_folder:
         covered = vocabulary.coverage_of(Path(data_folder) / "token_freq.pt", d2t)
-        print(run_record.summary(args, run, config, layers, draft, target, data, data_config, covered))
+        found = (layers, draft, target, data, data_config, covered, f"blocks of {draft.block_size}")
+        print(run_record.summary(args, run, config, *found))
     groups = optimization.parameter_groups(draft, args)
     engine = optimization.build_engine(draft, groups, deepspeed_config, device)
     d2t = d2t.to(device)
@@ -651,7 +656,12 @@ def start(args, device):
         progress = checkpoints.resume(engine, run.resume_from_checkpoint, state, flags)
 
     # --- how it is saved ---
+    head = {}
+    if config["draft_vocab_size"] < config["vocab_size"]:
+        head["lm_head.weight"] = draft.head
+
     def write_draft(folder, tensors):
+        tensors = tensors | head
         draft_files.write_draft(folder, config, vocabulary.with_mapping(tensors, d2t, config["vocab_size"]))
 
     if args.dry_run:

@@ -181,7 +181,7 @@ def configure(text_config, config, given, source, layer_ids=None, draft_vocab_si
     without = {key: value for key, value in merged.items() if key != "is_causal"}
     if block_files.causal_layers(without) == block_files.causal_layers(merged):
         merged = without  # the kinds of the layers say it
-    return merged, layers
+    return dict(sorted(merged.items())), layers  # a draft that is continued has the same file
 
 
 def _choose_layers(config, num_layers, source, layer_ids):
@@ -261,7 +261,10 @@ def check_continued(args, checkpoint, config):
 
 
 def check_shape(args, config):
-    """End the program if no row holds a block."""
+    """End the program if no row holds a block, or if a slot of a block does not see the token before its anchor."""
+    window = max(draft_files.windows(config))
+    if 0 < window <= config["block_size"]:
+        common.fail(f"sliding_window {window} is not more than block_size {config['block_size']}: give a larger one")
     if config["block_size"] > args.max_length:
         common.fail(
             f"block_size {config['block_size']} is more than max_length {args.max_length}: no row holds a block"

@@ -21,7 +21,7 @@ POSITIVE = common.at_least(int, 1)
 NATURAL = common.at_least(int, 0)
 NOT_NEGATIVE = common.at_least(float, 0)
 NEWTON_SCHULZ_STEPS = 5  # of DeepSpeed's Muon
-OUTER = ("embed_tokens.", "lm_head.")  # matrices that Muon is not for
+OUTER = ("embed_tokens.", "lm_head.", "markov_head.", "confidence_head.")  # matrices that Muon is not for
 
 # ==================== Flags ==========================================================================================
 
