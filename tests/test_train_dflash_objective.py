@@ -8,7 +8,7 @@ import train_eagle3
 from core import attention, block_files, blocks, dataloader, draft_files, losses, slots, target_model
 from helpers import block_dense, block_statement, flex
 
-LENGTHS, HIDDEN, VOCABULARY, DRAFT_VOCABULARY, MASK = (11, 29, 17), 24, 48, 29, 47
+LENGTHS, HIDDEN, VOCABULARY, DRAFT_VOCABULARY, MASK = (11, 20), 16, 32, 23, 31
 CASES = {  # options of the draft, flags
     "dflash": ({}, ""),
     "dpace": ({}, "--position_weights dpace"),
@@ -16,22 +16,22 @@ CASES = {  # options of the draft, flags
     "tv, dpace": ({}, "--loss tv --position_weights dpace"),
     "lk": ({}, "--loss lk --dflash_decay_gamma 2"),
     "lk_hybrid": ({}, "--loss lk_hybrid"),
-    "a window": (draft_files.window_keys(6, [True, True]), ""),
-    "one of two layers with a window": (draft_files.window_keys(6, [False, True]), "--position_weights dpace"),
+    "a window": (draft_files.window_keys(5, [True, True]), ""),
+    "one of two layers with a window": (draft_files.window_keys(5, [False, True]), "--position_weights dpace"),
     "all layers causal": ({"is_causal": True}, ""),
-    "a window that is not causal": (draft_files.window_keys(6, [True, True]) | {"is_causal": False}, ""),
+    "a window that is not causal": (draft_files.window_keys(5, [True, True]) | {"is_causal": False}, ""),
     "full vocabulary": ({"draft_vocab_size": VOCABULARY}, ""),
     "dspark": ({"markov_rank": 6}, "--algorithm dspark"),
     "dspark, dpace, kl": ({"markov_rank": 6}, "--algorithm dspark --position_weights dpace --loss kl"),
-    "dspark with a window": ({"markov_rank": 6, **draft_files.window_keys(6, [True, True])}, "--algorithm dspark"),
+    "dspark with a window": ({"markov_rank": 6, **draft_files.window_keys(5, [True, True])}, "--algorithm dspark"),
 }  # fmt: skip
 
 
 def draft_config(**options):
     architecture = block_files.ARCHITECTURES["dspark" if "markov_rank" in options else "dflash"]
     config = {
-        "architectures": [architecture], "model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": 40,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "block_size": 5,
+        "architectures": [architecture], "model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": 24,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "block_size": 4,
         "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "rope_scaling": None, "max_position_embeddings": 64,
         "vocab_size": VOCABULARY, "draft_vocab_size": DRAFT_VOCABULARY, "hidden_act": "silu", "mask_token_id": MASK,
         "dflash_config": {"mask_token_id": MASK, "target_layer_ids": [0, 2, 4]}, "target_layer_ids": [0, 2, 4],
@@ -248,8 +248,8 @@ def test_anchors_lie_in_replies_with_their_block_and_are_drawn_anew_in_each_epoc
         inside = [a for a in anchors if a < first]
         assert len(inside) == 3 and len(anchors) == 6
         drawn.update(anchors)
-    allowed = {a for a in range(first) if complete(masks[0], a, 4)}
-    allowed |= {first + a for a in range(12) if complete(masks[1], a, 4)}
+    allowed = {a for a in range(first) if complete(masks[0], a, 3)}
+    allowed |= {first + a for a in range(12) if complete(masks[1], a, 3)}
     assert drawn == allowed
 
 
@@ -289,7 +289,7 @@ def test_the_dense_form_of_the_benchmark_is_the_same_objective(lengths):
     anchors = plan.slots + 1
     options = {"anchors": anchors, "gamma": args.dflash_decay_gamma, "mask_token": MASK}
     dense = block_dense.objective(case[0], document_ids=documents, **options, **inputs)
-    assert product.item() == pytest.approx(dense.item(), rel=1e-9)
+    assert product.item() == pytest.approx(dense.item(), rel=1e-7)
     found = [torch.autograd.grad(loss, list(case[0].parameters())) for loss in (product, dense)]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
