@@ -615,6 +615,19 @@ def build_draft(args, config, target, d2t, checkpoint):
     return draft.to(target.embedding.dtype).float()
 
 
+def draft_writer(config, draft, d2t):
+    """write_draft(folder, tensors) of what is served; a reduced vocabulary has the target's rows as its head."""
+    head = {}
+    if config["draft_vocab_size"] < config["vocab_size"]:
+        head["lm_head.weight"] = draft.head
+
+    def write_draft(folder, tensors):
+        tensors = vocabulary.with_mapping(tensors | head, d2t, config["vocab_size"])
+        draft_files.write_draft(folder, config, tensors)
+
+    return write_draft
+
+
 def main(args):
     with setup.deterministic(args.deterministic):
         device = ranks.start_distributed(args.dist_timeout, args.local_rank)
@@ -656,14 +669,7 @@ def start(args, device):
         progress = checkpoints.resume(engine, run.resume_from_checkpoint, state, flags)
 
     # --- how it is saved ---
-    head = {}
-    if config["draft_vocab_size"] < config["vocab_size"]:
-        head["lm_head.weight"] = draft.head
-
-    def write_draft(folder, tensors):
-        tensors = tensors | head
-        draft_files.write_draft(folder, config, vocabulary.with_mapping(tensors, d2t, config["vocab_size"]))
-
+    write_draft = draft_writer(config, draft, d2t)
     if args.dry_run:
         folder = checkpoints.Saver(engine, flags, progress, write_draft).save(progress)
         if not folder:

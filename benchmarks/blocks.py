@@ -31,10 +31,22 @@ from core import block_files, common, ranks, slots, target_model  # noqa: E402
 from helpers import block_dense  # noqa: E402
 
 COLUMNS = (
-    "share %", "tokens", "blocks", "dense s", "product s", "dense/product", "floor s", "product/floor", "dense MiB",
-    "product MiB", "product/dense memory", "TFLOP",
-)  # fmt: skip
+    "share %",
+    "tokens",
+    "blocks",
+    "dense s",
+    "product s",
+    "dense/product",
+    "floor s",
+    "product/floor",
+    "dense MiB",
+    "product MiB",
+    "product/dense memory",
+    "TFLOP",
+)
 GAMMA = 4.0
+SHARES = [100.0, 50.0, 15.0]
+SIZES = {"vocab_size": 16000, "num_layers": 3, "block_size": 8, "max_anchors": 128}
 
 # ==================== A case =========================================================================================
 
@@ -66,22 +78,26 @@ def make_case(args, length, share):
     size = config["hidden_size"]
     place = {"device": args.device, "dtype": args.dtype}
     weight = torch.randn(args.vocab_size, size) * size**-0.5
-    embedding = torch.randn(args.vocab_size, size).to(**place)
-    draft = train_dflash.DraftModel(config, embedding, weight.to(**place)).to(**place)
+    weight = weight.to(**place)
+    embedding = torch.randn(args.vocab_size, size)
+    draft = train_dflash.DraftModel(config, embedding.to(**place), weight)
+    draft = draft.to(**place)
     draft.attention_backend = args.attention_backend
-    flags = ["--target_model_path", "-", "--max_anchors", str(args.max_anchors), "--dflash_decay_gamma", str(GAMMA)]
-    flags = train_dflash.parse_args(flags)
+    argv = ["--target_model_path", "-"]
+    argv += ["--max_anchors", str(args.max_anchors)]
+    argv += ["--dflash_decay_gamma", str(GAMMA)]
+    flags = train_dflash.parse_args(argv)
     mask = torch.tensor(objective.tail(length, share))
-    batch = train_dflash.batch_of(flags, draft, trains=True)([(0, torch.randint(args.vocab_size, (length,)), mask)], 0)
-    batch.states = (
-        torch.randn(length, args.num_layers * size).to(args.dtype),
-        torch.randn(length, size).to(args.dtype),
-    )
-    batch = batch.to(args.device)
+    tokens = torch.randint(args.vocab_size, (length,))
+    collate = train_dflash.batch_of(flags, draft, trains=True)
+    batch = collate([(0, tokens, mask)], 0)
+    auxiliary = torch.randn(length, args.num_layers * size)
+    last = torch.randn(length, size)
+    batch.states = (auxiliary.to(args.dtype), last.to(args.dtype))
     return {
         "draft": draft,
-        "batch": batch,
-        "head": target_model.Head(weight.to(**place)),
+        "batch": batch.to(args.device),
+        "head": target_model.Head(weight),
         "d2t": torch.zeros(args.vocab_size, dtype=torch.int64, device=args.device),
         "flags": flags,
     }
@@ -89,14 +105,18 @@ def make_case(args, length, share):
 
 def loss_of(case, side):
     """The loss of a side: "product", the trainer's objective, or "dense", the plain form."""
-    draft, batch = case["draft"], case["batch"]
+    draft = case["draft"]
+    batch = case["batch"]
     inputs = (batch.input_ids, batch.position_ids)
     states = (*batch.states, case["head"])
     if side == "product":
-        return draft(*inputs, *states, batch.plan, case["d2t"], case["flags"])[0]
-    documents = slots.documents_of(batch.lengths).to(batch.input_ids.device)
+        loss, _, _ = draft(*inputs, *states, batch.plan, case["d2t"], case["flags"])
+        return loss
+    documents = slots.documents_of(batch.lengths)
+    documents = documents.to(batch.input_ids.device)
     anchors = batch.plan.slots + 1
-    return block_dense.objective(draft, *inputs, documents, *states, anchors, case["d2t"], GAMMA, draft.mask_token)
+    options = (anchors, case["d2t"], GAMMA, draft.mask_token)
+    return block_dense.objective(draft, *inputs, documents, *states, *options)
 
 
 def forward_backward(case, side):
@@ -118,12 +138,14 @@ def count_products(config, plan, tokens):
     inner = config["intermediate_size"]
     layers = config["num_hidden_layers"]
     dim = config["head_dim"]
-    query = config["num_attention_heads"] * dim
+    heads = config["num_attention_heads"]
+    query = heads * dim
     key = config["num_key_value_heads"] * dim
     width = config["block_size"]
     queries = len(plan.slots) * width
     seen = min(int(plan.slots[-1]) + 1, tokens)
-    pairs = width * int((plan.slots + 1).sum()) + queries * width
+    context = int((plan.slots + 1).sum())
+    pairs = width * (context + queries)
     rows = max(min(queries, operations.PRODUCT_ROWS), 1)
     products = []
 
@@ -135,9 +157,10 @@ def count_products(config, plan, tokens):
     add("q", layers * queries, size, query)
     add("k, v", 2 * layers * (seen + queries), size, key)
     span = max(pairs // max(queries, 1), 1)
-    at_once = max(min(rows, operations.SCORES // (config["num_attention_heads"] * span)), 1)
-    shape = (config["num_attention_heads"], at_once, dim, span)
-    add("attention", 2 * layers * pairs, dim, config["num_attention_heads"], shape=shape)
+    at_once = operations.SCORES // (heads * span)
+    at_once = max(min(rows, at_once), 1)
+    shape = (heads, at_once, dim, span)
+    add("attention", 2 * layers * pairs, dim, heads, shape=shape)
     add("o", layers * queries, query, size)
     add("gate, up", 2 * layers * queries, size, inner)
     add("down", layers * queries, inner, size)
@@ -153,9 +176,14 @@ def time_in_turn(case, sides, products, args):
     rates = {kind: [] for kind in kinds}
     for _ in range(args.rounds):
         for side in sides:
-            taken[side].append(objective.seconds(lambda side=side: forward_backward(case, side), args.device))
+
+            def work(side=side):
+                forward_backward(case, side)
+
+            taken[side].append(objective.seconds(work, args.device))
         for shape, name in kinds:
-            rates[shape, name].append(step.matrix_rate(shape, name, args.dtype, args.device))
+            rate = step.matrix_rate(shape, name, args.dtype, args.device)
+            rates[shape, name].append(rate)
     return step.medians(taken), step.medians(rates)
 
 
@@ -203,14 +231,14 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     add = parser.add_argument
     positive = common.at_least(int, 1)
-    for name, value in (objective.MODEL_SIZES | {"vocab_size": 16000, "num_layers": 3, "block_size": 8}).items():
+    sizes = objective.MODEL_SIZES | SIZES
+    for name, value in sizes.items():
         if value:
             add(f"--{name}", type=positive, default=value)
-    add("--max_anchors", type=positive, default=128, help="blocks of the sequence")
-    add("--shares", type=float, nargs="+", default=[100.0, 50.0, 15.0], help="per cent of the tokens supervised")
+    add("--shares", type=float, nargs="+", default=SHARES, help="per cent of the tokens supervised")
     add("--lengths", type=positive, nargs="+", default=[1024])
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device")
     add("--attention_backend", choices=("flex_attention", "sdpa"), help="none: flex on GPUs")
     add("--threads", type=positive, default=1)
     add("--rounds", type=positive, default=3)
@@ -219,8 +247,10 @@ def parse_args(argv=None):
     add("--output", help="file that the table is added to")
     add("--memory_of", help="of the process that measures memory")
     args = parser.parse_args(argv)
-    args.device = torch.device(args.device)
-    args.attention_backend = args.attention_backend or ("flex_attention" if args.device.type == "cuda" else "sdpa")
+    cuda = torch.cuda.is_available()
+    args.device = torch.device(args.device or ("cuda" if cuda else "cpu"))
+    if not args.attention_backend:
+        args.attention_backend = "flex_attention" if args.device.type == "cuda" else "sdpa"
     args.dtype = getattr(torch, args.dtype)
     args.dtypes = [args.dtype]
     return args
