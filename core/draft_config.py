@@ -50,17 +50,20 @@ def read(flag, source):
     Ends the program if it is not an EAGLE-3 draft's or a decoder's.
     """
     raw = read_file(flag, source)
-    algorithm = block_files.algorithm(raw)
-    if algorithm:
-        common.fail(
-            f"{flag} {source} is of a {algorithm} draft, which train_dflash.py trains with --algorithm {algorithm}"
-        )
+    refuse_blocks(f"{flag} {source}", raw)
     kind = raw.get("speculators_model_type", "eagle3")
     if kind != "eagle3":
         common.fail(f"{flag} {source}: speculators_model_type is {kind!r}, not 'eagle3', which is what is trained here")
     if draft_files.is_speculators(raw):
         return draft_files.from_speculators(raw)
     return with_torch_dtype(raw) if is_eagle(raw) else of_decoder(raw)
+
+
+def refuse_blocks(name, raw):
+    """End the program if a configuration is a block draft's; name: of what has it."""
+    algorithm = block_files.algorithm(raw)
+    if algorithm:
+        common.fail(f"{name} is of a {algorithm} draft: start train_dflash.py with --algorithm {algorithm}")
 
 
 def is_eagle(raw):
@@ -394,6 +397,7 @@ def configure_draft(args, model_dir, text_config, target_config, checkpoint, sou
         check_new_head(args, configured)
         return configured, layers
     given, _ = draft_files.read_draft(checkpoint, model_dir)
+    refuse_blocks(f"the draft {checkpoint}", given)
     count = draft_files.num_auxiliary(given)
     if args.target_layer_ids and len(args.target_layer_ids) != count:
         common.fail(f"target_layer_ids {args.target_layer_ids}: {checkpoint} reads {count} layers")

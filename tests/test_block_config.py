@@ -279,13 +279,16 @@ def test_a_configuration_that_is_refused(target, tmp_path, capsys, keys, expecte
     assert expected in refused(capsys, target, "--draft_model_config", path)
 
 
-def test_eagle3_refuses_the_configuration_of_a_block_draft(work, target, tmp_path, capsys):
+def test_eagle3_refuses_block_drafts(target, tmp_path, capsys):
+    """Their configurations and their weights."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"architectures": ["DFlashDraftModel"]}))
+    weights = written_drafts.write(tmp_path / "draft", base=written_drafts.DSPARK)
     args = train_eagle3.parse_args(["--target_model_path", "M", "--draft_model_config", str(path)])
-    with pytest.raises(SystemExit):
-        train_eagle3.draft_config.configure_draft(args, *target, None, str(path))
-    assert "train_dflash.py trains with --algorithm dflash" in capsys.readouterr().err
+    for checkpoint, source, algorithm in ((None, str(path), "dflash"), (weights, None, "dspark")):
+        with pytest.raises(SystemExit):
+            train_eagle3.draft_config.configure_draft(args, *target, checkpoint, source)
+        assert f"start train_dflash.py with --algorithm {algorithm}" in capsys.readouterr().err
 
 
 # --- a training that is continued ---
