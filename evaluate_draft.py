@@ -40,8 +40,10 @@ import torch
 import torch.distributed as dist
 
 import prepare_data
+import train_dflash
 import train_eagle3
 from core import (
+    block_files,
     checkpoints,
     common,
     conversation_files,
@@ -71,6 +73,12 @@ def load_draft(config, tensors, target):
     d2t = tensors.pop("d2t", torch.zeros(config["vocab_size"], dtype=torch.int64))
     tensors.pop("t2d", None)
     embedding = target.embedding
+    if block_files.is_block(config):
+        rows = vocabulary.target_ids(d2t).to(device)
+        head = tensors.pop("lm_head.weight", target.head.weight[rows])
+        draft = train_dflash.DraftModel(config, embedding, head.to(device, dtype))
+        draft.load_state_dict(tensors)
+        return draft.to(device, dtype).eval(), d2t.to(device)
     if not draft_files.needs_embedding(config):
         embedding = tensors.pop(draft_files.EMBEDDING, embedding)
     draft = train_eagle3.DraftModel(config, embedding.to(device, dtype))
@@ -469,10 +477,20 @@ def prepare(args):
     config, _ = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
     if shape := draft_trees.shape_of(args):
-        draft_trees.check(shape, text_config, config["draft_vocab_size"])
+        draft_trees.check(shape, text_config, config)
     target_model.check_heads(text_config, args.tp_size)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
     return sharding, asked, tokenizer
+
+
+def fit_block(args, config):
+    """Draft no more tokens than a block draft has learned to; the main rank prints a line."""
+    if not block_files.is_block(config):
+        return
+    most = block_files.drafted_tokens(config)
+    if args.num_draft_tokens > most and dist.get_rank() == 0:
+        print(f"num_draft_tokens {args.num_draft_tokens} -> {most}: blocks of {config['block_size']} hold no more")
+    args.num_draft_tokens = min(args.num_draft_tokens, most)
 
 
 def main(args):
@@ -484,6 +502,7 @@ def main(args):
     sharding, asked, tokenizer = ranks.on_first_rank(lambda: prepare(args))
     model_dir = ranks.on_each_node(lambda: target_files.resolve_target(args.target_model_path))
     config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
+    fit_block(args, config)
     layers = draft_files.auxiliary_layers(config)
     target = target_model.load_as_asked(args, sharding, model_dir, device, layers)
     if args.tree != "none":
@@ -493,7 +512,7 @@ def main(args):
     rows = measure_shared(target, draft, d2t, asked, args, eos_token_ids(target, tokenizer), copies)
     if dist.get_rank() == 0:
         figures = summarise(rows, args) | evaluations.describe_origin(device)
-        if "SGLang" not in serving.find_engines(config)[0]:
+        if block_files.is_block(config) or "SGLang" not in serving.find_engines(config)[0]:
             figures["sglang_flags"] = {}
         print_figures(figures, is_greedy=args.temperature == 0)
         if args.output:

@@ -210,6 +210,19 @@ class DraftModel(nn.Module):
         tokens[:, 0] = anchors
         return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
 
+    def block_of(self, count):
+        """Tokens of a block that makes this number of predictions, as served."""
+        return count if self.predicts_at_anchor else count + 1
+
+    def logits(self, hidden, before):
+        """Logits [Vd] of one prediction, as served: its normed state [H]; before: the token in front of it, an id."""
+        logits = F.linear(hidden, self.head)
+        if self.markov_head is None:
+            return logits
+        token = torch.tensor([before], device=hidden.device)
+        bias = self.markov_head.markov_w2(self.markov_head.markov_w1(token))
+        return logits + bias[0]
+
     def outputs(self, hidden):
         """Normed states [N, P, H] of a block's predictions, of hidden states [N, B, H]."""
         first = 0 if self.predicts_at_anchor else 1

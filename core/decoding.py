@@ -1,4 +1,4 @@
-"""Speculative decoding of one conversation: the target and the draft with their caches, and chains of drafts.
+"""Speculative decoding of one conversation: the target and the draft with their caches, chains and blocks of drafts.
 
 In:  a target_model.Target, a DraftModel with its mapping d2t, the prompt's token ids.
 Out: the reply's token ids and the number of drafts that each pass of the target accepts.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from core import draft_files, vocabulary
+from core import block_files, draft_files, vocabulary
 
 # ==================== Target and draft with their caches =============================================================
 
@@ -141,6 +141,78 @@ class CachedDraft:
         return drafted, torch.stack(rows)
 
 
+class CachedBlockDraft:
+    """A block draft with its cache: in each layer the keys and values of the context, which is all verified tokens."""
+
+    def __init__(self, draft, d2t):
+        self.draft = draft
+        self.target_ids = vocabulary.target_ids(d2t)
+        self.cache = [None] * len(draft.layers)  # keys and values [tokens, G, D]
+        self.length = 0  # tokens
+
+    def read(self, auxiliary):
+        """Add the next n tokens to the context, by the target's auxiliary hidden states [n, A·H] at them."""
+        context = self.draft.features(auxiliary.to(self.draft.fc.weight.dtype))
+        positions = torch.arange(self.length, self.length + len(context), device=context.device)
+        turned = self.draft.rotary(positions, context.dtype)
+        for n, layer in enumerate(self.draft.layers):
+            new = layer.read(context, *turned)
+            before = self.cache[n]
+            self.cache[n] = tuple(map(torch.cat, zip(before, new, strict=True))) if before else new
+        self.length += len(context)
+
+    def visible(self, layer, size):
+        """bool [size, length + size]: which tokens of the context and of their block the slots of a block see."""
+        device = self.target_ids.device
+        slots = torch.arange(self.length, self.length + size, device=device)[:, None]
+        tokens = torch.arange(self.length + size, device=device)
+        seen = torch.ones(size, self.length + size, dtype=torch.bool, device=device)
+        if self.draft.causal[layer]:
+            seen &= tokens <= slots
+        if self.draft.windows[layer]:
+            seen &= tokens > slots - self.draft.windows[layer]
+        return seen
+
+    def run(self, anchor, size):
+        """Normed states [P, H] of the predictions of a block: the anchor, a token id, and masks, `size` in all."""
+        device = self.target_ids.device
+        hidden = self.draft.embed(torch.tensor([anchor], device=device), size)[0]
+        positions = torch.arange(self.length, self.length + size, device=device)
+        turned = self.draft.rotary(positions, hidden.dtype)
+        for n, layer in enumerate(self.draft.layers):
+
+            def attend(q, k, v, n=n):
+                before_k, before_v = self.cache[n]
+                parts = (q, torch.cat([before_k, k]), torch.cat([before_v, v]))
+                q, k, v = (x.transpose(0, 1)[None] for x in parts)
+                attended = F.scaled_dot_product_attention(q, k, v, self.visible(n, size), enable_gqa=True)
+                return attended[0].transpose(0, 1)
+
+            hidden = layer(hidden, *turned, attend)
+        return self.draft.outputs(hidden[None])[0]
+
+    @torch.inference_mode()
+    def propose(self, tokens, auxiliary, count, choose):
+        """`count` drafts behind the last of `tokens`, the anchor, from one block; arguments as of CachedDraft.propose.
+
+        Nothing of the block stays in the cache. Returns target ids [count] and logits [count, Vd].
+        """
+        self.read(auxiliary)
+        drafted = []
+        rows = []
+        for hidden in self.run(tokens[-1], self.draft.block_of(count)):
+            logits = self.draft.logits(hidden, drafted[-1] if drafted else tokens[-1]).float()
+            rows.append(logits)
+            drafted.append(int(self.target_ids[choose(logits)]))
+        return drafted, torch.stack(rows)
+
+
+def with_cache(draft, d2t):
+    """The draft with its cache, of whichever kind it is."""
+    kind = CachedBlockDraft if block_files.is_block(draft.config) else CachedDraft
+    return kind(draft, d2t)
+
+
 # ==================== Speculative decoding ===========================================================================
 
 
@@ -229,7 +301,7 @@ def reply_in_passes(target, draft, d2t, prompt, max_new_tokens, eos_ids, choose_
     of the reply (its end-of-turn token, or max_new_tokens) are not counted.
     """
     cached_target = CachedTarget(target)
-    cached_draft = CachedDraft(draft, d2t)
+    cached_draft = with_cache(draft, d2t)
     auxiliary, logits = cached_target.feed(prompt, last=1)
     first = choose_first(logits[-1])
     reply = [first]

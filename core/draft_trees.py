@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import cache_utils
 
-from core import common, decoding
+from core import block_files, common, decoding
 
 KINDS = {"full_attention", "sliding_attention", "dummy"}  # layers whose cache can keep one path (dummy: has none)
 
@@ -84,9 +84,14 @@ def nodes_of(topk, depth, draft_vocab_size):
     return count
 
 
-def check(shape, text_config, draft_vocab_size):
-    """End the program if a tree has fewer nodes than asked for, or if the target's cache cannot keep one path of it."""
-    nodes = nodes_of(shape.topk, shape.depth, draft_vocab_size)
+def check(shape, text_config, config):
+    """End the program if a tree has fewer nodes than asked for, or if the draft or the target's cache cannot have it.
+
+    config: the draft's.
+    """
+    if block_files.is_block(config):
+        common.fail("tree dynamic: a block draft makes one chain: drop --tree")
+    nodes = nodes_of(shape.topk, shape.depth, config["draft_vocab_size"])
     if shape.size > nodes:
         common.fail(
             f"num_draft_tokens {shape.size}: a tree of topk {shape.topk} and depth {shape.depth} has {nodes} nodes; "

@@ -1,0 +1,179 @@
+"""Speculative decoding with block drafts: the target's own text, what training computes, lossless samples."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import evaluate_draft
+import train_dflash
+import train_eagle3
+from core import block_files, decoding, draft_files, slots, target_model, vocabulary
+from helpers import drafts, tiny
+from helpers.training import refused
+
+SMALL, MASK, SIZE = 8, 7, 4  # few tokens, so that random drafts are accepted now and then
+KINDS = {
+    "dflash": {},
+    "dspark": {"markov_rank": 6},
+    "a window": draft_files.window_keys(6, [True, True]),
+    "dspark, one layer with a window": {"markov_rank": 6, **draft_files.window_keys(7, [False, True])},
+    "causal": {"is_causal": True},
+    "fewer tokens": {"draft_vocab_size": 6, "markov_rank": 6},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("target")
+    options = {"vocab_size": SMALL, "hidden_size": 32, "initializer_range": 0.12, "eos_token_id": 1}
+    torch.manual_seed(2)
+    transformers.LlamaForCausalLM(tiny.llama_config(**options)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return target_model.load(folder, layer_ids=[2, 6])
+
+
+def make_draft(target, seed=0, **options):
+    """A random draft of the target and its mapping."""
+    torch.manual_seed(seed)
+    algorithm = "dspark" if "markov_rank" in options else "dflash"
+    config = {
+        "architectures": [block_files.ARCHITECTURES[algorithm]], "model_type": "qwen3", "hidden_size": 32,
+        "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "num_hidden_layers": 2, "block_size": SIZE, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None,
+        "max_position_embeddings": 512, "vocab_size": SMALL, "draft_vocab_size": SMALL, "hidden_act": "silu",
+        "layer_types": ["full_attention"] * 2, **options,
+    }  # fmt: skip
+    config = block_files.with_options(config, mask_token_id=MASK, target_layer_ids=[1, 5])
+    columns = config["draft_vocab_size"]
+    d2t = (torch.arange(columns) >= 3).long() * (SMALL - columns)
+    draft = train_dflash.DraftModel(config, target.embedding, target.head.weight[vocabulary.target_ids(d2t)])
+    for parameter in draft.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return draft.eval(), d2t
+
+
+def walk(target, draft, d2t, prompt, reply):
+    """The passes of a reply by the evaluation of a training."""
+    ids = torch.tensor(prompt + reply)
+    mask = torch.tensor([0] * len(prompt) + [1] * len(reply))
+    args = train_dflash.parse_args(["--target_model_path", "t"])
+    batch = train_dflash.batch_of(args, draft)([(0, ids, mask)], 0)
+    auxiliary, last = target.hidden_states(ids, [len(ids)])
+    with torch.no_grad():
+        _, _, correct = draft(ids, batch.position_ids, auxiliary, last, target.head, batch.plan, d2t, args)
+    return slots.acceptance_walk(train_eagle3.chain_lengths(correct).tolist(), mask.tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_the_targets_and_passes_are_what_training_computes(kind, target):
+    draft, d2t = make_draft(target, **KINDS[kind])
+    count = draft.num_predictions()
+    accepted = 0
+    generator = torch.Generator().manual_seed(1)
+    for length in (1, 3, 9, 17):
+        prompt = torch.randint(2, SMALL, (length,), generator=generator).tolist()
+        alone = decoding.generate(target, prompt, 30, set())
+        reply, passes = decoding.speculate(target, draft, d2t, prompt, count, 30, set())
+        assert reply == alone
+        assert passes == walk(target, draft, d2t, prompt, reply)
+        accepted += sum(passes)
+    assert accepted > 5, "a test without accepted drafts shows too little"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_block_from_the_cache_is_the_objectives(kind, target):
+    """Read in three parts, with a block drafted and dropped in between."""
+    draft, d2t = make_draft(target, **KINDS[kind])
+    ids = torch.randint(SMALL, (20,), generator=torch.Generator().manual_seed(3))
+    auxiliary, _ = target.hidden_states(ids, [len(ids)])
+    args = train_dflash.parse_args(["--target_model_path", "t"])
+    batch = train_dflash.batch_of(args, draft)([(0, ids, torch.ones_like(ids))], 0)
+    hidden = draft.embed(ids[batch.plan.slots + 1], SIZE)
+    context = draft.features(auxiliary)
+    expected = train_dflash.run_layers(draft, batch.plan, batch.position_ids, context, hidden)
+    expected = draft.outputs(expected)
+    cached = decoding.with_cache(draft, d2t)
+    read = 0
+    for anchor in (4, 5, 11):
+        cached.propose(ids[read + 1 : anchor + 1].tolist(), auxiliary[read:anchor], 2, decoding.greedy)
+        read = anchor
+        found = cached.run(int(ids[anchor]), SIZE)
+        block = (batch.plan.slots + 1).tolist().index(anchor)
+        torch.testing.assert_close(found, expected[block], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fewer_masks_of_a_causal_block_draft_the_same(target):
+    draft, d2t = make_draft(target, is_causal=True)
+    prompt = [3, 4, 5, 6, 2]
+    auxiliary, _ = target.hidden_states(torch.tensor(prompt), [5])
+    found = []
+    for count in (3, 2, 1):
+        drafted, logits = decoding.with_cache(draft, d2t).propose([*prompt[1:], 4], auxiliary, count, decoding.greedy)
+        found.append((drafted, logits))
+    for drafted, logits in found[1:]:
+        assert drafted == found[0][0][: len(drafted)]
+        torch.testing.assert_close(logits, found[0][1][: len(drafted)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs"),
+    [("dspark", 200), *(pytest.param(kind, 4_000, marks=pytest.mark.slow) for kind in ("dflash", "fewer tokens"))],
+)
+def test_samples_are_the_targets(kind, runs, target):
+    """The first three tokens; the first is the target's own, the others are drafted."""
+    draft, d2t = make_draft(target, **KINDS[kind])
+    prompt = [3, 4, 5]
+    texts = torch.tensor([[*prompt, a, b] for a in range(SMALL) for b in range(SMALL)])
+    with torch.inference_mode():
+        p = target.model(texts).logits[:, 2:].softmax(-1).double().view(SMALL, SMALL, 3, SMALL)
+    exact = p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]  # [first, second, third]
+    generator = torch.Generator().manual_seed(0)
+    rules = decoding.sampling(1.0, generator, vocabulary.target_ids(d2t), SMALL)
+    counts = torch.zeros(SMALL, SMALL, SMALL)
+    accepted = 0
+    for _ in range(runs):
+        reply, passes = decoding.speculate(target, draft, d2t, prompt, 2, 3, set(), *rules)
+        counts[tuple(reply)] += 1
+        accepted += sum(passes)
+    assert accepted > runs / 20
+    for at in range(3):
+        rest = [axis for axis in range(3) if axis != at]
+        assert drafts.p_value(counts.sum(rest), exact.sum(rest)) > 1e-3
+        assert drafts.p_value(counts.sum(at), exact.sum(at)) > 1e-3
+
+
+def test_the_command_measures_a_written_draft(tmp_path, capfd):
+    """Blocks hold fewer drafts than the default asks for; trees are refused."""
+    tiny.write_target(tmp_path / "target")
+    target = target_model.load(tmp_path / "target", layer_ids=[2, 6])
+    size = target.config.hidden_size
+    draft, d2t = make_draft(target, hidden_size=size, vocab_size=400, draft_vocab_size=400, markov_rank=4)
+    config = draft.config | {
+        "markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True,
+        "torch_dtype": "float32", "tie_word_embeddings": False, "attention_bias": False, "num_target_layers": 8,
+        "bos_token_id": 0, "eos_token_id": 4,
+    }  # fmt: skip
+    draft_files.write_draft(tmp_path / "draft", config, draft.state_dict())
+    chats = tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(2))
+    argv = ["--target_model_path", tmp_path / "target", "--draft_model_path", tmp_path / "draft", "--prompts", chats,
+            "--max_new_tokens", 12, "--output", tmp_path / "out"]  # fmt: skip
+
+    def measure(*flags):
+        evaluate_draft.main(evaluate_draft.parse_args([str(part) for part in (*argv, *flags)]))
+
+    measure()
+    printed = capfd.readouterr().out
+    assert "num_draft_tokens 7 -> 4: blocks of 4 hold no more" in printed
+    assert "every text equals the target's own greedy text" in printed
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(figures["accepted_by_position"]) == 4 and figures["sglang_flags"] == {}
+    assert "a block draft makes one chain: drop --tree" in refused(capfd, measure, "--tree", "dynamic")
