@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from core import block_files, draft_files, vocabulary
+from core import draft_files, vocabulary
 
 # ==================== Target and draft with their caches =============================================================
 
@@ -156,36 +156,48 @@ class CachedBlockDraft:
         positions = torch.arange(self.length, self.length + len(context), device=context.device)
         turned = self.draft.rotary(positions, context.dtype)
         for n, layer in enumerate(self.draft.layers):
-            new = layer.read(context, *turned)
-            before = self.cache[n]
-            self.cache[n] = tuple(map(torch.cat, zip(before, new, strict=True))) if before else new
+            k, v = layer.read(context, *turned)
+            if self.cache[n]:
+                before_k, before_v = self.cache[n]
+                k = torch.cat([before_k, k])
+                v = torch.cat([before_v, v])
+            self.cache[n] = (k, v)
         self.length += len(context)
 
     def visible(self, layer, size):
         """bool [size, length + size]: which tokens of the context and of their block the slots of a block see."""
-        device = self.target_ids.device
-        slots = torch.arange(self.length, self.length + size, device=device)[:, None]
-        tokens = torch.arange(self.length + size, device=device)
-        seen = torch.ones(size, self.length + size, dtype=torch.bool, device=device)
+        tokens = torch.arange(self.length + size, device=self.target_ids.device)
+        slots = tokens[self.length :, None]
+        window = self.draft.windows[layer]
+        first = slots - window if window else -1
+        seen = tokens > first
+        seen = seen.expand(size, -1)
         if self.draft.causal[layer]:
-            seen &= tokens <= slots
-        if self.draft.windows[layer]:
-            seen &= tokens > slots - self.draft.windows[layer]
+            seen = seen & (tokens <= slots)
         return seen
 
     def run(self, anchor, size):
         """Normed states [P, H] of the predictions of a block: the anchor, a token id, and masks, `size` in all."""
         device = self.target_ids.device
-        hidden = self.draft.embed(torch.tensor([anchor], device=device), size)[0]
+        anchors = torch.tensor([anchor], device=device)
+        hidden = self.draft.embed(anchors, size)[0]
         positions = torch.arange(self.length, self.length + size, device=device)
         turned = self.draft.rotary(positions, hidden.dtype)
         for n, layer in enumerate(self.draft.layers):
 
             def attend(q, k, v, n=n):
                 before_k, before_v = self.cache[n]
-                parts = (q, torch.cat([before_k, k]), torch.cat([before_v, v]))
-                q, k, v = (x.transpose(0, 1)[None] for x in parts)
-                attended = F.scaled_dot_product_attention(q, k, v, self.visible(n, size), enable_gqa=True)
+                k = torch.cat([before_k, k])
+                v = torch.cat([before_v, v])
+                q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+                mask = self.visible(n, size)
+                attended = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    mask,
+                    enable_gqa=True,
+                )
                 return attended[0].transpose(0, 1)
 
             hidden = layer(hidden, *turned, attend)
@@ -200,17 +212,22 @@ class CachedBlockDraft:
         self.read(auxiliary)
         drafted = []
         rows = []
-        for hidden in self.run(tokens[-1], self.draft.block_of(count)):
-            logits = self.draft.logits(hidden, drafted[-1] if drafted else tokens[-1]).float()
-            rows.append(logits)
-            drafted.append(int(self.target_ids[choose(logits)]))
+        before = tokens[-1]
+        size = self.draft.block_of(count)
+        for hidden in self.run(before, size):
+            logits = self.draft.logits(hidden, before)
+            rows.append(logits.float())
+            chosen = choose(rows[-1])
+            before = int(self.target_ids[chosen])
+            drafted.append(before)
         return drafted, torch.stack(rows)
 
 
 def with_cache(draft, d2t):
     """The draft with its cache, of whichever kind it is."""
-    kind = CachedBlockDraft if block_files.is_block(draft.config) else CachedDraft
-    return kind(draft, d2t)
+    if hasattr(draft, "block_size"):
+        return CachedBlockDraft(draft, d2t)
+    return CachedDraft(draft, d2t)
 
 
 # ==================== Speculative decoding ===========================================================================
@@ -271,7 +288,17 @@ def sampling(temperature, generator, draft_ids, vocab_size):
     return choose, verify
 
 
-def speculate(target, draft, d2t, prompt, count, max_new_tokens, eos_ids, choose=greedy, verify=verify_greedy):
+def speculate(
+    target,
+    draft,
+    d2t,
+    prompt,
+    count,
+    max_new_tokens,
+    eos_ids,
+    choose=greedy,
+    verify=verify_greedy,
+):
     """Generate with chains of `count` drafts. Returns the new token ids and the number of drafts accepted in each pass.
 
     choose(logits [Vd]) picks a draft; verify(drafted, their logits [n, Vd], the target's logits [n + 1, V]) returns how
