@@ -77,7 +77,8 @@ def load_draft(config, tensors, target):
         rows = vocabulary.target_ids(d2t).to(device)
         head = tensors.pop("lm_head.weight", target.head.weight[rows])
         draft = train_dflash.DraftModel(config, embedding, head.to(device, dtype))
-        draft.load_state_dict(tensors)
+        draft.confidence_head = None  # drafts do not depend on it, and others' drafts have it in other forms
+        draft.load_state_dict({name: x for name, x in tensors.items() if not name.startswith("confidence_head.")})
         return draft.to(device, dtype).eval(), d2t.to(device)
     if not draft_files.needs_embedding(config):
         embedding = tensors.pop(draft_files.EMBEDDING, embedding)
@@ -468,7 +469,7 @@ def evaluate_served(args):
 
 
 def prepare(args):
-    """On the main rank, before the target loads: how ranks share it, prompts, tokenizer.
+    """On the main rank, before the target loads: how ranks share it, prompts, tokenizer, drafts a pass.
 
     Ends the program if something is wrong.
     """
@@ -476,21 +477,12 @@ def prepare(args):
     model_dir, text_config, target_config, tokenizer, asked = read_asked(args)
     config, _ = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
     draft_config.check_target(f"the draft {args.draft_model_path}", config, text_config)
+    count = draft_trees.count_drafts(args, config)
     if shape := draft_trees.shape_of(args):
-        draft_trees.check(shape, text_config, config)
+        draft_trees.check(shape, text_config, config["draft_vocab_size"])
     target_model.check_heads(text_config, args.tp_size)
     target_model.check_weights(model_dir, target_config, args.trust_remote_code)
-    return sharding, asked, tokenizer
-
-
-def fit_block(args, config):
-    """Draft no more tokens than a block draft has learned to; the main rank prints a line."""
-    if not block_files.is_block(config):
-        return
-    most = block_files.drafted_tokens(config)
-    if args.num_draft_tokens > most and dist.get_rank() == 0:
-        print(f"num_draft_tokens {args.num_draft_tokens} -> {most}: blocks of {config['block_size']} hold no more")
-    args.num_draft_tokens = min(args.num_draft_tokens, most)
+    return sharding, asked, tokenizer, count
 
 
 def main(args):
@@ -499,10 +491,9 @@ def main(args):
         evaluate_served(args)
         return
     device = ranks.start_distributed(args.dist_timeout, args.local_rank)
-    sharding, asked, tokenizer = ranks.on_first_rank(lambda: prepare(args))
+    sharding, asked, tokenizer, args.num_draft_tokens = ranks.on_first_rank(lambda: prepare(args))
     model_dir = ranks.on_each_node(lambda: target_files.resolve_target(args.target_model_path))
     config, tensors = draft_files.read_draft(checkpoints.find_draft(args.draft_model_path))
-    fit_block(args, config)
     layers = draft_files.auxiliary_layers(config)
     target = target_model.load_as_asked(args, sharding, model_dir, device, layers)
     if args.tree != "none":

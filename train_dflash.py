@@ -214,14 +214,16 @@ class DraftModel(nn.Module):
         """Tokens of a block that makes this number of predictions, as served."""
         return count if self.predicts_at_anchor else count + 1
 
-    def logits(self, hidden, before):
-        """Logits [Vd] of one prediction, as served: its normed state [H]; before: the token in front of it, an id."""
-        logits = F.linear(hidden, self.head)
+    def logits(self, outputs):
+        """Logits [P, Vd] of the normed states [P, H] of a block's predictions, as served: not corrected yet."""
+        return F.linear(outputs, self.head)
+
+    def corrected(self, logits, before):
+        """Logits [Vd] of one prediction, as served; before: the token in front of it, an id."""
         if self.markov_head is None:
             return logits
-        token = torch.tensor([before], device=hidden.device)
-        bias = self.markov_head.markov_w2(self.markov_head.markov_w1(token))
-        return logits + bias[0]
+        token = torch.tensor(before, device=logits.device)
+        return logits + self.markov_head.markov_w2(self.markov_head.markov_w1(token))
 
     def outputs(self, hidden):
         """Normed states [N, P, H] of a block's predictions, of hidden states [N, B, H]."""

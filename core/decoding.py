@@ -142,7 +142,10 @@ class CachedDraft:
 
 
 class CachedBlockDraft:
-    """A block draft with its cache: in each layer the keys and values of the context, which is all verified tokens."""
+    """A block draft with its cache: of each layer the keys and values of the context.
+
+    The context is the text but for its last token, the anchor, whose hidden states the target has not computed yet.
+    """
 
     def __init__(self, draft, d2t):
         self.draft = draft
@@ -214,9 +217,10 @@ class CachedBlockDraft:
         rows = []
         before = tokens[-1]
         size = self.draft.block_of(count)
-        for hidden in self.run(before, size):
-            logits = self.draft.logits(hidden, before)
-            rows.append(logits.float())
+        outputs = self.run(before, size)
+        for logits in self.draft.logits(outputs):
+            corrected = self.draft.corrected(logits, before)
+            rows.append(corrected.float())
             chosen = choose(rows[-1])
             before = int(self.target_ids[chosen])
             drafted.append(before)

@@ -49,21 +49,37 @@ def add_flags(add):
     """The flags of chains and trees; add: the add_argument of their group."""
     positive = common.at_least(int, 1)
     add("--tree", choices=("none", "dynamic"), default="none", help="none: a chain; dynamic: EAGLE-2's tree")
-    add("--num_draft_tokens", type=positive, help="drafts per pass, without a tree's root; none: 7, of a tree 60")
+    add("--num_draft_tokens", type=positive, help="drafts a pass, no tree's root; none: 7, a block's all, a tree's 60")
     add("--topk", type=positive, help="of a tree: nodes expanded per level, and children of each; none: 10")
     add("--depth", type=positive, help="of a tree: levels of drafts; none: 7")
 
 
 def fill_flags(args):
-    """Fill in the defaults of flags that depend on --tree; ends the program if it does not read one that is given."""
+    """Fill in a tree's defaults; ends the program if a flag is given that --tree does not read."""
     is_tree = args.tree == "dynamic"
     for name in ("topk", "depth"):
         if getattr(args, name) and not is_tree:
             common.fail(f"{name} is of a tree, and a chain has num_draft_tokens alone: drop it, or give --tree dynamic")
-    args.num_draft_tokens = args.num_draft_tokens or (60 if is_tree else 7)
     if is_tree:
+        args.num_draft_tokens = args.num_draft_tokens or 60
         args.topk = args.topk or 10
         args.depth = args.depth or 7
+
+
+def count_drafts(args, config):
+    """Drafts a pass, as the flags ask for them, of a draft with this config; ends the program if it cannot make them.
+
+    What a block draft was trained for is the most that it makes, and what it makes by default.
+    """
+    if not block_files.is_block(config):
+        return args.num_draft_tokens or 7
+    if args.tree != "none":
+        common.fail(f"tree {args.tree}: a block draft makes one chain a pass: drop --tree")
+    most = block_files.drafted_tokens(config)
+    count = args.num_draft_tokens or most
+    if count > most:
+        common.fail(f"num_draft_tokens {count}: a block of {config['block_size']} drafts {most}: give at most {most}")
+    return count
 
 
 def shape_of(args):
@@ -84,14 +100,9 @@ def nodes_of(topk, depth, draft_vocab_size):
     return count
 
 
-def check(shape, text_config, config):
-    """End the program if a tree has fewer nodes than asked for, or if the draft or the target's cache cannot have it.
-
-    config: the draft's.
-    """
-    if block_files.is_block(config):
-        common.fail("tree dynamic: a block draft makes one chain: drop --tree")
-    nodes = nodes_of(shape.topk, shape.depth, config["draft_vocab_size"])
+def check(shape, text_config, draft_vocab_size):
+    """End the program if a tree has fewer nodes than asked for, or if the target's cache cannot keep one path of it."""
+    nodes = nodes_of(shape.topk, shape.depth, draft_vocab_size)
     if shape.size > nodes:
         common.fail(
             f"num_draft_tokens {shape.size}: a tree of topk {shape.topk} and depth {shape.depth} has {nodes} nodes; "

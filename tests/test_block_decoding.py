@@ -10,7 +10,8 @@ import evaluate_draft
 import train_dflash
 import train_eagle3
 from core import block_files, decoding, draft_files, slots, target_model, vocabulary
-from helpers import drafts, tiny
+from helpers import block_statement, drafts, tiny
+from helpers.statement import rms
 from helpers.training import refused
 
 SMALL, MASK, SIZE = 8, 7, 4  # few tokens, so that random drafts are accepted now and then
@@ -71,29 +72,64 @@ def walk(target, draft, d2t, prompt, reply):
     return slots.acceptance_walk(train_eagle3.chain_lengths(correct).tolist(), mask.tolist())
 
 
+def train(target, draft, d2t, texts):
+    """A few steps on texts [(prompt, reply)], after which the draft is right now and then."""
+    args = train_dflash.parse_args(["--target_model_path", "t", "--loss", "ce"])
+    rows = []
+    for prompt, reply in texts:
+        mask = torch.tensor([0] * len(prompt) + [1] * len(reply))
+        rows.append((len(rows), torch.tensor(prompt + reply), mask))
+    batch = train_dflash.batch_of(args, draft)(rows, 0)
+    auxiliary, last = target.hidden_states(batch.input_ids, batch.lengths)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss, _, _ = draft(batch.input_ids, batch.position_ids, auxiliary, last, target.head, batch.plan, d2t, args)
+        (loss / batch.normaliser).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_the_targets_and_passes_are_what_training_computes(kind, target):
+    """Of complete blocks and of shorter ones; replies end by their length, and within drafts by a token."""
     draft, d2t = make_draft(target, **KINDS[kind])
-    count = draft.num_predictions()
-    accepted = 0
     generator = torch.Generator().manual_seed(1)
-    for length in (1, 3, 9, 17):
-        prompt = torch.randint(2, SMALL, (length,), generator=generator).tolist()
-        alone = decoding.generate(target, prompt, 30, set())
-        reply, passes = decoding.speculate(target, draft, d2t, prompt, count, 30, set())
-        assert reply == alone
-        assert passes == walk(target, draft, d2t, prompt, reply)
-        accepted += sum(passes)
-    assert accepted > 5, "a test without accepted drafts shows too little"
+    asked = [torch.randint(2, SMALL, (length,), generator=generator).tolist() for length in (1, 3, 9, 17, 5, 12)]
+    texts = [(prompt, decoding.generate(target, prompt, 30, set())) for prompt in asked]
+    train(target, draft, d2t, texts)
+    accepted = []
+    for prompt, alone in texts:
+        for count in (draft.num_predictions(), 2):
+            shorter = with_blocks_of(draft, draft.block_of(count))
+            reply, passes = decoding.speculate(target, draft, d2t, prompt, count, 30, set())
+            assert reply == alone
+            assert passes == walk(target, shorter, d2t, prompt, reply)
+            accepted += passes
+            ends = {alone[20]}
+            reply, passes = decoding.speculate(target, draft, d2t, prompt, count, 30, ends)
+            assert reply == decoding.generate(target, prompt, 30, ends)
+            assert passes == walk(target, shorter, d2t, prompt, reply)
+    assert set(accepted) == set(range(draft.num_predictions() + 1)), "passes of every length belong to the case"
+
+
+def with_blocks_of(draft, size):
+    """The same weights with blocks of another size."""
+    other = train_dflash.DraftModel(draft.config | {"block_size": size}, draft.embedding, draft.head)
+    other.load_state_dict(draft.state_dict())
+    return other
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_block_from_the_cache_is_the_objectives(kind, target):
-    """Read in three parts, with a block drafted and dropped in between."""
+    """In float64, and the plain statement's. Read in three parts, with a block drafted and dropped in between."""
     draft, d2t = make_draft(target, **KINDS[kind])
+    draft = draft.double()
+    draft.embedding = draft.embedding.double()
+    draft.head = draft.head.double()
     ids = torch.randint(SMALL, (20,), generator=torch.Generator().manual_seed(3))
     auxiliary, _ = target.hidden_states(ids, [len(ids)])
+    auxiliary = auxiliary.double()
     args = train_dflash.parse_args(["--target_model_path", "t"])
     batch = train_dflash.batch_of(args, draft)([(0, ids, torch.ones_like(ids))], 0)
     hidden = draft.embed(ids[batch.plan.slots + 1], SIZE)
@@ -101,13 +137,37 @@ def test_a_block_from_the_cache_is_the_objectives(kind, target):
     expected = train_dflash.run_layers(draft, batch.plan, batch.position_ids, context, hidden)
     expected = draft.outputs(expected)
     cached = decoding.with_cache(draft, d2t)
+    anchors = (batch.plan.slots + 1).tolist()
     read = 0
     for anchor in (4, 5, 11):
-        cached.propose(ids[read + 1 : anchor + 1].tolist(), auxiliary[read:anchor], 2, decoding.greedy)
+        tokens = ids[read + 1 : anchor + 1].tolist()
+        drafted, logits = cached.propose(tokens, auxiliary[read:anchor], draft.num_predictions(), decoding.greedy)
         read = anchor
         found = cached.run(int(ids[anchor]), SIZE)
-        block = (batch.plan.slots + 1).tolist().index(anchor)
-        torch.testing.assert_close(found, expected[block], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected[anchors.index(anchor)], rtol=1e-10, atol=1e-10)
+        stated, stated_logits = state_block(draft, ids, auxiliary, anchor, drafted)
+        torch.testing.assert_close(found, stated, rtol=1e-6, atol=1e-6)  # the table of frequencies is in fp32
+        torch.testing.assert_close(logits.double(), stated_logits, rtol=1e-5, atol=1e-5)
+        assert drafted == vocabulary.target_ids(d2t)[stated_logits.argmax(dim=-1)].tolist()
+        assert cached.length == anchor and all(len(keys) == anchor for keys, _ in cached.cache)
+
+
+def state_block(draft, ids, auxiliary, anchor, drafted):
+    """Normed states [P, H] and logits [P, Vd] of a block's predictions by the plain statement; drafted: its tokens."""
+    config = draft.config
+    weights = dict(draft.named_parameters())
+    norm = weights["hidden_norm.weight"]
+    context = [rms(weights["fc.weight"] @ states, norm, config["rms_norm_eps"]) for states in auxiliary]
+    causal = block_files.causal_layers(config)
+    outputs = block_statement.block(
+        config, weights, draft.embedding, context, int(ids[anchor]), anchor, MASK, causal
+    )  # fmt: skip
+    outputs = torch.stack(outputs)[-draft.num_predictions() :]
+    logits = outputs @ draft.head.T
+    if block_files.algorithm(config) == "dspark":
+        before = weights["markov_head.markov_w1.weight"][[int(ids[anchor]), *drafted[:-1]]]
+        logits = logits + before @ weights["markov_head.markov_w2.weight"].T
+    return outputs, logits
 
 
 @torch.no_grad()
@@ -152,7 +212,7 @@ def test_samples_are_the_targets(kind, runs, target):
 
 
 def test_the_command_measures_a_written_draft(tmp_path, capfd):
-    """Blocks hold fewer drafts than the default asks for; trees are refused."""
+    """Without a number it drafts all that a block makes; more, and trees, are refused."""
     tiny.write_target(tmp_path / "target")
     target = target_model.load(tmp_path / "target", layer_ids=[2, 6])
     size = target.config.hidden_size
@@ -172,8 +232,13 @@ def test_the_command_measures_a_written_draft(tmp_path, capfd):
 
     measure()
     printed = capfd.readouterr().out
-    assert "num_draft_tokens 7 -> 4: blocks of 4 hold no more" in printed
     assert "every text equals the target's own greedy text" in printed
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert len(figures["accepted_by_position"]) == 4 and figures["sglang_flags"] == {}
-    assert "a block draft makes one chain: drop --tree" in refused(capfd, measure, "--tree", "dynamic")
+    assert figures["settings"]["num_draft_tokens"] == 4
+    measure("--num_draft_tokens", 2, "--temperature", 0.8)
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(figures["accepted_by_position"]) == 2
+    assert "a block draft makes one chain a pass: drop --tree" in refused(capfd, measure, "--tree", "dynamic")
+    line = refused(capfd, measure, "--num_draft_tokens", 5)
+    assert line == "num_draft_tokens 5: a block of 4 drafts 4: give at most 4"

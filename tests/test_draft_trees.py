@@ -145,7 +145,7 @@ def any_draft(target):
 def test_rejected_branches_leave_no_trace_in_the_targets_cache(family, tmp_path, monkeypatch):
     """Trees that hold the true text in some branch, windows shorter than the text."""
     target = drafts.write_family(tmp_path, family, 300)
-    draft_trees.check(SHAPE, target.config, {"draft_vocab_size": 300})
+    draft_trees.check(SHAPE, target.config, 300)
     draft_trees.check_masks(target)
     states, depths, known, random = [], set(), 0, Random(0)
 
@@ -190,7 +190,7 @@ def test_rejected_branches_leave_no_trace_in_the_targets_cache(family, tmp_path,
     [(transformers.Qwen3NextConfig, "linear_attention"), (transformers.Llama4TextConfig, "chunked_attention")],
 )
 def test_a_target_whose_cache_cannot_keep_a_path_is_refused(config, kind, capsys):
-    line = tiny.fails(capsys, draft_trees.check, SHAPE, config(), {"draft_vocab_size": 300})
+    line = tiny.fails(capsys, draft_trees.check, SHAPE, config(), 300)
     assert f"the target has {kind} layers" in line and "drop --tree, chains work" in line
 
 

@@ -366,7 +366,7 @@ def test_a_wrong_text_is_reported(trained, target, monkeypatch, capsys):
         return accepted, own
 
     args = evaluate_draft.parse_args(
-        ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "40"]
+        ["--target_model_path", "t", "--prompts", "p", "--max_new_tokens", "40", "--num_draft_tokens", "7"]
     )
     asked = [prompts.Prompt(prompt) for prompt, _ in texts]
     assert len(evaluate_draft.measure(target, draft, d2t, asked[:2], args, set())) == 2
@@ -439,7 +439,7 @@ def test_a_half_precision_target_leaves_its_own_text_but_a_wrong_token_behind_is
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     target = target_model.load(tmp_path)
     asked = [prompts.Prompt(p.tolist()) for p in random_prompts([20] * 6)]
-    args = ["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p", "--max_new_tokens", "100"]
+    args = ["--target_model_path", "t", "--prompts", "p", "--max_new_tokens", "100", "--num_draft_tokens", "7"]
     args = evaluate_draft.parse_args(args)
     owns = {tuple(prompt.ids): decoding.generate(target, prompt.ids, 100 + COUNT, set()) for prompt in asked}
 
@@ -490,7 +490,7 @@ def test_ties_of_rounding_are_few(count, tokens, ties, ends, monkeypatch, capsys
     monkeypatch.setattr(evaluate_draft, "find_wrong", lambda *_: (None, ties))
     monkeypatch.setattr(decoding, "generate", lambda *_: [1] * tokens)
     monkeypatch.setattr(decoding, "speculate", lambda *_: ([2] * tokens, [1]))
-    args = evaluate_draft.parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "p"])
+    args = evaluate_draft.parse_args(["--target_model_path", "t", "--prompts", "p", "--num_draft_tokens", "7"])
     target = SimpleNamespace(embedding=torch.zeros(1))
     if ends:
         with pytest.raises(SystemExit) as stop:
