@@ -116,6 +116,6 @@ def test_a_template_that_does_not_end_is_ended(monkeypatch, capsys):
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
         for text in ("quick", "slow")
     ]
-    assert "⟦b" in shown(rows[0], chat)
+    assert "b<|im_end|>⟧" in shown(rows[0], chat)
     assert shown(rows[1], chat) == "rejected: template error"
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
