@@ -132,8 +132,8 @@ def default_target_layers(num_target_layers, num_layers):
 def find_mask_token(tokenizer, rows):
     """(token id, why it is the one) of the mask for a target whose embedding has this number of rows.
 
-    The first row past the tokenizer's own ids, which no text has; else a token that is reserved. Ends the program if
-    there is neither.
+    The first row past the tokenizer's own ids, which no text has; else a token that is reserved; else a special token
+    that conversations do without. Ends the program if there is none of them.
     """
     tokens = tokenizer.get_vocab()
     if SGLANGS_MASK in tokens:
@@ -146,8 +146,14 @@ def find_mask_token(tokenizer, rows):
         ids = {i for token, i in tokens.items() if re.fullmatch(pattern, token)} - own
         if ids:
             return min(ids), f"the token {tokenizer.convert_ids_to_tokens(min(ids))}, which no text may have"
+    template = str(tokenizer.chat_template)
+    added = tokenizer.added_tokens_decoder.items()
+    specials = {i for i, token in added if token.special and token.content not in template} - own
+    if specials:
+        name = tokenizer.convert_ids_to_tokens(max(specials))
+        return max(specials), f"the special token {name}, which the chat template does not have"
     common.fail(
-        "no row of the embedding is unused, and no token of the tokenizer is reserved: give --mask_token_id, the id of "
+        "no row of the embedding is unused, and no token of the tokenizer is free: give --mask_token_id, the id of "
         f"a token within 0..{rows - 1} that no text has"
     )
 

@@ -5,14 +5,19 @@ In:  rows with messages; a Chat: the tokenizer, the markers of its template, and
 Out: text, and spans [(start, end)] in characters: each assistant turn, its end marker included.
 """
 
+import contextlib
 import copy
 import json
 import re
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from core import conversations
+
+SECONDS = 20  # that a chat template may take for a conversation
 
 OWN_TEMPLATES = Path(__file__).with_name("templates")  # NAME.jinja, for tokenizers that have none
 
@@ -92,7 +97,27 @@ def render(tokenizer, messages, tools=None, **options):
     for message in messages:
         reasoning = dict.fromkeys(conversations.REASONING_FIELDS, message.get("reasoning"))
         named.append(message | reasoning)
-    return tokenizer.apply_chat_template(named, tools=tools, tokenize=False, **options)
+    with time_limit(SECONDS):
+        return tokenizer.apply_chat_template(named, tools=tools, tokenize=False, **options)
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise TimeoutError in it after `seconds`: a template is foreign code. Only the main thread has a limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it takes longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def one_of(markers):

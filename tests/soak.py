@@ -27,7 +27,7 @@ from helpers import resuming, tiny, training  # noqa: E402
 from helpers.starts import Starts  # noqa: E402
 
 STEPS = 60
-SIZE = 40 * 1024  # KiB of the disk
+SIZE = 80 * 1024  # KiB of the disk: about twice what a life holds
 FLAGS = "--save_steps", 1, "--total_steps", STEPS, "--save_total_limit", 3, "--num_workers", 1, "--resume"
 
 
@@ -112,7 +112,7 @@ class Life:
     def fill_disk(self):
         """For two seconds; checkpoints are left out meanwhile."""
         used = shutil.disk_usage(self.disk).used // 1024
-        self.resize(used + self.draw.choice([0, 100, 400]))
+        self.resize(min(used + self.draw.choice([0, 100, 400]), SIZE))
         time.sleep(2)
         self.resize(SIZE)
         self.starts.kill(signal.SIGTERM)

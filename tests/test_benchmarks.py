@@ -11,6 +11,7 @@ from helpers import dense, statement, tiny
 
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
+import blocks as benchmark_blocks
 import objective
 import operations
 import scale
@@ -33,6 +34,12 @@ TINY = [
     "--shares=50", "--lengths=48", "--ttt_lengths=3", "--draft_vocab_sizes=64", "--hidden_size=32", "--rounds=1",
     "--intermediate_size=48", "--num_attention_heads=4", "--num_key_value_heads=2", "--head_dim=8", "--device=cpu",
     "--threads=1",
+]  # fmt: skip
+
+BLOCKS = [
+    "--shares=50", "--lengths=48", "--hidden_size=32", "--rounds=1", "--intermediate_size=48", "--num_layers=2",
+    "--num_attention_heads=4", "--num_key_value_heads=2", "--head_dim=8", "--vocab_size=64", "--block_size=4",
+    "--max_anchors=6", "--device=cpu",
 ]  # fmt: skip
 
 
@@ -264,6 +271,33 @@ def test_a_wrong_flag_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         step.parse_args(["objective", "--shares", "much"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# --- blocks ---
+
+
+def test_products_of_blocks_are_those_that_are_counted_one_by_one():
+    """Each query of a block sees the tokens before its anchor and its block; each projection is counted by hand."""
+    args = benchmark_blocks.parse_args(BLOCKS)
+    case = benchmark_blocks.make_case(args, 48, 50.0)
+    plan = case["batch"].plan
+    products = benchmark_blocks.count_products(case["draft"].config, plan, 48)
+    counted = {product.name: product.operations for product in products}
+    slots_of_blocks = [slot for slot in plan.slots.tolist() for _ in range(4)]
+    pairs = sum(slot + 1 + 4 for slot in slots_of_blocks)
+    assert counted["attention"] == 2 * 2 * 2 * pairs * 8 * 4  # two layers, scores and values
+    assert counted["q"] == 2 * 2 * len(slots_of_blocks) * 32 * 32
+    assert counted["k, v"] == 2 * 2 * 2 * (max(plan.slots.tolist()) + 1 + len(slots_of_blocks)) * 32 * 16
+    assert counted["head"] == 2 * 3 * len(plan.slots) * 32 * 64
+
+
+@pytest.mark.slow
+def test_benchmark_of_blocks_has_every_column(capsys):
+    command = [sys.executable, str(tiny.REPOSITORY / "benchmarks" / "blocks.py"), *BLOCKS]
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cells = [cell.strip() for cell in done.stdout.splitlines()[-1].strip("|").split("|")]
+    assert len(cells) == len(benchmark_blocks.COLUMNS) and "-" not in cells
 
 
 # --- hidden states on disk ---

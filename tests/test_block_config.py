@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import LlamaConfig, Qwen3Config
 
 import train_eagle3
@@ -187,6 +188,9 @@ class Tokens:
         self.eos_token_id = 1
         self.pad_token_id = tokens.index(pad) if pad else None
         self.unk_token_id = None
+        self.chat_template = "<s>[INST]"
+        special = [i for i, token in enumerate(tokens) if token[0] in "<["]
+        self.added_tokens_decoder = {i: AddedToken(tokens[i], special=True) for i in special}
 
     def get_vocab(self):
         return {token: i for i, token in enumerate(self.tokens)}
@@ -203,6 +207,7 @@ class Tokens:
         (Tokens("<s>", "</s>", "a", "<|reserved_special_token_1|>", "<|reserved_special_token_0|>"), 5, 3, "reserved"),
         (Tokens("<s>", "</s>", "<|fim_pad|>", "[unused0]"), 4, 3, "[unused0]"),
         (Tokens("<s>", "</s>", "<|fim_pad|>", "[unused0]", pad="[unused0]"), 4, 2, "<|fim_pad|>"),
+        (Tokens("<s>", "</s>", "<repo>", "<file>", "[INST]"), 5, 3, "<file>, which the chat template does not have"),
     ],
 )
 def test_the_mask_is_found(tokenizer, rows, mask, why):
@@ -212,8 +217,8 @@ def test_the_mask_is_found(tokenizer, rows, mask, why):
 
 def test_a_tokenizer_without_a_mask(capsys):
     with pytest.raises(SystemExit):
-        block_config.find_mask_token(Tokens("<s>", "</s>", "a"), 3)
-    assert "give --mask_token_id, the id of a token within 0..2" in capsys.readouterr().err
+        block_config.find_mask_token(Tokens("<s>", "</s>", "[INST]", "a"), 4)
+    assert "give --mask_token_id, the id of a token within 0..3" in capsys.readouterr().err
 
 
 def test_the_mask_is_said(work, target, capsys):
@@ -223,7 +228,8 @@ def test_the_mask_is_said(work, target, capsys):
     tokens = target_files.load_tokenizer(folder).get_vocab()
     assert block_files.mask_token_id(config) == max(tokens.values()) + 1 == 400
     assert "mask_token_id 400: the first unused row of the embedding, which has 448" in capsys.readouterr().out
-    assert "give --mask_token_id" in refused(capsys, target, "--num_layers", 2, mask=None)
+    config, _ = configure(target, "--num_layers", 2, mask=None)
+    assert block_files.mask_token_id(config) == tokens["<|end_of_text|>"]
 
 
 # --- given ---

@@ -279,17 +279,48 @@ def test_samples_are_the_targets(kind, runs, target, monkeypatch):
         assert drafts.p_value(counts.sum(0), exact.sum(0)) < 1e-6
 
 
+def complete(config):
+    """The configuration as a file has it."""
+    keys = {
+        "torch_dtype": "float32", "tie_word_embeddings": False, "attention_bias": False, "num_target_layers": 8,
+        "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    if "markov_rank" in config:
+        keys |= {"markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True}
+    return config | keys
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark", "a window", "fewer tokens"])
+@torch.no_grad()
+def test_a_draft_that_is_written_and_read_in_either_form_drafts_the_same(kind, target, tmp_path):
+    draft, d2t = make_draft(target, **KINDS[kind])
+    config = complete(draft.config)
+    tensors = draft.state_dict()
+    if config["draft_vocab_size"] < SMALL:
+        tensors["lm_head.weight"] = draft.head
+    tensors = vocabulary.with_mapping(tensors, d2t, SMALL)
+    draft_files.write_draft(tmp_path / "flat", config, tensors)
+    named = {"target_model_path": "org/target", "target_architectures": ["LlamaForCausalLM"]}
+    draft_files.write_speculators(tmp_path / "nested", config, tensors, embed_tokens=target.embedding, **named)
+    prompt = [3, 4, 5, 6, 2, 4]
+    auxiliary, _ = target.hidden_states(torch.tensor(prompt), [6])
+    arguments = ([*prompt[1:], 4], auxiliary, draft.num_predictions(), decoding.greedy)
+    expected, logits = decoding.with_cache(draft, d2t).propose(*arguments)
+    for form in ("flat", "nested"):
+        assert draft_files.check_draft(tmp_path / form) == []
+        loaded = evaluate_draft.load_draft(*draft_files.read_draft(tmp_path / form), target)
+        found, again = decoding.with_cache(*loaded).propose(*arguments)
+        assert found == expected
+        torch.testing.assert_close(again, logits)
+
+
 def test_the_command_measures_a_written_draft(tmp_path, capfd):
     """Without a number it drafts all that a block makes; more, and trees, are refused."""
     tiny.write_target(tmp_path / "target")
     target = target_model.load(tmp_path / "target", layer_ids=[2, 6])
     size = target.config.hidden_size
     draft, d2t = make_draft(target, hidden_size=size, vocab_size=400, draft_vocab_size=400, markov_rank=4)
-    config = draft.config | {
-        "markov_head_type": "vanilla", "enable_confidence_head": True, "confidence_head_with_markov": True,
-        "torch_dtype": "float32", "tie_word_embeddings": False, "attention_bias": False, "num_target_layers": 8,
-        "bos_token_id": 0, "eos_token_id": 4,
-    }  # fmt: skip
+    config = complete(draft.config) | {"eos_token_id": 4}
     draft_files.write_draft(tmp_path / "draft", config, draft.state_dict())
     chats = tiny.write_jsonl(tmp_path / "chats.jsonl", tiny.conversations(2))
     argv = ["--target_model_path", tmp_path / "target", "--draft_model_path", tmp_path / "draft", "--prompts", chats,

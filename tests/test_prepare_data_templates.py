@@ -1,12 +1,14 @@
 """Which tokens of each model family are supervised: templates and hand-marked texts lie in templates/."""
 
+import copy
 import functools
 import json
+import signal
 
 import pytest
 
 import prepare_data
-from core import conversations
+from core import conversations, rendering
 from helpers.chat_templates import CONVERSATIONS, FAMILIES, FOLDER, ROWS, expected, family_tokenizer, marked, names_of
 
 # Names with the same markers, so that each fits where the other does.
@@ -96,3 +98,24 @@ def test_a_thought_that_the_answer_says_again_stays(family, tagged):
 def test_no_file_of_the_folder_is_without_a_row():
     named = {f"{family}.txt" for family in ROWS} | {row["template"] for row in ROWS.values()}
     assert {path.name for path in FOLDER.iterdir()} == named | {"families.json", "conversations.json"}
+
+
+def test_a_template_that_does_not_end_is_ended(monkeypatch, capsys):
+    """On a plain conversation the program ends; on a row whose text it does not like, that row is rejected."""
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = copy.copy(tokenizer_of("qwen"))
+    template = tokenizer.chat_template
+    tokenizer.chat_template = endless
+    with pytest.raises(SystemExit):
+        prepare_data.make_chat(tokenizer, "auto", 4096, False)
+    assert "TimeoutError: it takes longer than 0.3 s" in capsys.readouterr().err
+    tokenizer.chat_template = "{% if 'slow' in messages[0].content %}" + endless + "{% endif %}" + template
+    chat = prepare_data.make_chat(tokenizer, "auto", 4096, False)
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
+        for text in ("quick", "slow")
+    ]
+    assert "b<|im_end|>⟧" in shown(rows[0], chat)
+    assert shown(rows[1], chat) == "rejected: template error"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

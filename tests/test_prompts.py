@@ -129,7 +129,7 @@ def test_every_turn_is_measured_behind_the_targets_own_reply(monkeypatch, tokeni
     own = tokenizer("Four.", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(decoding, "generate", lambda *_: own)
     monkeypatch.setattr(decoding, "speculate", lambda *_: (own, [1]))
-    args = evaluate_draft.parse_args(["--target_model_path", "t", "--draft_model_path", "d", "--prompts", "mt_bench"])
+    args = evaluate_draft.parse_args(["--target_model_path", "t", "--prompts", "mt_bench", "--num_draft_tokens", "7"])
     rows = evaluate_draft.measure(None, None, None, found, args, set())
     assert [(row["category"], row["turn"]) for row in rows] == [
         (category, turn) for category in ("writing", "writing", "math") for turn in (1, 2)

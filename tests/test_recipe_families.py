@@ -12,6 +12,8 @@ from helpers.recipes import SMALL, run, tells_acceptance
 # opens the thought)
 RECIPES = [
     ("run_qwen3_8b_online.sh", "qwen3", {"CHAT_TEMPLATE": "qwen3-thinking"}, "world 2 = dp 2", "<think>\nBecause "),
+    ("run_qwen3_8b_dflash.sh", "qwen3", {"CHAT_TEMPLATE": "qwen3-instruct"}, "blocks of 8", "<|im_end|>"),
+    ("run_llama3_dflash.sh", "llama", {"DRAFT_VOCAB_SIZE": ""}, "blocks of 8", "<|eot_id|>"),
     ("run_qwen3_30b_a3b_online.sh", "qwen3 experts", {"TP_SIZE": 2}, "tensor parallel over 2", "<|im_end|>"),
     ("run_gpt_oss_20b_online.sh", "gpt-oss", {}, "target forward 1", "<|channel|>analysis<|message|>Because "),
     ("run_deepseek_r1_distill_online.sh", "r1 llama", {}, "world 2 = dp 2 x tp 1", ".\n</think>\n\n"),
@@ -40,8 +42,7 @@ def test_recipe_of_a_family_with_a_small_target(script, name, variables, expecte
         NUM_GPUS=2,
         NUM_PROMPTS=2,
         MAX_NEW_TOKENS=12,
-        **SMALL,
-        **variables,
+        **(SMALL | variables),
     )
     assert expected in printed and "complete: " in printed and tells_acceptance(tmp_path / "out", printed)
     assert draft_files.check_draft(tmp_path / "out" / "draft" / "final") == []

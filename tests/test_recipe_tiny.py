@@ -50,3 +50,14 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
                 ids, torch.arange(len(ids)), auxiliary, last, target.head, plan, d2t, training.flags()
             )
         assert slots.acceptance_walk(train_eagle3.chain_lengths(correct).tolist(), mask.tolist()) == row["passes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--algorithm", "dspark")], ids=["dflash", "dspark"])
+def test_tiny_run_of_a_block_draft(tmp_path, flags):
+    """With few steps: every stage runs, and the draft is accepted more than before."""
+    output = tmp_path / "tiny"
+    small = {"TARGET_STEPS": 20, "NUM_PROMPTS": 2, "MAX_LENGTH": 128}
+    printed = run("run_tiny_dflash.sh", 2400, *flags, "--total_steps", "12", OUTPUT=output, **small)
+    assert "every text equals the target's own greedy text" in printed
+    assert draft_files.check_draft(output / "draft" / "final") == []

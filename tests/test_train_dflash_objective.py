@@ -271,6 +271,16 @@ def test_a_batch_without_blocks_has_a_loss_of_zero_and_gradients():
     assert all(p.grad is not None and not p.grad.any() for p in case[0].parameters())
 
 
+def test_blocks_of_one_prediction_are_where_chains_of_one_step_are():
+    """A block of an anchor and a mask has EAGLE-3's slots of step 0, and their teachers."""
+    masks = torch.tensor([0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1])
+    lengths = [7, 5]
+    supervised = slots.supervised_slots(masks, slots.documents_of(lengths), 1)
+    plan = blocks.plan_blocks(supervised, supervised[0], lengths, (0,), 2)
+    chains = slots.plan_slots(supervised, lengths)
+    assert plan.slots.tolist() == chains.live.tolist() and plan.teachers.tolist() == chains.teachers.tolist()
+
+
 def test_chunks_of_the_head_are_whole_blocks(monkeypatch):
     monkeypatch.setattr(slots, "HEAD_ROWS", 16)
     monkeypatch.setattr(slots, "HEAD_TOKENS", 7)

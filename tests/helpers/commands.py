@@ -9,11 +9,12 @@ import export_draft
 import import_target
 import prepare_data
 import prepare_hidden_states
+import train_dflash
 import train_eagle3
 
 SCRIPTS = (
     prepare_data, build_vocab_mapping, import_target, prepare_hidden_states, export_draft, train_eagle3, evaluate_draft,
-    compare_runs,
+    compare_runs, train_dflash,
 )  # fmt: skip
 
 

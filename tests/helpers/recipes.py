@@ -19,8 +19,8 @@ exec {launcher} --master_port {port} "$@"
 """
 
 
-def run(script, timeout, **environment):
-    """Run an example with these variables, in the environment of the tests; returns what it prints."""
+def run(script, timeout, *flags, **environment):
+    """Run an example with these flags and variables, in the environment of the tests; returns what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = Path(folder) / "deepspeed"
         launcher.write_text(LAUNCHER.format(launcher=shutil.which("deepspeed"), port=tiny.free_port()))
@@ -28,7 +28,7 @@ def run(script, timeout, **environment):
         environment["PATH"] = f"{folder}:{environment.get('PATH', os.environ['PATH'])}"
         # Beside other tests two threads that spin while they wait for each other would take a multiple of the time.
         variables = tiny.environment(EAGLE3_VENV="none", OMP_WAIT_POLICY="PASSIVE", **environment)
-        command = ["bash", str(tiny.REPOSITORY / "examples" / script)]
+        command = ["bash", str(tiny.REPOSITORY / "examples" / script), *flags]
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
