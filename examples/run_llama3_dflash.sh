@@ -15,7 +15,6 @@ export TRAINER=train_dflash.py
 export OUTPUT=${OUTPUT:-output/llama3-8b-dflash}
 export RECIPE=
 export TTT_LENGTH=
-export NUM_DRAFT_TOKENS=${NUM_DRAFT_TOKENS:-7}            # the block without its anchor
 export DRAFT_VOCAB_SIZE=${DRAFT_VOCAB_SIZE-}              # a smaller vocabulary is served by vLLM only
 export LEARNING_RATE=${LEARNING_RATE:-6e-4}
 export NUM_EPOCHS=${NUM_EPOCHS:-6}

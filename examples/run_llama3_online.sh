@@ -38,7 +38,7 @@ DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-ds_configs/zero2.json}
 PRECISION=${PRECISION:-auto}                        # of the draft: bf16, fp32; auto: bf16 on GPUs
 NUM_EPOCHS=${NUM_EPOCHS:-2}
 TTT_LENGTH=${TTT_LENGTH-7}                          # of train_eagle3.py
-NUM_DRAFT_TOKENS=${NUM_DRAFT_TOKENS:-$TTT_LENGTH}   # per pass of the evaluation
+NUM_DRAFT_TOKENS=${NUM_DRAFT_TOKENS:-$TTT_LENGTH}   # per pass of the evaluation; empty: what a block holds
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}                    # sequences per optimizer step, all ranks
 MICRO_BATCH=${MICRO_BATCH:-1}                       # sequences per rank in one forward of the draft
@@ -98,7 +98,7 @@ if [[ $STAGES == *4* ]]; then
     if [ "$NUM_PROMPTS" != 0 ]; then
         python evaluate_draft.py --target_model_path "$TARGET" --draft_model_path "$BEST" \
             --prompts "$PROMPTS" --num_prompts "$NUM_PROMPTS" --max_new_tokens "$MAX_NEW_TOKENS" \
-            --num_draft_tokens "$NUM_DRAFT_TOKENS" --output "$OUTPUT/evaluation"
+            ${NUM_DRAFT_TOKENS:+--num_draft_tokens "$NUM_DRAFT_TOKENS"} --output "$OUTPUT/evaluation"
         evaluation=(--evaluation "$OUTPUT/evaluation")
     fi
     # The draft alone, its model card, and the commands that serve it: a checkpoint has other files as well.

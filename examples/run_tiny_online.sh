@@ -57,7 +57,7 @@ train() {
 
 evaluate() {
     OMP_NUM_THREADS=2 python evaluate_draft.py --target_model_path "$OUTPUT/target" --prompts "$OUTPUT/data" \
-        --num_prompts "$NUM_PROMPTS" --max_new_tokens 64 --num_draft_tokens 7 --draft_model_path "$1" --output "$2"
+        --num_prompts "$NUM_PROMPTS" --max_new_tokens 64 --draft_model_path "$1" --output "$2"
 }
 
 stage "5. acceptance before training"
