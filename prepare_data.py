@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -544,10 +543,7 @@ def check_options(options, names, output):
     presets = [conversations.PRESETS[name] for name in names.values() if name in conversations.PRESETS]
     if options.dataset_path and not any(preset.hub for preset in presets):
         common.fail(f"dataset_path is a copy of a preset's hub repository, but dataset is {names['train']}")
-    is_prepared = (output / "data_config.json").is_file()
-    others = [path for path in output.glob("*") if path.name != "lost+found"]  # an empty volume has that
-    if not is_prepared and (output.is_file() or others):
-        common.fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
+    dataloader.check_replaceable(output)
 
 
 def list_ingredients(sources, tokenizer, chat, options, target_model_path):
@@ -571,47 +567,6 @@ def list_ingredients(sources, tokenizer, chat, options, target_model_path):
     if options.regenerate:
         ingredients["regenerate"] = options.regenerate.about(target_model_path)
     return ingredients
-
-
-def caches_of(output):
-    """Where the caches of a prepared folder lie while it is written: output may be mounted storage."""
-    return Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
-
-
-def replace_folder(output, place, write):
-    """Have write(new folder, folder of caches) called in `place`, then put the new folder in the place of output.
-
-    Both are renamed, so that a killed build never looks complete. A mount point, which is empty, is filled: place is
-    output itself. What is complete stays if it cannot be renamed.
-    """
-    scratch = place / f".{output.name}.building"
-    new = scratch / "new"
-    caches = caches_of(output)
-    common.remove(scratch)
-    common.remove(caches)
-    complete = False
-    try:
-        write(new, caches)
-        complete = True
-        if place == output:
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "data_config.json"):  # which comes last
-                path.rename(output / path.name)
-        else:
-            if output.exists():
-                output.rename(scratch / "old")
-            new.rename(output)
-        complete = False
-    except Exception as error:
-        problem = common.disk_problem(error)
-        if complete:
-            common.fail(f"output_path {output} cannot be replaced: {problem or error}; the complete data are in {new}")
-        if problem:
-            common.fail(f"output_path {output}, or HF_HOME, where caches lie in {caches}: {problem}")
-        raise
-    finally:
-        common.remove(caches)
-        if not complete:
-            common.remove(scratch)
 
 
 def show_first_row(data, tokenizer):
@@ -672,7 +627,7 @@ def prepare(dataset, output_path, target_model_path, **options):
     if place == output and stored.exists():
         common.fail(f"output_path {output} is a mount point with other data, which cannot be replaced: empty it")
     common.check_writable("the folder of output_path", place)
-    common.check_writable("HF_HOME", caches_of(output).parent)
+    common.check_writable("HF_HOME", dataloader.caches_of(output).parent)
     answers = None
     if options.regenerate:
         inputs = dict(zip(names, ingredients["inputs"], strict=True))
@@ -696,7 +651,7 @@ def prepare(dataset, output_path, target_model_path, **options):
         build(sources, chat, options, config, folder, caches, answers, listed)
 
     with claims.only_writer(f"output_path {output.name} in", place, f".{output.name}.preparing"):
-        replace_folder(output, place, write)
+        dataloader.replace_folder(output, place, fingerprint, write)
     common.remove(listed)
     data, config = dataloader.open_data(output)
     show_first_row(data, tokenizer)

@@ -12,6 +12,7 @@ How the model itself is written is up to the trainer: `write_draft(folder, tenso
     step_XXXXXXXX/...                  what write_draft writes
 """
 
+import contextlib
 import datetime
 import math
 import os
@@ -259,6 +260,7 @@ class Saving:
 
     def write(self):
         """Write, flush and measure this rank's files; in the thread."""
+        self.problem = f"{self.building} was not finished"  # whatever ends the thread
         try:
             if self.is_main:
                 self.write_draft(self.building, self.tensors)
@@ -271,10 +273,14 @@ class Saving:
             for path in files:
                 sync(path)
                 self.measured[str(path.relative_to(self.building))] = common.measure_file(path)
-        except (OSError, RuntimeError, SafetensorError, SystemExit) as error:  # the last has printed its own line
-            free = shutil.disk_usage(self.folder.parent).free / 1e9
-            reason = common.first_line(error)
-            self.problem = f"{self.building} cannot be written, {free:.3f} GB are free: {reason}"
+            self.problem = ""
+        except SystemExit:  # which has printed its own line
+            self.problem = f"{self.building} cannot be written"
+        except Exception as error:  # what any of the libraries raises costs a checkpoint, not the training
+            room = ""
+            with contextlib.suppress(OSError):
+                room = f", {shutil.disk_usage(self.folder.parent).free / 1e9:.3f} GB are free"
+            self.problem = f"{self.building} cannot be written{room}: {common.first_line(error)}"
 
     def publish(self):
         """Wait for all ranks and give the checkpoint its name. Returns "" or the problem."""
@@ -368,10 +374,14 @@ def link_newest(folder, best):
         new.replace(link)
 
 
-def remove_old(output_dir, limit, best):
-    """Remove the oldest checkpoints beyond `limit`. The best one stays, and folders with files of other origin."""
+def remove_old(newest, limit, best):
+    """Remove the oldest checkpoints beyond `limit` up to `newest`, the folder that was just saved.
+
+    The best one stays, and folders with files of other origin. One behind the newest was passed over as damaged.
+    """
     best_name = step_folder("", best[1]).name if best else None
-    for folder in checkpoints(output_dir)[limit:]:
+    saved = [folder for folder in checkpoints(newest.parent) if folder.name <= newest.name]
+    for folder in saved[limit:]:
         state = read_state(folder) or {"files": ()}
         written = {STATE, *state["files"]}
         present = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
@@ -453,7 +463,7 @@ class Saver:
         try:
             link_newest(folder, best)
             if self.flags["save_total_limit"]:
-                remove_old(self.flags["output_dir"], self.flags["save_total_limit"], best)
+                remove_old(folder, self.flags["save_total_limit"], best)
         except OSError as error:
             print(f"{folder} is complete, but: {error}", file=sys.stderr)
 
@@ -507,6 +517,8 @@ def move_aside(output_dir, draft):
 def remove_leftovers(output_dir):
     """Remove what an interruption left half-written or half-removed; nobody may be writing."""
     for path in Path(output_dir).glob(".*.building"):
+        if not re.fullmatch(rf"\.({STEP}|latest|best|final|universal)\.building", path.name):
+            continue
         if path.is_symlink():
             path.unlink()
         else:
@@ -537,8 +549,12 @@ def open_checkpoint(folder):
 def find_gap(state):
     """What a checkpoint lacks in its list of files; "" if nothing: the draft, and DeepSpeed's shards of all ranks."""
     needed = {name: re.escape(name) for name in ("config.json", "model.safetensors", RANKS)}
+    stage = state["flags"]["engine"]["zero_stage"]
     needed["DeepSpeed's states of the model"] = rf"{SHARDS}/.*model_states\.pt"
-    if state["flags"]["engine"]["zero_stage"]:
+    if stage == 3:
+        for rank in range(state["world_size"]):
+            needed[f"the model's states of rank {rank}"] = rf"{SHARDS}/.*pp_rank_{rank}_.*model_states\.pt"
+    if stage:
         for rank in range(state["world_size"]):
             needed[f"the optimizer's states of rank {rank}"] = rf"{SHARDS}/.*pp_rank_{rank}_.*optim_states\.pt"
     for what, pattern in needed.items():

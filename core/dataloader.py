@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,6 +30,9 @@ from core import common, slots, waits
 
 FORMAT_VERSION = 3  # part of the fingerprint: raise it whenever the same input would give other rows
 COLUMNS = ("input_ids", "loss_mask")
+PARTS = {  # of a prepared folder
+    "data_config.json", "dataset_dict.json", "token_freq.pt", "rejected.jsonl", "train", "validation",
+}  # fmt: skip
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_PATIENCE = 60  # seconds that a worker waits for room there
 
@@ -89,6 +93,74 @@ def is_of(folder, fingerprint):
     path = folder / "data_config.json"
     config = common.read_sealed(path) if path.is_file() else None
     return bool(config) and config["fingerprint"] == fingerprint and not common.find_damage(folder, config["files"])
+
+
+def check_replaceable(output):
+    """End the program if a folder, which is to be replaced by a prepared one, holds anything else than such a one.
+
+    A volume may have what a killed program has left: files without data_config.json, which is written last.
+    """
+    leftovers = {f".{output.name}.building", f".{output.name}.preparing", "lost+found"}  # an empty volume has the last
+    held = {path.name for path in output.glob("*")} - leftovers
+    others = sorted(held - PARTS)
+    is_prepared = "data_config.json" in held
+    if is_prepared and others:
+        names = ", ".join(others[:3])
+        common.fail(f"output_path {output} holds {names} beside prepared data: move it, or choose another folder")
+    if others or output.is_file() or (held and not is_prepared and not os.path.ismount(output)):
+        common.fail(f"output_path {output} holds something that is not a prepared data set: choose another folder")
+
+
+def caches_of(output):
+    """Where the caches of a prepared folder lie while it is written: output may be mounted storage."""
+    return Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
+
+
+def replace_folder(output, place, fingerprint, write):
+    """Have write(new folder, folder of caches) called in `place`, then put the new folder in the place of output.
+
+    Both are renamed, so that a killed build never looks complete. A mount point, which is empty, is filled: place is
+    output itself. What is complete stays if it cannot be renamed, and the next call with its fingerprint renames it.
+    """
+    scratch = place / f".{output.name}.building"
+    new = scratch / "new"
+    old = scratch / "old"
+    caches = caches_of(output)
+    if old.exists() and not output.exists():  # killed between two renames
+        old.rename(output)
+    complete = is_of(new, fingerprint)
+    if not complete:
+        common.remove(scratch)
+        common.remove(caches)
+    try:
+        if not complete:
+            write(new, caches)
+        complete = True
+        if place == output:
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "data_config.json"):  # which comes last
+                common.remove(output / path.name)
+                path.rename(output / path.name)
+        else:
+            if output.exists():
+                output.rename(old)
+            new.rename(output)
+        complete = False
+    except Exception as error:
+        problem = common.disk_problem(error)
+        if complete and old.exists() and not output.exists():
+            old.rename(output)
+        if complete:
+            common.fail(
+                f"output_path {output} cannot be replaced: {problem or error}; the complete data are in {new}, and "
+                "the same command tries again"
+            )
+        if problem:
+            common.fail(f"output_path {output}, or HF_HOME, where caches lie in {caches}: {problem}")
+        raise
+    finally:
+        common.remove(caches)
+        if not complete:
+            common.remove(scratch)
 
 
 def check_files(folder, config):
@@ -537,6 +609,8 @@ def read_steps(
         finally:
             if num_workers:  # they ignore SIGTERM, with which Python would end them, and wait for them, at its exit
                 batches._shutdown_workers()
+                for worker in batches._workers:  # one that was stopped
+                    worker.kill()
 
     yield from source.steps(data, steps, load)
 

@@ -17,6 +17,7 @@ import torch
 
 from core import common, conversations, rejected_rows, rendering
 
+FAILED = "regenerate local: the target does not generate any more: "
 TOO_LONG = "longer than the target's context"
 
 # On CPUs attention is one matrix of all tokens under way against all their keys: many conversations make it slow.
@@ -184,8 +185,13 @@ class LocalTarget:
         """Hand each output of the manager to the thread that waits for it, as long as the manager runs."""
         while not self.closed.is_set() and not self.manager.background_thread_status.fatal_error:
             output = self.manager.get_result(timeout=0.1)
-            if output and not output.error:
-                self.waiting.pop(output.request_id).set_result(output.generated_tokens)
+            if not output:
+                continue
+            future = self.waiting.pop(output.request_id)
+            if output.error:
+                future.set_exception(GenerationFailed(FAILED + str(output.error).splitlines()[0]))
+            else:
+                future.set_result(output.generated_tokens)
         while self.waiting:
             _, future = self.waiting.popitem()
             future.set_exception(GenerationFailed(self.problem()))
@@ -194,7 +200,7 @@ class LocalTarget:
         """Why the manager has ended, in one line."""
         error = self.manager.background_thread_status.fatal_error
         reason = common.first_line(error) if error else "it was stopped"
-        return f"regenerate local: the target does not generate any more: {reason}"
+        return FAILED + reason
 
 
 def render_prompt(messages, tools, chat):

@@ -419,6 +419,8 @@ def prepare(args, default, prepare_conversations, trainer):
 
     # --- draft ---
     start, state = checkpoints.find_start(args, engine, DECISIVE + trainer.DECISIVE)
+    if args.resume and not state and checkpoints.checkpoints(args.output_dir):  # none of them is complete
+        holds_old = True
     checkpoint, source = draft_source(args, start, state, trainer.FRESH)
     model_dir = target_files.resolve_target(args.target_model_path)
     text_config, target_config = target_files.read_target_config(model_dir, args.trust_remote_code)

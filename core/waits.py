@@ -79,7 +79,7 @@ def find_launchers():
     found = []
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
-            if LAUNCHERS & {Path(word).name for word in process.cmdline()[:3]}:
+            if LAUNCHERS & {Path(word).name for word in process.cmdline()[:5]}:
                 found.append(process)
     return found
 

@@ -20,6 +20,7 @@ from helpers.resuming import (
     different,
     readable,
     refused,
+    spoil,
     train,
     write_work,
 )
@@ -171,6 +172,46 @@ def test_too_many_in_a_row_stop_with_the_last_good_state(work, tmp_path, monkeyp
     train(work, out, "--resume")
     assert rows(out) == rows(work / "whole")
     assert [x for x in different(out / "final", work / "whole" / "final") if "run.json" not in x] == []
+
+
+def test_the_limit_does_not_count_a_damaged_checkpoint_of_a_later_step(work, tmp_path):
+    """It was passed over: what is saved behind an earlier one stays, though its number is lower."""
+    out = tmp_path / "out"
+    train(work, out, "--save_steps", 4, "--total_steps", 8, "--scheduler_total_steps", 12)
+    spoil(out / "step_00000008")
+    flags = ("--save_total_limit", 1, "--save_steps", 1, "--total_steps", 7, "--scheduler_total_steps", 12)
+    train(work, out, *flags, "--resume")
+    assert {path.name for path in out.glob("step_*")} >= {"step_00000007", "step_00000008"}
+    assert (out / "latest").resolve().name == "step_00000007" and (out / "latest").exists()
+    assert not (out / "step_00000006").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), MemoryError(), SystemExit(2)])
+def test_whatever_ends_the_writing_costs_a_checkpoint_and_not_the_training(work, tmp_path, monkeypatch, capfd, error):
+    write = checkpoints.write_tensors
+    calls = []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise error
+        write(*args)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", fails)
+    train(work, tmp_path / "out", "--save_steps", 3, "--total_steps", 6, "--scheduler_total_steps", 12)
+    assert [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_00000006"]
+    assert "no checkpoint at step 3, what was saved before stays: " in capfd.readouterr().err
+
+
+def test_resuming_without_a_complete_checkpoint_moves_the_earlier_run_aside(work, tmp_path):
+    out = tmp_path / "out"
+    train(work, out, "--total_steps", 4, "--scheduler_total_steps", 12)
+    before = (out / "metrics.jsonl").read_text()
+    for folder in out.glob("step_*"):
+        spoil(folder)
+    train(work, out, "--total_steps", 4, "--scheduler_total_steps", 12, "--resume")
+    (aside,) = out.glob("earlier_*")
+    assert (aside / "metrics.jsonl").read_text() == before and (aside / "final").exists()
 
 
 def test_storage_without_symbolic_links(work, tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -248,6 +250,19 @@ def test_a_target_that_fails_ends_it_and_what_it_answered_is_kept(
     assert f"{count} of 12 rows are there, the same command goes on" in error and 0 < count < 12
     monkeypatch.undo()
     assert len(answer(target, chat, rows, path)) == 12
+
+
+def test_a_reply_that_fails_alone_is_not_waited_for():
+    """transformers may give a request up without an end of the generation."""
+    outputs = [SimpleNamespace(request_id="1", error="no room\nat all"), None]
+    status = SimpleNamespace(fatal_error=None)
+    manager = SimpleNamespace(background_thread_status=status, get_result=lambda timeout: outputs.pop(0))
+    future = Future()
+    target = SimpleNamespace(closed=Event(), manager=manager, waiting={"1": future})
+    future.add_done_callback(lambda _: target.closed.set())
+    local_replies.LocalTarget.deliver(target)
+    with pytest.raises(local_replies.GenerationFailed, match="does not generate any more: no room$"):
+        future.result(0)
 
 
 def test_a_target_that_cannot_be_batched_is_one_line(target, chat, tmp_path, monkeypatch, capsys):

@@ -639,6 +639,9 @@ def test_an_empty_volume_is_filled_from_inside(tmp_path, target, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
     with tiny.small_disk(tmp_path / "volume", 4096) as (volume, _):
         (volume / "lost+found").mkdir()
+        (volume / ".volume.building" / "new").mkdir(parents=True)  # of a program that was killed, as the next one
+        (volume / "train").mkdir()
+        (volume / "train" / "half").touch()
         prepare_data.prepare(path, volume, target)
         assert sorted(path.name for path in volume.iterdir()) == [
             "data_config.json", "dataset_dict.json", "lost+found", "rejected.jsonl", "token_freq.pt", "train",
@@ -662,8 +665,48 @@ def test_complete_data_stay_if_they_cannot_be_renamed(tmp_path, target, monkeypa
     monkeypatch.setattr(Path, "rename", busy)
     line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target).rstrip()
     new = tmp_path / ".out.building" / "new"
-    assert line.endswith(f"the complete data are in {new}") and "cannot be replaced" in line
+    assert f"the complete data are in {new}, and the same command tries again" in line
     dataloader.check_files(new, dataloader.open_data(new)[1])
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_data, "build", None)  # nothing is built again
+    prepare_data.prepare(path, tmp_path / "out", target)
+    dataloader.check_files(tmp_path / "out", dataloader.open_data(tmp_path / "out")[1])
+    assert not new.exists()
+
+
+def test_earlier_data_are_put_back_if_new_ones_cannot_take_their_place(tmp_path, target, monkeypatch, capsys):
+    """At once, or by the next start if the program was killed between the two renames."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    out = tmp_path / "out"
+    before = prepare_data.prepare(path, out, target)["fingerprint"]
+    rename = Path.rename
+
+    def busy(source, goal):
+        if source.name == "new":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(source, goal)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    tiny.fails(capsys, prepare_data.prepare, path, out, target, max_length=64)
+    assert dataloader.open_data(out)[1]["fingerprint"] == before
+    monkeypatch.undo()
+    out.rename(tmp_path / ".out.building" / "old")  # as if it was killed
+    assert prepare_data.prepare(path, out, target, max_length=64)["fingerprint"] != before
+    assert [entry.name for entry in tmp_path.iterdir() if "out" in entry.name] == ["out"]
+
+
+def test_what_is_not_of_prepared_data_is_not_deleted(tmp_path, target, capsys):
+    """A folder beside the data, as others keep hidden states there; a project with a file of that name."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(2))
+    prepare_data.prepare(path, tmp_path / "out", target)
+    (tmp_path / "out" / "hidden_states").mkdir()
+    line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target, max_length=64)
+    assert "holds hidden_states beside prepared data" in line and (tmp_path / "out" / "hidden_states").exists()
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "data_config.json").write_text("{}")
+    assert "holds src beside prepared data" in tiny.fails(
+        capsys, prepare_data.prepare, path, tmp_path / "project", target
+    )
 
 
 def test_no_room_for_caches_is_one_line(tmp_path, target, monkeypatch, capsys):

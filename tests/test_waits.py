@@ -82,6 +82,21 @@ with ranks.stop_signals() as asked:
 """
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "train_eagle3.py"),
+        ("python3", "-m", "torch.distributed.run", "train_eagle3.py"),
+        ("/usr/bin/python3", "/usr/local/bin/deepspeed", "train_eagle3.py"),
+        ("python", "-u", "-m", "torch.distributed.run", "--nnodes", "2"),
+    ],
+)
+def test_launchers_are_known_by_their_command_lines(words, monkeypatch):
+    above = [SimpleNamespace(cmdline=lambda: list(words)), SimpleNamespace(cmdline=lambda: ["bash", "run.sh"])]
+    monkeypatch.setattr(waits.psutil, "Process", lambda: SimpleNamespace(parents=lambda: above))
+    assert waits.find_launchers() == above[:1]
+
+
 @pytest.mark.parametrize(("name", "is_launcher"), [("torchrun", True), ("launch_all.py", False)])
 def test_a_rank_whose_launcher_was_killed_stops(name, is_launcher, tmp_path):
     """What else has started it may go: a shell, a script."""
