@@ -712,12 +712,12 @@ def test_what_is_not_of_prepared_data_is_not_deleted(tmp_path, target, capsys):
 def test_no_room_for_caches_is_one_line(tmp_path, target, monkeypatch, capsys):
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(400))
     with tiny.small_disk(tmp_path / "home", 100) as (home, _):
-        monkeypatch.setattr(prepare_data.huggingface_hub.constants, "HF_HOME", str(home))
+        monkeypatch.setattr(dataloader.huggingface_hub.constants, "HF_HOME", str(home))
         line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target)
         assert str(home) in line and "No space left on device" in line
     with tiny.small_disk(tmp_path / "read", 100) as (home, _):
         subprocess.run(["mount", "-o", "remount,ro", str(home)], check=True)
-        monkeypatch.setattr(prepare_data.huggingface_hub.constants, "HF_HOME", str(home))
+        monkeypatch.setattr(dataloader.huggingface_hub.constants, "HF_HOME", str(home))
         line = tiny.fails(capsys, prepare_data.prepare, path, tmp_path / "out", target)
         assert f"HF_HOME {home}" in line and "Read-only file system" in line
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["home", "read", "rows.jsonl"]
