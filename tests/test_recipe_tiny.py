@@ -53,11 +53,11 @@ def test_tiny_run_trains_a_draft_that_is_accepted(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--algorithm", "dspark")], ids=["dflash", "dspark"])
-def test_tiny_run_of_a_block_draft(tmp_path, flags):
-    """With few steps: every stage runs, and the draft is accepted more than before."""
+def test_tiny_run_of_a_block_draft(tmp_path):
+    """With few steps: every stage runs. The other recipes of block drafts train DFlash."""
     output = tmp_path / "tiny"
     small = {"TARGET_STEPS": 20, "NUM_PROMPTS": 2, "MAX_LENGTH": 128}
-    printed = run("run_tiny_dflash.sh", 2400, *flags, "--total_steps", "12", OUTPUT=output, **small)
+    flags = ("--algorithm", "dspark", "--total_steps", "12")
+    printed = run("run_tiny_dflash.sh", 2400, *flags, OUTPUT=output, **small)
     assert "every text equals the target's own greedy text" in printed
     assert draft_files.check_draft(output / "draft" / "final") == []
