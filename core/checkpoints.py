@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from core import common, ranks
+from core import common, ranks, waits
 
 STATE = "trainer_state.json"
 RANKS = "deepspeed/ranks.safetensors"  # engines that serve the folder read each *.safetensors beside config.json
@@ -233,7 +233,7 @@ class Saving:
         self.state = state
         self.measured = {}  # {name: common.measure_file} of this rank's files
         self.problem = ""
-        self.thread = threading.Thread(target=self.write)
+        self.thread = threading.Thread(target=self.write, daemon=True)  # storage that hangs does not hold up the exit
         self.is_there = ranks.on_first_rank(lambda: is_complete(folder))
         if self.is_there:
             return
@@ -287,7 +287,8 @@ class Saving:
         if self.is_there:
             return ""
         if self.thread.ident:
-            self.thread.join()
+            with waits.waiting_for("the checkpoint that is written"):
+                self.thread.join()
         gathered = ranks.gather(self.measured)
         problem = first_problem(self.problem)
         if dist.get_rank() == 0 and not problem:

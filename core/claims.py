@@ -167,11 +167,28 @@ def write(file, writer):
 
 
 def beat(file, writer, stopped):
-    """Change the file every BEAT seconds."""
+    """Change the file every BEAT seconds; end the process if another writer has taken it over meanwhile.
+
+    It took this one, which was held up or cut off from the storage for long, for dead.
+    """
     while not stopped.wait(BEAT):
-        writer["beat"] += 1
         with contextlib.suppress(OSError):  # storage that is away for a while
+            now = read(file)
+            if now and any(now[name] != writer[name] for name in ("host", "pid", "started")):
+                lost(now)
+            writer["beat"] += 1
             write(file, writer)
+
+
+def lost(writer):
+    """End the process: two would write."""
+    print(
+        f"error: host {writer['host']}, pid {writer['pid']} has taken over the folder that is written here: this "
+        f"process gave no sign of life for {PATIENCE} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def lives(writer, path):

@@ -166,11 +166,16 @@ def write_atomic(path, data):
     """Write bytes or str so that a reader sees the old file or the complete new one, never a part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -254,6 +259,17 @@ def open_output(path):
     check_writable("output", path)
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+def read_object(path):
+    """(the object of a JSON file, ""), or ({}, the problem with it)."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        return {}, f"it cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
+        return {}, f"it is not JSON: {first_line(error)}"
+    return (value, "") if isinstance(value, dict) else ({}, "it is not a JSON object")
 
 
 def below(folder, name):

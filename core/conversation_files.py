@@ -287,8 +287,9 @@ def find_saved(folder):
 
 def list_saved(state):
     """The Arrow files that a state.json of save_to_disk names; [] for another file of this name, or none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return [state.parent / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        files = json.loads(state.read_text())["_data_files"]
+        return [common.below(state.parent, entry["filename"]) for entry in files]
     return []
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,8 @@ def check_replaceable(output):
 
 def caches_of(output):
     """Where the caches of a prepared folder lie while it is written: output may be mounted storage."""
-    return Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(str(output))[:16]
+    place = [socket.gethostname(), str(output)]  # containers may share HF_HOME, and name other folders alike
+    return Path(huggingface_hub.constants.HF_HOME) / "eagle3" / common.hash_of(place)[:16]
 
 
 def replace_folder(output, place, fingerprint, write):
@@ -527,7 +529,8 @@ def find_shortage(packed, steps):
 
     packed: one of the steps.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, deepspeed's
+    given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun's, deepspeed's
+    here = int(given) if given.isdecimal() else 1
     needed = here * steps * sum(tensor.nbytes for tensor in packed[1].values())
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else math.inf
     if needed <= free:

@@ -349,7 +349,7 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark at the beginning
     except OSError as error:
         return {}, f"{path.name} is missing" if error.errno == ENOENT else f"{path.name}: {error.strerror}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"{path.name} is not JSON, which has no comments and no commas before a bracket: {error}"
     return (value, "") if isinstance(value, dict) else ({}, f"{path.name} is not a JSON object")
 
@@ -364,7 +364,7 @@ def _read_tensors(folder):
         if index.exists():
             tensors = {}
             for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-                tensors |= load_file(folder / shard)
+                tensors |= load_file(common.below(folder, shard))
             return tensors, []
         if pickled.exists():
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)

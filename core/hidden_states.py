@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -147,15 +148,17 @@ class Store:
                 common.write_atomic(path, json.dumps(new, indent=1) + "\n")
         except OSError as error:
             common.fail(f"{self.folder} cannot be written: {error}")
-        try:
-            return dict(json.loads(path.read_text()))
-        except OSError:
+        if not path.is_file():
             common.fail(
                 f"{self.folder} has no hidden states, as its index.json cannot be read: give the folder that "
                 "prepare_hidden_states.py has written"
             )
-        except (ValueError, TypeError) as error:
-            common.fail(f"{self.folder} is not a folder of hidden states: its index.json is broken: {error}")
+        index, problem = common.read_object(path)
+        if not problem and not (str(index.get("dtype")) in DTYPES and isinstance(index.get("shards"), dict)):
+            problem = "it has no dtype of these, or no shards"
+        if problem:
+            common.fail(f"{self.folder} is not a folder of hidden states: its index.json is broken: {problem}")
+        return index
 
     @property
     def layer_count(self):
@@ -168,12 +171,12 @@ class Store:
 
     def remove_leftovers(self):
         """Remove what interruptions left half-written; of writers that may live nothing."""
-        here = f".building-{socket.gethostname()}-"
+        here = re.compile(rf"\.building-{re.escape(socket.gethostname())}-(\d+)-[^-]+")
         for path in [*self.folder.glob(".building-*"), *self.folder.glob(".index.json.*.tmp")]:
-            pid = path.name.removeprefix(here).partition("-")[0]
+            of_here = here.fullmatch(path.name)
             with contextlib.suppress(OSError):  # it is gone
                 is_old = time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
-                if is_old or (pid.isdecimal() and not psutil.pid_exists(int(pid))):
+                if is_old or (of_here and not psutil.pid_exists(int(of_here[1]))):
                     common.remove(path)
 
     # --- reading ---
@@ -187,7 +190,7 @@ class Store:
             number = int(path.name.partition("-")[0])
             self.number = max(self.number, number + 1)
             try:
-                rows = self.index["shards"].get(path.name) or rows_in_header(path)
+                rows = dict(self.index["shards"].get(path.name) or rows_in_header(path))
             except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
                 print(f"{path} is damaged, its rows are taken for missing: {error}", file=sys.stderr)
                 continue

@@ -411,7 +411,9 @@ def check_about(path, about):
     """End the program if the answers beside `path` depend on something else than `about`."""
     if not path.is_file():
         return
-    stored = json.loads(path.read_text())
+    stored, problem = common.read_object(path)
+    if problem:
+        common.fail(f"{path}: {problem}: choose another --regenerate_path, or delete it and its answers")
     different = []
     for key in {**about, **stored}:
         if stored.get(key) != about.get(key):

@@ -7,6 +7,7 @@ layouts, a hub id.
 import contextlib
 import hashlib
 import json
+import operator
 import re
 import zipfile
 from pathlib import Path
@@ -143,10 +144,13 @@ def link_together(*folders):
             files[TEMPLATES_FOLDER] = folder / TEMPLATES_FOLDER
     key = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
     merged = Path(constants.HF_HOME) / "mlflow_models" / key
-    merged.mkdir(parents=True, exist_ok=True)
-    for name, path in files.items():
-        with contextlib.suppress(FileExistsError):  # another rank was faster
-            (merged / name).symlink_to(path)
+    try:
+        merged.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                (merged / name).symlink_to(path)
+    except OSError as error:
+        common.fail(f"HF_HOME, where the files of a target are linked together in {merged}: {error}")
     return merged
 
 
@@ -163,8 +167,8 @@ def load_tokenizer(target_model_path, trust_remote_code=False):
         common.fail(f"the tokenizer in {folder} is a tiktoken.model: add a tokenizer.json that was made of it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        common.fail(f"cannot load the tokenizer in {folder}: {error}")
+    except Exception as error:  # of several libraries, for files of another kind
+        common.fail(f"cannot load the tokenizer in {folder}: {common.first_line(error)}")
     if not tokenizer.is_fast:
         common.fail(f"the tokenizer in {folder} is not a fast one: add its tokenizer.json")
     return tokenizer
@@ -267,7 +271,10 @@ def read_header(path):
             header = json.loads(file.read(start - 8)) if start <= min(size, HEADER_BYTES) else {}
             header.pop("__metadata__", None)
             for tensor in header.values():
-                tensor["data_offsets"] = [start + offset for offset in tensor["data_offsets"]]
+                first, end = map(operator.index, tensor["data_offsets"])
+                if not 0 <= first <= end or not tensor.keys() >= {"dtype", "shape"}:
+                    raise ValueError
+                tensor["data_offsets"] = [start + first, start + end]
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             header = {}
     if not header:

@@ -7,15 +7,27 @@ import os
 import pickle
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import build_vocab_mapping
 import prepare_data
-from core import dataloader, draft_files, prompts, target_files, target_model, vocabulary
+from core import (
+    claims,
+    common,
+    conversation_files,
+    dataloader,
+    draft_files,
+    hidden_states,
+    prompts,
+    target_files,
+    target_model,
+    vocabulary,
+)
 from helpers import tiny
 from helpers.commands import SCRIPTS, flags_of
 from helpers.training import refused
@@ -283,3 +295,97 @@ def test_the_token_counts_of_prepared_data_do_not_run(boom, target, tmp_path, ca
         )
     suffixes = {path.suffix for path in (tmp_path / "data").rglob("*") if path.is_file()}
     assert suffixes <= {".arrow", ".json", ".jsonl", ".pt"}, "another kind of file to look at"
+
+
+# --- files of another kind ---
+
+DEEP = "[" * 100_000
+
+
+def write_header(path, **tensor):
+    """A safetensors file whose header names one tensor."""
+    header = json.dumps({"x": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": []},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]},
+        {"shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "data_offsets": [0, 8]},
+    ],
+)
+def test_a_header_of_another_kind_is_one_line(tensor, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    write_header(path, **tensor)
+    assert "is not a safetensors file" in tiny.fails(capsys, target_files.read_header, path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, "[]", '{"dtype": "int4", "shards": {}}', '{"dtype": [], "shards": {}}', '{"dtype": "fp8", "shards": []}'],
+    [DEEP, "[]", '{"dtype": "int4", "shards": {}}', '{"dtype": [], "shards": {}}', '{"dtype": "fp8", "shards": []}'],
+)
+def test_an_index_of_another_kind_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "index.json").write_text(text)
+    line = tiny.fails(capsys, hidden_states.Store, tmp_path, {})
+    assert "is not a folder of hidden states" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("tokenizer_config.json", "[]"), ("tokenizer_config.json", DEEP), ("special_tokens_map.json", "[]"),
+     ("tokenizer_config.json", '{"tokenizer_class": 5}')],
+)  # fmt: skip
+def test_a_tokenizer_of_another_kind_is_one_line(name, text, tmp_path, capsys):
+    tiny.write_target(tmp_path)
+    (tmp_path / name).write_text(text)
+    try:
+        target_files.load_tokenizer(tmp_path)
+    except SystemExit:
+        assert f"cannot load the tokenizer in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_configuration_nested_too_deep_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(DEEP)
+    assert draft_files.read_json(tmp_path / "config.json")[1].startswith("config.json is not JSON")
+    assert common.read_object(tmp_path / "config.json")[1].startswith("it is not JSON")
+
+
+def test_an_index_that_leads_out_of_its_folder_is_not_followed(tmp_path):
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (draft / "config.json").write_text("{}")
+    index = {"weight_map": {"x": "../other.safetensors"}}
+    (draft / "model.safetensors.index.json").write_text(json.dumps(index))
+    problems = draft_files.load(draft, strict=True).problems
+    assert any("leads out of the folder" in problem for problem in problems)
+    state = draft / "state.json"
+    state.write_text(json.dumps({"_data_files": [{"filename": "../../etc/passwd"}]}))
+    assert conversation_files.list_saved(state) == []
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    with tiny.small_disk(tmp_path / "disk", 64) as (disk, _):
+        with pytest.raises(OSError):
+            common.write_atomic(disk / "big.json", b"x" * 2**20)
+        assert list(disk.iterdir()) == []
+
+
+def test_a_writer_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    ends = []
+    monkeypatch.setattr(claims, "lost", lambda writer: ends.append(writer) or stopped.set())
+    stopped = threading.Event()
+    me = {"host": "a", "pid": 1, "started": 2.0, "beat": 0}
+    other = {"host": "b", "pid": 3, "started": 4.0, "beat": 7}
+    with (tmp_path / ".writer").open("w+b", buffering=0) as file:
+        claims.write(file, me)
+        threading.Timer(0.1, lambda: claims.write(file, other)).start()
+        claims.beat(file, me, stopped)
+    assert ends[0] == other
