@@ -27,6 +27,9 @@ def read_rows(chosen=()):
     """[(fault, what is injected, tests)] of cases/faults.txt."""
     lines = (HERE / "cases" / "faults.txt").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")] for line in lines if line and not line.startswith("#")]
+    unknown = set(chosen) - {fault for fault, _, _ in rows}
+    if unknown:
+        common.fail(f"{', '.join(sorted(unknown))}: no such fault in cases/faults.txt")
     return [(fault, what, tests.split()) for fault, what, tests in rows if not chosen or fault in chosen]
 
 

@@ -328,7 +328,6 @@ def test_a_header_of_another_kind_is_one_line(tensor, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text",
     [DEEP, "[]", '{"dtype": "int4", "shards": {}}', '{"dtype": [], "shards": {}}', '{"dtype": "fp8", "shards": []}'],
-    [DEEP, "[]", '{"dtype": "int4", "shards": {}}', '{"dtype": [], "shards": {}}', '{"dtype": "fp8", "shards": []}'],
 )
 def test_an_index_of_another_kind_is_one_line(text, tmp_path, capsys):
     (tmp_path / "index.json").write_text(text)
