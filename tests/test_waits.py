@@ -169,6 +169,17 @@ def test_a_stopped_worker_is_named(work, one_rank, monkeypatch):
     assert reason.startswith("the next step's data") and f"pid {stopped.pid} stopped" in reason
 
 
+def test_a_stopped_worker_does_not_outlive_what_it_reads_for(work, one_rank, monkeypatch):
+    """Python would wait for it at its exit, without end."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # torch's patience with it
+    with contextlib.closing(steps_of(work, 1)) as steps:
+        next(steps)
+        (worker,) = multiprocessing.active_children()
+        psutil.Process(worker.pid).suspend()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
 def test_steps_that_do_not_fit_into_shared_memory_are_one_line(work, one_rank, tmp_path, monkeypatch, capsys):
     """What is free is compared at the start: nothing is read if it cannot be handed over."""
     with tiny.small_disk(tmp_path / "shm", 4) as (folder, _):
