@@ -300,7 +300,20 @@ def take_name(building, path):
     except FileExistsError:
         return False
     except OSError:  # storage without hard links
+        return rename_to_free(building, path)
+
+
+def rename_to_free(building, path):
+    """take_name by a file that only one writer can create: a rename would replace what another one has named."""
+    taken = path.with_name(f".{path.name}.taken")
+    try:
+        os.close(os.open(taken, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    try:
         if path.exists():
             return False
         building.rename(path)
         return True
+    finally:
+        taken.unlink()
