@@ -403,7 +403,7 @@ def batch_of(args, draft, trains=False):
         chosen = supervised[0]
         if trains:
             draws = dataloader.draw(args.seed, epoch, fields["rows"], lengths)
-            chosen = blocks.choose_anchors(supervised[-1], lengths, args.max_anchors, draws)
+            chosen = slots.choose_slots(supervised[-1], lengths, args.max_anchors, draws)
         plan = blocks.plan_blocks(supervised, chosen, lengths, windows, size)
         return dataloader.Batch(**fields, plan=plan, normaliser=int(plan.valid.sum()))
 

@@ -550,14 +550,18 @@ def batch_of(args, windows=(0,), trains=False):
         fields = dataloader.concatenate(rows, epoch)
         lengths = fields["lengths"]
         supervised = slots.supervised_slots(fields["loss_mask"], slots.documents_of(lengths), args.ttt_length)
+        every = supervised[0]
+        if trains and args.max_chains:
+            draws = dataloader.draw(args.seed, epoch, fields["rows"], lengths, stream=1)
+            supervised = supervised & slots.choose_slots(every, lengths, args.max_chains, draws)
         if trains and (args.chain_sampling or args.step_weights == "survival"):
             draws = dataloader.draw(args.seed, epoch, fields["rows"], lengths) if args.chain_sampling else None
             plan = slots.plan_chains(supervised, lengths, windows, draws)
         else:
             plan = slots.plan_slots(supervised, lengths, windows)
         normaliser = plan.counts[0]
-        if args.loss_average == "sequences":
-            weights, normaliser = slots.sequence_weights(supervised[0], lengths)
+        if args.loss_average == "sequences" or args.max_chains:
+            weights, normaliser = slots.weigh_slots(every, supervised[0], lengths, args.loss_average)
             plan = plan._replace(weights=weights)
         return dataloader.Batch(**fields, plan=plan, normaliser=normaliser)
 
@@ -784,6 +788,7 @@ def add_objective_flags(add):
     add("--ttt_step_loss_decay", type=NOT_NEGATIVE, default=0.8, help="step i weighs this to the power of i")
     weights = ("decay", "survival")
     add("--step_weights", choices=weights, default=weights[0], help="survival: the chance that serving gets there")
+    add("--max_chains", type=POSITIVE, help="of a sequence in an epoch, drawn anew; none: one at each of its slots")
     add("--chain_sampling", action=common.Switch, help="a chain goes on with that chance, instead of the weight")
     averages = ("tokens", "sequences")
     add("--loss_average", choices=averages, default=averages[0], help="what counts the same in an optimizer step")

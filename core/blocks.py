@@ -26,21 +26,6 @@ class Plan(NamedTuple):
     chunks: list  # (first teacher, end teacher, first row, end row): whole blocks that the head computes at a time
 
 
-def choose_anchors(candidates, lengths, most, draws):
-    """At most `most` candidates of each document, those of the smallest draws: bool [T].
-
-    candidates bool [T], draws [T]; lengths: tokens of each document.
-    """
-    chosen = torch.zeros_like(candidates)
-    parts = (x.split(lengths) for x in (candidates, draws, chosen))
-    for allowed, numbers, marks in zip(*parts, strict=True):
-        places = allowed.nonzero().flatten()
-        if len(places) > most:
-            places = places[numbers[places].argsort()[:most]]
-        marks[places] = True
-    return chosen
-
-
 def plan_blocks(supervised, chosen, lengths, windows, size):
     """The Plan of blocks of `size` tokens behind the slots `chosen` (bool [T]).
 

@@ -378,14 +378,17 @@ def concatenate(rows, epoch=0):
     }
 
 
-def random_of(seed, epoch, row):
-    """NumPy's generator of what is random in a row in an epoch, whatever the ranks, workers and batches are."""
-    return np.random.default_rng([seed % 2**32, epoch, row + 1])
+def random_of(seed, epoch, row, stream=0):
+    """NumPy's generator of what is random in a row in an epoch, whatever the ranks, workers and batches are.
+
+    Streams are independent of each other.
+    """
+    return np.random.default_rng([seed % 2**32, epoch, row + 1, stream])
 
 
-def draw(seed, epoch, rows, lengths):
+def draw(seed, epoch, rows, lengths, stream=0):
     """A number in [0, 1) for each token of concatenated rows: float64 [T]."""
-    parts = [random_of(seed, epoch, row).random(length) for row, length in zip(rows, lengths, strict=True)]
+    parts = [random_of(seed, epoch, row, stream).random(length) for row, length in zip(rows, lengths, strict=True)]
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -181,6 +181,6 @@ OF_BLOCK_TRAINERS = (  # the same of train_dflash.py
     Foreign("draft_hidden_act", "silu|none", "the engines know silu alone: drop it"),
     Foreign("(norm_before_(residual|fc)|fc_norm|norm_output|embed_requires_grad)(=false)?", "false", EAGLE3),
     Foreign("ttt_.*|use_off_policy_tokens(=false)?|sliding_window_indices", "", EAGLE3),
-    Foreign("head_init|freeze_head|step_weights|chain_sampling|noise_std|recipe", "", EAGLE3),
+    Foreign("head_init|freeze_head|step_weights|chain_sampling|max_chains|noise_std|recipe", "", EAGLE3),
     *(foreign for foreign in OF_TRAINERS if foreign.instead != BLOCKS),
 )  # fmt: skip

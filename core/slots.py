@@ -211,15 +211,34 @@ def plan_next(plan, survival):
     return following._replace(chains=chains, weights=plan.weights), survival[places]
 
 
-def sequence_weights(supervised, lengths):
-    """(weights [T] float64, number of sequences with slots): with them each sequence's mean counts the same.
+def choose_slots(candidates, lengths, most, draws):
+    """At most `most` candidates of each document, those of the smallest draws: bool [T].
 
-    supervised [T]: the slots of step 0.
+    candidates bool [T], draws [T]; lengths: tokens of each document.
+    """
+    chosen = torch.zeros_like(candidates)
+    parts = (x.split(lengths) for x in (candidates, draws, chosen))
+    for allowed, numbers, marks in zip(*parts, strict=True):
+        places = allowed.nonzero().flatten()
+        if len(places) > most:
+            places = places[numbers[places].argsort()[:most]]
+        marks[places] = True
+    return chosen
+
+
+def weigh_slots(supervised, chosen, lengths, average):
+    """(weights [T] float64, normaliser): a sequence's chosen slots stand for all of its slots.
+
+    supervised, chosen: bool [T], slots of step 0. average: tokens, where each slot counts the same, or sequences, where
+    each sequence's mean does.
     """
     weights = []
-    for part in supervised.double().split(lengths):
-        weights.append(part / part.sum().clamp(min=1))
-    return torch.cat(weights), sum(bool(part.any()) for part in weights)
+    count = 0
+    for every, part in zip(supervised.split(lengths), chosen.double().split(lengths), strict=True):
+        stands_for = every.sum() if average == "tokens" else every.any()
+        weights.append(part * stands_for / part.sum().clamp(min=1))
+        count += int(stands_for)
+    return torch.cat(weights), count
 
 
 def make_plan(first, live, keep, starts, windows):

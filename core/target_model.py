@@ -32,7 +32,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
-from core import common, ranks, slots, target_files
+from core import common, ranks, slots, target_attention, target_files
 
 # Keys under which transformers' model families keep a factor of their logits. Some multiply by it and some divide
 # (Granite divides by logits_scaling, HyperCLOVA X multiplies): which one holds is found out by a forward of the model.
@@ -93,7 +93,7 @@ class Target:
     head: Head
     embedding: torch.Tensor  # [V, Ht], without any factor that the family puts on its embeddings
     layer_ids: list  # in transformers' hidden_states indexing: 0 = embeddings, i = after i layers
-    packs: bool = True  # whether the family ends attention at the borders of concatenated sequences
+    packs: bool = False  # whether target_attention takes the place of the family's attention
     norm: torch.nn.Module | None = None  # the final norm, where there is no model
     captured: dict = field(default_factory=dict)
 
@@ -121,9 +121,9 @@ class Target:
     def hidden_states(self, input_ids, lengths, first=0, end=None):
         """One forward over concatenated sequences, without the head.
 
-        input_ids [T] int64 with T = sum(lengths). Positions restart and attention ends at every sequence's border: with
-        neither mask nor cache, most families read the borders off the position ids. For those that do not, the
-        sequences are padded at the right, which no causal model can see from the left.
+        input_ids [T] int64 with T = sum(lengths). Positions restart at every sequence's border, and attention ends
+        there (core/target_attention.py). For families of another attention the sequences are padded at the right,
+        which no causal model can see from the left.
         Returns auxiliary hidden states [T', 3·Ht] and the last hidden state [T', Ht] of the sequences first to end, in
         the target's dtype.
         """
@@ -134,13 +134,15 @@ class Target:
             keep = (0, slice(sum(lengths[:first]), sum(lengths[:end])))
             input_ids = input_ids[None]
             positions = slots.positions_of(lengths, device)[None]
+            attention = target_attention.each_alone(self.decoder, lengths)
         else:
             input_ids = pad_sequence(input_ids.split(lengths), batch_first=True)
             positions = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
             keep = positions < torch.tensor(lengths, device=device)[:, None]
             keep[:first] = False
             keep[end:] = False
-        with torch.no_grad():  # not inference mode: FSDP, in a copy for several groups of ranks, fails in it
+            attention = contextlib.nullcontext()
+        with attention, torch.no_grad():  # not inference mode: FSDP, in a copy for several groups of ranks, fails in it
             output = self.decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         last = output.last_hidden_state[keep]
         if self.packs:
@@ -361,7 +363,7 @@ def load(
         inputs.weight = frozen(embedding)
     target = Target(model, text_config, head, embedding, layer_ids)
     _fit_head(target)
-    target.packs = _ends_at_borders(target)
+    target.packs = _can_pack(target)
     return target
 
 
@@ -660,16 +662,20 @@ def _fit_head(target):
         )
 
 
-def _ends_at_borders(target):
-    """Whether a sequence gets the same states after another one as alone; some families ignore the position ids."""
-    count = 16
-    ids = _probe(target, count + 8)
-    _, packed = target.hidden_states(ids, [count, 8])
-    _, alone = target.hidden_states(ids[count:], [8])
-    gaps = (packed[count:] - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+def _can_pack(target):
+    """Whether the family computes the same with core/target_attention.py on concatenated sequences as alone."""
+    lengths = [16, 8]
+    ids = _probe(target, sum(lengths))
+    with target_attention.narrowed(target.decoder, 4):
+        alone = [target.hidden_states(part, [len(part)])[1] for part in ids.split(lengths)]
+        target.packs = True
+        _, packed = target.hidden_states(ids, lengths)
+        target.packs = False
+    alone = torch.cat(alone)
+    gaps = (packed - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
     tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
-    # The median, because rounding may send single tokens to other experts. What leaks in shows in every token.
-    return bool(gaps.median() < tolerance)
+    # Medians, because rounding may send single tokens to other experts. What is seen wrongly shows in most tokens.
+    return all(part.median() < tolerance for part in gaps.split(lengths))
 
 
 def load_head(model_dir, device, layer_ids=None, trust_remote_code=False):

@@ -10,7 +10,7 @@ from helpers.training import flags, furthest, metrics, weights
 
 RANDOM = "--chain_sampling", "--noise_std", 0.1, "--use_off_policy_tokens", "false", "--loss_average", "sequences"
 RANDOM = *RANDOM, "--loss", "lk_hybrid", "--recipe", "best", "--optimizer", "adamw", "--freeze_head", "false"
-FEW = *RANDOM, "--total_steps", 4, "--save_steps", 2
+FEW = *RANDOM, "--max_chains", 5, "--total_steps", 4, "--save_steps", 2
 
 
 @pytest.fixture(scope="module")

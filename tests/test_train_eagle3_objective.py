@@ -91,14 +91,14 @@ def case(rope="default", dtype=torch.float64, lengths=LENGTHS, seed=3, **options
     return draft, embedding, documents, draft_ids
 
 
-def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,), flags=()):
+def inputs(documents, draft_ids, dtype, steps=STEPS, windows=(0,), flags=(), epoch=0):
     """The objective's arguments for documents put behind one another; windows: of each layer of the draft."""
     joined = {
         name: torch.cat([document[name] for document in documents]) for name in ("ids", "mask", "auxiliary", "last")
     }
     args = training.flags("--ttt_length", steps, "--ttt_step_loss_decay", DECAY, *flags)
     rows = [(number, document["ids"], document["mask"]) for number, document in enumerate(documents)]
-    batch = train_eagle3.batch_of(args, windows, trains=True)(rows, 0)
+    batch = train_eagle3.batch_of(args, windows, trains=True)(rows, epoch)
     return {
         "input_ids": joined["ids"],
         "position_ids": torch.cat([torch.arange(len(document["ids"])) for document in documents]),
@@ -211,6 +211,43 @@ def test_every_objective_equals_the_statement(name, monkeypatch):
         compare_with_statement(found, torch.float64, 3e-6, flags=flags.split())
 
 
+def project(found, loss):
+    """Gradients in a random direction each, and the loss: [parameters + 1]."""
+    generator = torch.Generator().manual_seed(0)
+    values = [(found[name] * torch.randn(found[name].shape, generator=generator)).sum() for name in sorted(found)]
+    return torch.stack([*values, torch.as_tensor(loss).detach()])
+
+
+def check_mean(samples, exact):
+    """The mean of samples [[n], ...] is `exact` [n] within its standard error."""
+    samples = torch.stack(samples)
+    deviation = samples.mean(0) - exact
+    error = samples.std(0) / len(samples) ** 0.5
+    assert (error > 0).all() and (deviation.abs() < 4 * error).all()
+    assert (deviation / error).square().mean() < 3
+
+
+@pytest.mark.parametrize("average", ["tokens", "sequences"])
+def test_drawn_chains_have_the_gradient_of_all(average):
+    """Two slots of each document are drawn; over the epochs the mean is what the statement says of all slots."""
+    flags = ("--loss_average", average)
+    found = case("default", lengths=(8, 24, 12))
+    draft, _, documents, draft_ids = found
+    exact, _, _, exact_gradients = state(found, flags)
+    every = inputs(documents, draft_ids, torch.float64, flags=flags)["plan"]
+    samples = []
+    drawn = set()
+    for epoch in range(120):
+        arguments = inputs(documents, draft_ids, torch.float64, flags=(*flags, "--max_chains", 2), epoch=epoch)
+        loss, sums, _ = train_eagle3.objective(draft, **arguments)
+        loss.backward()
+        samples.append(project(gradients(draft), loss))
+        drawn.update(arguments["plan"].live[: arguments["plan"].counts[0]].tolist())
+        assert sums["slots"][0] == 6 < every.counts[0]
+    assert drawn == set(every.live[: every.counts[0]].tolist())
+    check_mean(samples, project(exact_gradients, exact))
+
+
 def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
     """Over many draws: the mean gradient is the exact one within its standard error, and so is the number of rows."""
     draft, _, documents, draft_ids = case("default", lengths=(9, 15))
@@ -223,12 +260,6 @@ def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
     loss, sums, _ = train_eagle3.objective(draft, **arguments)
     loss.backward()
     exact = gradients(draft)
-    torch.manual_seed(0)
-    directions = {name: torch.randn_like(gradient) for name, gradient in exact.items()}
-
-    def project(found):
-        return torch.stack([(found[name] * direction).sum() for name, direction in directions.items()])
-
     samples = []
     rows = []
     plan = arguments["plan"]
@@ -237,13 +268,9 @@ def test_sampled_chains_have_the_gradient_of_survival_weights_for_less_work():
         arguments["plan"] = plan._replace(chains=plan.chains._replace(draws=draws))
         value, found, _ = train_eagle3.objective(draft, **arguments)
         value.backward()
-        samples.append(torch.cat([project(gradients(draft)), value.detach()[None]]))
+        samples.append(project(gradients(draft), value))
         rows.append(found["slots"])
-    samples = torch.stack(samples)
-    deviation = samples.mean(0) - torch.cat([project(exact), loss.detach()[None]])
-    error = samples.std(0) / len(samples) ** 0.5
-    assert (error > 0).all() and (deviation.abs() < 4 * error).all()
-    assert (deviation / error).square().mean() < 3
+    check_mean(samples, project(exact, loss))
 
     # Independent of the program: the chance to reach a step from the statement's acceptances, slot by slot.
     rows = torch.stack(rows)

@@ -23,9 +23,20 @@ FAMILIES = {
     "cohere": ("CohereConfig", {"logit_scale": 0.0625}, (0.0625, None), True),
     "phi": ("PhiConfig", {}, (1.0, None), True),  # a bias on the head
     "qwen3 experts": ("Qwen3MoeConfig", dict(**EXPERTS, num_experts=4, moe_intermediate_size=16), (1.0, None), True),
-    # These do not read the borders off the position ids.
-    "gpt-oss": ("GptOssConfig", dict(**EXPERTS, num_local_experts=4, sliding_window=6), (1.0, None), False),
-    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (1.0, None), False),
+    "mistral": ("MistralConfig", {"head_dim": 8, "sliding_window": 6}, (1.0, None), True),
+    "gpt-oss": ("GptOssConfig", dict(**EXPERTS, num_local_experts=4, sliding_window=6), (1.0, None), True),  # sinks
+    "deepseek": ("DeepseekV3Config", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                                      "moe_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
+                                      "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+                                      "num_key_value_heads": 4, "first_k_dense_replace": 2}, (1.0, None), True),  # MLA
+    # These keep to their own attention.
+    "llama 4": ("Llama4TextConfig", {"head_dim": 8, "attention_chunk_size": 6, "intermediate_size_mlp": 48,
+                                     "num_local_experts": 2, "num_experts_per_tok": 1}, (1.0, None), False),  # chunks
+    "qwen3-next": ("Qwen3NextConfig", dict(**EXPERTS, num_experts=4, moe_intermediate_size=16,
+                                           shared_expert_intermediate_size=16, linear_num_key_heads=2,
+                                           linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+                   (1.0, None), False),  # linear attention
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (1.0, None), True),
 }  # fmt: skip
 
 
