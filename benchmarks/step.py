@@ -376,7 +376,7 @@ def load_target(args):
     head = target_model.Head(model.get_output_embeddings().weight.detach())
     embedding = model.get_input_embeddings().weight.detach()
     layer_ids = target_files.default_layer_ids(config.num_hidden_layers)
-    return target_model.Target(model, config, head, embedding, layer_ids)
+    return target_model.Target(model, config, head, embedding, layer_ids, packs=True)
 
 
 def draw_batches(target, tokens, share, count):
