@@ -18,17 +18,19 @@ token i of the block, the anchor first, and corrects it by the token before.
 
 import contextlib
 import copy
+import gc
 import sys
 import time
 import warnings
 from pathlib import Path
+
+gc.disable()  # imports take a quarter less time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import set_seed
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils.logging import disable_progress_bar
 
@@ -56,6 +58,9 @@ from core import (
     target_model,
     vocabulary,
 )
+
+gc.freeze()
+gc.enable()
 
 FLOOR = 0.5  # of a survival in D-PACE
 
@@ -614,7 +619,7 @@ def add_objective_flags(add):
 
 def build_draft(args, config, target, d2t, checkpoint):
     """The draft, initialised from the seed or with a checkpoint's weights."""
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     draft = DraftModel(config, target.embedding, target.head.weight[vocabulary.target_ids(d2t)])
     draft.attention_backend = args.attention_backend
     if target.embedding.device.type == "cpu":  # FlexAttention has no backward pass there

@@ -17,17 +17,20 @@ target's hidden states at j, later its own output of the step before (EAGLE-3, a
 
 import contextlib
 import copy
+import gc
 import sys
 import time
 import warnings
 from pathlib import Path
+
+gc.disable()  # imports take a quarter less time
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers import LlamaConfig, set_seed
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 from transformers.utils.logging import disable_progress_bar
 
@@ -54,6 +57,9 @@ from core import (
     target_model,
     vocabulary,
 )
+
+gc.freeze()
+gc.enable()
 
 LLAMA_KEYS = (  # of the draft's configuration, which transformers' layer reads
     "hidden_size", "intermediate_size", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -824,7 +830,7 @@ def prepare_conversations(args):
 
 def build_draft(args, config, target, d2t, checkpoint):
     """The draft, initialised from the seed or with a checkpoint's weights."""
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     draft = DraftModel(config, target.embedding)
     draft.attention_backend = args.attention_backend
     if target.embedding.device.type == "cpu":  # FlexAttention has no backward pass there
