@@ -608,6 +608,8 @@ def share_of_weights(target, args, sharding, row_tokens):
         moved += getattr(p, "ds_numel", 0) * p.itemsize / 1e9
         mine += part.numel() * p.itemsize / 1e9
     line = f"{kind}, {mine:.3g} of {total:.3g} GB of weights on each rank"
+    if not target.packs:
+        line += ", the sequences of a forward padded to the longest, as its attention needs"
     if sharding == "tp":
         line += f", tensor parallel over {args.tp_size}"
     if sharding == "zero3":
