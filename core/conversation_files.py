@@ -15,7 +15,6 @@ import itertools
 import json
 import lzma
 import re
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,8 @@ CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 
 ROWS = 1000  # rows of a table that are in memory at a time
 
+LARGEST = 1 << 29  # bytes of a row at most: a compressed file of some megabytes can hold one that fills the memory
+
 SUFFIXES = re.compile(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv|zip|gz|bz2|xz|zst|txt)\Z", re.IGNORECASE)
 
 BETWEEN = re.compile(r"[\s,]*")  # two rows of a JSON array
@@ -37,6 +38,11 @@ ROW_FIELDS = {*conversations.TURN_FIELDS, "text", "prompt", "input_ids"}
 
 # What damaged files raise, depending on their form; pyarrow's own errors are OSError and ValueError.
 DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error, RecursionError)
+
+
+class TooLarge(Exception):
+    """A row has more than LARGEST bytes: its number, or nothing for the next one."""
+
 
 # Forms that are not read, by their first bytes, and what to do.
 NOT_READ = {
@@ -371,6 +377,9 @@ def read_file(path):
         with open_plain(path) as file:
             for number, row in read_stream(file, path):
                 yield number, row
+    except (TooLarge, MemoryError) as error:
+        number = error.args[0] if error.args else number + 1
+        common.fail(f"{path}: row {number} has more than {LARGEST >> 20} MiB: leave it out, or divide it")
     except DAMAGE as error:
         problem = " ".join(str(error).split())
         common.fail(f"{path} is cut off or damaged after row {number}: {problem}; get or write it again")
@@ -403,7 +412,7 @@ def read_stream(file, path):
     if head.startswith(TABLES):
         return enumerate(read_table(file, head), 1)
     if head.startswith(UTF_16):
-        file = io.BytesIO(file.read().decode("utf-16").encode())
+        file = io.BytesIO(read_whole(file).decode("utf-16").encode())
         text = file.getvalue().lstrip()
     if suffix := re.search(r"\.([ct])sv\b", Path(path).name.lower()):
         return enumerate(read_csv(file, {"c": ",", "t": "\t"}[suffix[1]]), 1)
@@ -431,6 +440,14 @@ def check_form(head, text, path):
         common.fail(f"{path} is no text and no table: give JSON Lines, JSON, CSV, Parquet or Arrow, also compressed")
 
 
+def read_whole(file):
+    """All bytes of a stream that can only be read as a whole."""
+    data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise TooLarge
+    return data
+
+
 def read_zip(file, path):
     """Yield (number, row) of the files in a zip archive, in the order of their names."""
     with zipfile.ZipFile(file) as archive:
@@ -452,7 +469,9 @@ def read_zip(file, path):
 
 
 def check_readable(path, member):
-    """End the program if a file in a zip archive is encrypted, or compressed in a way that Python does not read."""
+    """End the program if a file in a zip archive is one itself, encrypted, or compressed as Python does not read."""
+    if member.filename.lower().endswith(".zip"):
+        common.fail(f"{path} is a zip archive with another one in it, {member.filename}: unpack it")
     if member.flag_bits & 1 or member.compress_type not in (0, 8, 12, 14):
         common.fail(f"{path} is a zip archive that is encrypted or compressed in an unusual way: unpack it")
 
@@ -491,9 +510,14 @@ def without_nulls(value):
 
 def read_csv(file, delimiter):
     """Yield the rows of CSV as dictionaries of text."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(LARGEST)
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-        yield from csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            yield from csv.DictReader(text, delimiter=delimiter, strict=True)
+        except csv.Error as error:
+            if "field limit" in str(error):
+                raise TooLarge from None
+            raise
 
 
 def read_lines(file, path):
@@ -501,7 +525,7 @@ def read_lines(file, path):
     lines = number_lines(file)
     first = list(itertools.islice(lines, 2))
     if first and is_unfinished(first[0][1]):
-        first += lines
+        first += collect(lines)
     whole = b"\n".join(line for _, line in first)
     rows = rows_of_object(whole, path)
     if rows is None:
@@ -511,9 +535,26 @@ def read_lines(file, path):
         yield from enumerate(rows, 1)
 
 
+def collect(lines):
+    """A list of (number, line) that are parts of one row."""
+    found = []
+    size = 0
+    for number, line in lines:
+        size += len(line)
+        if size > LARGEST:
+            raise TooLarge
+        found.append((number, line))
+    return found
+
+
 def number_lines(file):
     """Yield (number from 1, line) of the lines that are not blank. Raises ValueError if the last one is cut off."""
-    for number, raw in enumerate(file, 1):
+    for number in itertools.count(1):
+        raw = file.readline(LARGEST + 1)
+        if not raw:
+            return
+        if len(raw) > LARGEST:
+            raise TooLarge(number)
         line = raw.removeprefix(BOM).strip()
         if number > 1 and not raw.endswith(b"\n") and line.startswith(b"{") and is_unfinished(line):
             raise ValueError("its last row has no end")
@@ -581,6 +622,8 @@ def read_array(file):
             try:
                 _, end = decoder.raw_decode(buffer, position)
             except json.JSONDecodeError as error:
+                if len(buffer) - position > LARGEST:
+                    raise TooLarge from None
                 if not ends_early(error):
                     raise ValueError(f"the next row of its JSON array is not JSON: {error.msg}") from None
             else:

@@ -10,6 +10,7 @@ import os
 import pickle
 import sqlite3
 import tarfile
+import tracemalloc
 import zipfile
 
 import datasets
@@ -254,6 +255,43 @@ def test_a_file_gives_its_rows_or_one_line_that_says_what_it_is(
     wanted = [row["messages"] for row in ROWS * 2][: len(rows)]
     found = [messages_of(row) for _, row in rows]
     assert [json.loads(turns) if isinstance(turns, str) else turns for turns in found] == wanted
+
+
+FORMS = ["lines.jsonl", "lines.jsonl.gz", "array.json", "object.json", "table.csv", "utf16.json"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_too_large_for_memory_is_named(form, tmp_path, capsys, monkeypatch):
+    """Few bytes of a compressed file can be a row of gigabytes: it is never read as a whole."""
+    monkeypatch.setattr(conversation_files, "LARGEST", 1 << 20)
+    monkeypatch.setattr(conversation_files, "CHUNK", 1 << 10)
+    rows = [
+        ROWS[0],
+        {"messages": [{"role": "user", "content": "?" * (3 << 20)}, {"role": "assistant", "content": "!"}]},
+    ]
+    data = {
+        "lines": lines(rows),
+        "array": json.dumps(rows).encode(),
+        "object": json.dumps({"data": rows}, indent=1).encode(),
+        "table": b"prompt,answer\n?,!\n" + b"?" * (3 << 20) + b",!\n",
+        "utf16": json.dumps(rows).encode("utf-16"),
+    }[form.split(".")[0]]
+    path = tmp_path / form
+    path.write_bytes(gzip.compress(data) if form.endswith("gz") else data)
+    tracemalloc.start()
+    error = tiny.fails(capsys, read, path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    number = {"object.json": 20, "utf16.json": 1}.get(form, 2)  # of a line; UTF-16 is read as a whole
+    assert f"{path}: row {number} has more than 1 MiB" in error
+    assert peak < 14 << 20  # of a mebibyte that is read, and what is made of it
+
+
+def test_an_archive_in_an_archive_is_refused(tmp_path, capsys):
+    """One that holds itself would never end."""
+    path = tmp_path / "rows.zip"
+    path.write_bytes(zip_of({"rows.zip": zip_of({"rows.jsonl": lines(ROWS)})}))
+    assert "another one in it, rows.zip: unpack it" in tiny.fails(capsys, read, path)
 
 
 def test_every_step_is_used():
