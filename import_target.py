@@ -10,6 +10,7 @@ Out: --output_path: configuration, weights and tokenizer in one folder.
     python import_target.py --target_model_path my-lora --output_path models/mine
 """
 
+import filecmp
 import importlib.util
 import json
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from core import common, target_files, target_model
+from core import claims, common, target_files, target_model
 
 # ==================== Copying ========================================================================================
 
@@ -33,9 +34,10 @@ def copy_target(path_or_hub_id, folder, trust_remote_code=False):
     folder = Path(folder)
     common.check_writable("output_path", folder)
     files = files_of(path_or_hub_id, trust_remote_code)
-    check_apart(folder, files)
-    for name, path in files.items():
-        copy_file(path, folder / name)
+    with claims.only_writer("output_path", folder):
+        check_apart(folder, files)
+        for name, path in files.items():
+            copy_file(path, folder / name)
     return sum(path.stat().st_size for path in files.values())
 
 
@@ -47,12 +49,22 @@ def check_apart(folder, files):
     if any(folder.samefile(place) for place in places):
         common.fail(f"output_path {folder} holds the target itself: give another folder")
     others = sorted(name for name in target_files.WEIGHT_FILES if name not in files and (folder / name).exists())
+    others += [name for name, path in files.items() if (folder / name).exists() and not is_copy(path, folder / name)]
     if others:
         common.fail(f"output_path {folder} holds another target's {others[0]}: give another folder, or remove it")
 
 
+def is_copy(path, other):
+    """Whether a file of a target has the content of another one; of large ones, the header and samples of tensors."""
+    if path.stat().st_size != other.stat().st_size:
+        return False
+    if path.suffix == ".safetensors":
+        return target_files.sample_tensors(path) == target_files.sample_tensors(other)
+    return filecmp.cmp(path, other, shallow=False)
+
+
 def copy_file(path, copy):
-    """Copy a file: one of an earlier copy stays until the new one is complete."""
+    """Copy a file under its name once the copy is complete."""
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with common.building(copy) as unfinished:
@@ -241,8 +253,20 @@ def main(args):
     common.check_writable("output_path", folder)  # before anything is downloaded
     gguf = find_gguf(given)
     adapter = None if gguf else find_adapter(given)
+    if gguf or adapter:
+        with claims.only_writer(f"output_path {folder.name} in", folder.absolute().parent, f".{folder.name}.importing"):
+            convert(given, gguf, adapter, folder, args)
+        return
+    if args.base_model_path:
+        common.fail(f"base_model_path belongs to an adapter or a GGUF file, which {given} is not: drop it")
+    size = copy_target(given, folder, args.trust_remote_code)
+    print(f"copied {given}, {size / 1e9:.1f} GB, to {folder}")
+
+
+def convert(given, gguf, adapter, folder, args):
+    """Write the target that a GGUF file is, or that an adapter makes of its base, into an empty folder."""
+    check_empty(folder)
     if gguf:
-        check_empty(folder)
         model, tokenizer = read_gguf(gguf)
         if args.base_model_path:
             tokenizer = target_files.load_tokenizer(args.base_model_path, args.trust_remote_code)
@@ -250,16 +274,10 @@ def main(args):
             print("the tokenizer is made of the GGUF file: the original one, by --base_model_path, is surer")
         size = save(model, tokenizer, folder, args.trust_remote_code)
         print(f"dequantised {given} to bfloat16, {size / 1e9:.1f} GB, to {folder}")
-    elif adapter:
-        check_empty(folder)
+    else:
         model, tokenizer = merge_adapter(adapter, args.base_model_path, args.trust_remote_code)
         size = save(model, tokenizer, folder, args.trust_remote_code)
         print(f"merged {given}, {size / 1e9:.1f} GB, to {folder}")
-    else:
-        if args.base_model_path:
-            common.fail(f"base_model_path belongs to an adapter or a GGUF file, which {given} is not: drop it")
-        size = copy_target(given, folder, args.trust_remote_code)
-        print(f"copied {given}, {size / 1e9:.1f} GB, to {folder}")
 
 
 if __name__ == "__main__":

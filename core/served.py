@@ -96,8 +96,7 @@ class Vllm:
         """{name: value} of what the server has counted since its start, positions behind the name."""
 
         def work():
-            with server.open_answer(self.endpoint, "metrics") as answer:
-                return answer.read().decode()
+            return server.read_answer(self.endpoint, "metrics").decode()
 
         text = server.keep_asking(self.where, "/metrics", RETRIES, work)
         totals = collections.defaultdict(float)

@@ -18,6 +18,7 @@ LONGEST_PAUSE = 60  # seconds between two attempts
 PASSING = (408, 429)  # timed out, too many requests: refusals that time mends
 OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError)  # an answer of another form raises these
 ANSWER_BYTES = 2**28  # of an answer at most
+LONGEST_STREAM = 3600  # seconds of a streamed answer
 
 
 class ServerFailed(Exception):
@@ -45,28 +46,44 @@ def request_answer(endpoint, path, body=None, timeout=60):
 
     timeout: seconds until it begins, and then until it is there.
     """
-    with open_answer(endpoint, f"v1/{path}", body, timeout) as answer:
-        end = time.monotonic() + timeout
-        data = bytearray()
-        while part := answer.read1(2**20):
-            data += part
-            if time.monotonic() > end:
-                raise TimeoutError("the answer does not end")
-            if len(data) > ANSWER_BYTES:
-                raise ValueError(f"an answer of more than {ANSWER_BYTES:,} bytes")
-    return json.loads(data)
+    return json.loads(read_answer(endpoint, f"v1/{path}", body, timeout))
 
 
-def stream_answer(endpoint, path, body, timeout=60):
-    """Yields the JSON of each event of a streamed answer when it arrives. Raises OSError, HTTPException, ValueError."""
+def read_answer(endpoint, path, body=None, timeout=60):
+    """The bytes of the answer at a path below the server's root; the rest as of request_answer."""
     with open_answer(endpoint, path, body, timeout) as answer:
-        for line in answer:
-            if not line.startswith(b"data:"):
-                continue
-            event = line.removeprefix(b"data:").strip()
-            if event == b"[DONE]":
-                return
-            yield json.loads(event)
+        return b"".join(parts_of(answer, timeout))
+
+
+def parts_of(answer, seconds):
+    """Yields the bytes of an answer as they arrive, ANSWER_BYTES at most. Raises TimeoutError after `seconds`."""
+    end = time.monotonic() + seconds
+    size = 0
+    while part := answer.read1(2**20):
+        size += len(part)
+        if time.monotonic() > end:
+            raise TimeoutError("the answer does not end")
+        if size > ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {ANSWER_BYTES:,} bytes")
+        yield part
+
+
+def stream_answer(endpoint, path, body, timeout=60, longest=LONGEST_STREAM):
+    """Yields the JSON of each event of a streamed answer when it arrives. Raises OSError, HTTPException, ValueError.
+
+    timeout: seconds that it may be silent; longest: that it may take in all.
+    """
+    with open_answer(endpoint, path, body, timeout) as answer:
+        unfinished = b""
+        for part in parts_of(answer, longest):
+            *lines, unfinished = (unfinished + part).split(b"\n")
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                event = line.removeprefix(b"data:").strip()
+                if event == b"[DONE]":
+                    return
+                yield json.loads(event)
     raise ConnectionError("the answer breaks off")
 
 

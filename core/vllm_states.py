@@ -151,6 +151,9 @@ class Server:
                 "its answer names no file of hidden states: start it with extract_hidden_states, as "
                 "examples/run_llama3_vllm.sh does"
             )
+        for name in (f"{path}.lock", path):  # opening a pipe, for example, would wait
+            if Path(name).exists() and not Path(name).is_file():
+                raise server.ServerFailed(f"{name}, which its answer names, is not a file")
         try:
             with open(f"{path}.lock") as lock:
                 while not locked(lock):

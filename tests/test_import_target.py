@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import gguf
 import peft
@@ -330,6 +331,29 @@ def test_a_folder_with_other_weights_is_not_copied_over(llama, tmp_path, capsys)
     line = refused(capsys, imported, sharded, copy)
     assert f"{copy} holds another target's model.safetensors: give another folder" in line
     imported(llama, copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_files_of_something_else_are_not_copied_over(name, llama, tmp_path, capsys):
+    """Those of another target, or of a project of the user's, which have the same names; weights of the same size."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    content = bytearray((llama / name).read_bytes())
+    content[-300:-200] = bytes(100)
+    (copy / name).write_bytes(content)
+    line = refused(capsys, imported, llama, copy)
+    assert f"{copy} holds another target's {name}: give another folder" in line
+    assert (copy / name).read_bytes() == content and len(list(copy.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["copy", "conversion"])
+def test_two_imports_of_one_folder_do_not_mix(kind, llama, tmp_path, capsys):
+    source = llama if kind == "copy" else write_gguf(llama, tmp_path / "model.gguf")
+    claim = (tmp_path / "out", ".writer") if kind == "copy" else (tmp_path, ".out.importing")
+    with tiny.other_writer(*claim) as other:
+        line = refused(capsys, imported, source, tmp_path / "out")
+    assert f"another process writes there (host {socket.gethostname()}, pid {other.pid})" in line
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_base_belongs_to_an_adapter(llama, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Hidden states from a server that speaks vLLM's protocol and from the files of vLLM's extractor."""
 
 import json
+import os
 import subprocess
 import threading
 from collections import Counter
@@ -187,6 +188,15 @@ def test_files_that_a_server_names_are_not_removed_unless_they_are_its_answer(
     assert lock.read_text() == "mine" and load_file(mine)["mine"].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("pipe", ["row.safetensors", "row.safetensors.lock"])
+def test_a_pipe_that_a_server_names_is_not_waited_for(work, server, tmp_path, capsys, waits, monkeypatch, pipe):
+    os.mkfifo(tmp_path / pipe)
+    answer = {"choices": [{}], "kv_transfer_params": {"hidden_states_path": str(tmp_path / "row.safetensors")}}
+    monkeypatch.setattr(vllm_states, "request", lambda *given: answer)
+    error = refused(capsys, work, tmp_path / "out", "--vllm_endpoint", server.url)
+    assert f"{tmp_path / pipe}, which its answer names, is not a file" in error
+
+
 def test_server_of_another_model_or_length_is_refused_before_anything_is_trained(work, server, tmp_path, capsys):
     server.name, server.root = "other", "/models/other"
     error = refused(capsys, work, tmp_path / "a", "--vllm_endpoint", server.url)
@@ -301,7 +311,8 @@ def test_head_and_norm_alone_are_those_of_the_whole_target(name, tmp_path):
     with torch.no_grad():
         logits = whole.model(input_ids=last[None], use_cache=False).logits[0]
         states = alone.norm(inputs[0])
-    assert torch.equal(states, whole.hidden_states(last, [len(last)])[1])
+    found = whole.hidden_states(last, [len(last)])[1]  # another forward: its attention may round otherwise
+    assert torch.equal(alone.norm(inputs[1]), found)
     torch.testing.assert_close(alone.head.logits(states), logits, rtol=1e-5, atol=1e-5)
     assert isinstance(alone.norm, torch.nn.Module) and not list(alone.norm.parameters())[0].requires_grad
 
