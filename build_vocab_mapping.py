@@ -12,7 +12,6 @@ Out: d2t.npy  int64 [Vd]  offsets: target id = draft id + d2t[draft id], the tar
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 from core import common, target_files, vocabulary
@@ -21,8 +20,12 @@ from core import common, target_files, vocabulary
 def read_vocab_size(target_model_path):
     """The target's vocabulary size from its config.json: the rows of its head, which may exceed its tokenizer's."""
     path = target_files.locate(target_model_path, ["config.json"]) / "config.json"
-    config = json.loads(path.read_text())
+    config, problem = common.read_object(path)
+    if problem:
+        common.fail(f"{path}: {problem}")
     text_config = config.get("text_config", config)
+    if not isinstance(text_config, dict):
+        common.fail(f"{path}: its text_config is not a JSON object")
     size = text_config.get("vocab_size", config.get("vocab_size"))
     if size is None:  # Gemma 3's files omit values that are the family's defaults
         from transformers import AutoConfig

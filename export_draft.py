@@ -13,7 +13,6 @@ Out: the flat form, which vLLM and SGLang both load, or the speculators form, wh
     python export_draft.py served --push_to_hub my-org/my-draft          # as it is, the card edited by hand
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -85,7 +84,9 @@ def read(args, folder):
 def write_speculators(args, config, tensors):
     takes_table = draft_files.takes_table(config, tensors)
     model_dir = target_files.resolve_target(args.target_model_path, weights=takes_table)
-    target_config = json.loads((model_dir / "config.json").read_text())
+    target_config, problem = common.read_object(model_dir / "config.json")
+    if problem:
+        common.fail(f"{model_dir / 'config.json'}: {problem}")
     draft_files.write_speculators(
         args.output,
         config,

@@ -10,7 +10,6 @@ import json
 import math
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -117,20 +116,28 @@ def engine_config(args, micro_batch_size, accumulation_steps):
 
 def read_config(path):
     """A JSON file of DeepSpeed's configuration; ends the program if it asks for what this trainer does not do."""
-    try:
-        config = json.loads(Path(path).read_text())
-    except OSError as error:
-        common.fail(f"deepspeed_config {path} cannot be read: {error.strerror}")
-    except ValueError as error:
-        common.fail(f"deepspeed_config {path} is not JSON: {error}")
-    if not isinstance(config, dict) or config.get("fp16", {}).get("enabled"):
-        common.fail(f"deepspeed_config {path} must be a JSON object, and without fp16: bf16 is what trains")
+    config, problem = common.read_object(path)
+    if problem:
+        common.fail(f"deepspeed_config {path}: {problem}")
+
+    def section(name, where=config):
+        """An object in the configuration, {} if it is not there."""
+        found = where.get(name, {})
+        if not isinstance(found, dict):
+            common.fail(f"{path}: {name} is {json.dumps(found)}, it must be an object")
+        return found
+
+    if section("fp16").get("enabled"):
+        common.fail(f"deepspeed_config {path} must be without fp16: bf16 is what trains")
+    section("bf16")
     for key in {"optimizer", "scheduler"} & config.keys():
         common.fail(f"{path}: {key} is decided by the flags of train_eagle3.py; remove it from the file")
-    zero = config.get("zero_optimization", {})
+    zero = section("zero_optimization")
     stage = zero.get("stage")
+    if stage not in (None, 0, 1, 2, 3):
+        common.fail(f"{path}: stage of zero_optimization is {json.dumps(stage)}, it must be 0, 1, 2 or 3")
     for name in ("offload_optimizer", "offload_param"):
-        part = zero.get(name, {})
+        part = section(name, zero)
         if part.get("device") == "nvme":
             if stage != 3:
                 common.fail(f"{path}: {name} on nvme needs ZeRO stage 3, the file says {stage}")

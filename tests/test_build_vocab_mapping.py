@@ -173,6 +173,11 @@ def test_command_line_errors(counts, tmp_path, capsys):
     assert "draft_vocab_size 13" in fails(capsys, run, "--token_freq_path", counts, "--draft_vocab_size", 13, *sizes)
     absent = ["--target_model_path", tmp_path / "no_model", "--draft_vocab_size", 2]
     assert "no_model" in fails(capsys, run, "--token_freq_path", counts, *absent)
+    for content in (b"[]", b"\x80\x02}", b'{"text_config": 3}'):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / "config.json").write_bytes(content)
+        given = ["--target_model_path", tmp_path / "model", "--draft_vocab_size", 2, "--output_path", tmp_path / "v"]
+        assert "config.json" in fails(capsys, run, "--token_freq_path", counts, *given)
     assert not (tmp_path / "v").exists()
     for given in ([], [*sizes, *absent]):
         assert "--target_vocab_size and --target_model_path" in fails(capsys, run, "--token_freq_path", counts, *given)

@@ -99,6 +99,25 @@ def check(work, tmp_path, capsys, monkeypatch, flags, expected):
     assert not (tmp_path / "out").exists()
 
 
+WRONG_TYPES = [  # a file of DeepSpeed's configuration, and the end of the line
+    (b"[]", "it is not a JSON object"),
+    (b"\x80\x02}", "it is not JSON"),
+    (b"[" * 100_000, "it is not JSON"),
+    (b'{"fp16": true}', "fp16 is true, it must be an object"),
+    (b'{"fp16": {"enabled": true}}', "must be without fp16"),
+    (b'{"bf16": "auto"}', 'bf16 is "auto", it must be an object'),
+    (b'{"zero_optimization": 2}', "zero_optimization is 2, it must be an object"),
+    (b'{"zero_optimization": {"stage": "two"}}', 'stage of zero_optimization is "two"'),
+    (b'{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', 'offload_optimizer is "cpu"'),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), WRONG_TYPES)
+def test_a_configuration_of_deepspeed_of_another_kind(content, expected, work, tmp_path, monkeypatch, capsys):
+    (tmp_path / "wrong.json").write_bytes(content)
+    check(work, tmp_path, capsys, monkeypatch, f"--deepspeed_config {tmp_path}/wrong.json", ["wrong.json", expected])
+
+
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
