@@ -38,6 +38,7 @@ from core import common, ranks, waits
 STATE = "trainer_state.json"
 RANKS = "deepspeed/ranks.safetensors"  # engines that serve the folder read each *.safetensors beside config.json
 SHARDS = "deepspeed"
+CONVERSION = 3600  # seconds that shards may take to be converted for another number of ranks
 STEP = r"step_\d{8,}"  # a checkpoint's name
 OF_A_RUN = (  # names in output_dir, without prepared data and hidden states
     r"run\.json|(damaged_\d+_)?metrics\.jsonl|curves\.png|source.*\.diff|train_.*\.py|logs|final|"
@@ -672,10 +673,14 @@ def convert_shards(shards, converted):
     shutil.rmtree(converted.parent, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", shards, "--output_folder", converted]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    failed = f"{shards} cannot be converted for {dist.get_world_size()} ranks"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CONVERSION)
+    except subprocess.TimeoutExpired:
+        common.fail(f"{failed}: DeepSpeed's ds_to_universal has not ended after {CONVERSION} s")
     if done.returncode:
         output = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        common.fail(f"{shards} cannot be converted for {dist.get_world_size()} ranks: {output[-1]}")
+        common.fail(f"{failed}: {output[-1]}")
 
 
 def read_shards(engine, folder, state, flags):

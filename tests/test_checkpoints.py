@@ -344,3 +344,11 @@ def test_rows_of_the_metrics_wait_for_room(work, tmp_path, small_disk, capsys):
     assert record.keep() == ""
     assert [row["step"] for row in rows(disk)] == list(range(100))
     record.close()
+
+
+def test_a_conversion_of_shards_that_does_not_end_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints, "CONVERSION", 0.01)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    shards = tmp_path / "deepspeed"
+    error = tiny.fails(capsys, checkpoints.convert_shards, shards, tmp_path / "universal" / "deepspeed")
+    assert f"{shards} cannot be converted for 2 ranks: DeepSpeed's ds_to_universal has not ended" in error
