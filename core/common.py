@@ -172,9 +172,10 @@ def write_atomic(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        error.filename = str(path)  # writing itself does not know it
         raise
 
 
@@ -250,6 +251,17 @@ def fail_to_write(name, path, error) -> NoReturn:
     if isinstance(error, FileExistsError | NotADirectoryError):
         reason = "a link that leads nowhere is in the way" if Path(path).is_symlink() else "a file is in the way"
     fail(f"{name} {path} cannot be written: {reason}")
+
+
+@contextlib.contextmanager
+def disk_errors_in_a_line():
+    """End the program with one line that names the file which a disk does not take, wherever that happens."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or not error.filename:
+            raise
+        fail(f"{error.filename} cannot be written: {error.strerror}")
 
 
 def open_output(path):

@@ -332,7 +332,8 @@ def exit_code(error):
 def run_watched(main, args):
     """Run main(args). A rank that fails says why, as it would alone; the others end with a line that names it."""
     try:
-        main(args)
+        with common.disk_errors_in_a_line():
+            main(args)
     except BaseException as error:
         watch = Watch.running
         code = exit_code(error)

@@ -24,6 +24,7 @@ from core import (
     draft_files,
     hidden_states,
     prompts,
+    ranks,
     target_files,
     target_model,
     vocabulary,
@@ -369,11 +370,13 @@ def test_an_index_that_leads_out_of_its_folder_is_not_followed(tmp_path):
     assert conversation_files.list_saved(state) == []
 
 
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+def test_a_write_that_fails_leaves_nothing_behind_and_is_one_line(tmp_path, capsys):
     with tiny.small_disk(tmp_path / "disk", 64) as (disk, _):
         with pytest.raises(OSError):
             common.write_atomic(disk / "big.json", b"x" * 2**20)
         assert list(disk.iterdir()) == []
+        line = tiny.fails(capsys, ranks.run_watched, lambda path: common.write_atomic(path, b"x" * 2**20), disk / "a")
+        assert line == f"error: {disk / 'a'} cannot be written: No space left on device\n"
 
 
 def test_a_writer_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
