@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import train_dflash
 from core import dataloader, draft_files, slots, states, target_model, vllm_states
 from helpers import real_vllm, tiny, training
 from helpers.architectures import FAMILIES, SIZES, write_model
@@ -29,6 +30,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def server(work, tmp_path):
+    """It has the layers of the default draft; its `model` may be set to another one."""
     (tmp_path / "shared").mkdir()
     server = open_server(work.model, work.folder / "target", tmp_path / "shared")
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -78,6 +80,26 @@ def test_training_through_a_server_equals_the_target_in_memory(work, server, tmp
     if kept:
         same(run(work.folder, tmp_path / "again", "--on_missing", "raise", *store[-2:]), work.expected)
         assert len(server.requests) == 12
+
+
+FIVE = [1, 2, 4, 5, 7]
+BLOCKS = ("--num_layers", 2, "--block_size", 4, "--mask_token_id", 3, "--target_layer_ids", *FIVE)
+
+
+def run_blocks(folder, output, *flags):
+    """A training of a DFlash draft that reads five layers."""
+    argv = ["--target_model_path", folder / "target", "--data_path", folder / "data", "--output_dir", output]
+    argv = [str(word) for word in (*argv, "--log_steps", 1, *FLAGS, *BLOCKS, *flags)]
+    train_dflash.main(train_dflash.parse_args(argv))
+    return training.metrics(output)
+
+
+def test_a_block_draft_trains_from_five_layers_of_a_server(work, server, tmp_path, monkeypatch):
+    expected = run_blocks(work.folder, tmp_path / "memory")
+    server.model = Model(work.folder / "target", FIVE)
+    monkeypatch.setattr(target_model, "load", lambda *_, **__: pytest.fail("the target was loaded"))
+    same(run_blocks(work.folder, tmp_path / "out", "--vllm_endpoint", server.url), expected)
+    assert len(server.requests) == 12 * 2
 
 
 def test_requests_of_the_next_step_are_sent_before_this_one_is_given():
@@ -320,16 +342,27 @@ def test_head_and_norm_alone_are_those_of_the_whole_target(name, tmp_path):
 # --- a real server ---
 
 
+def extracting(folder, layers):
+    """Flags of a vLLM that writes the states after these layers, and its last ones, into a folder."""
+    draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*layers, 8]}}
+    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": draft}
+    transfer = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}
+    transfer["kv_connector_extra_config"] = {"shared_storage_path": str(folder)}
+    return "--speculative_config", json.dumps(speculative), "--kv_transfer_config", json.dumps(transfer)
+
+
+@pytest.mark.slow
+def test_a_block_draft_trains_from_five_layers_of_vllm(work, tmp_path):
+    (tmp_path / "shared").mkdir()
+    expected = run_blocks(work.folder, tmp_path / "memory")
+    with real_vllm.serve(work.folder / "target", tmp_path, *extracting(tmp_path / "shared", FIVE)) as server:
+        same(run_blocks(work.folder, tmp_path / "out", "--vllm_endpoint", server.url), expected)
+
+
 @pytest.mark.slow
 def test_training_through_vllm_equals_the_target_in_memory(work, tmp_path, capsys):
     (tmp_path / "shared").mkdir()
-    draft = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [*LAYERS, 8]}}
-    speculative = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": draft}
-    extra = {"shared_storage_path": str(tmp_path / "shared")}
-    transfer = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}
-    transfer["kv_connector_extra_config"] = extra
-    flags = ("--speculative_config", json.dumps(speculative), "--kv_transfer_config", json.dumps(transfer))
-    with real_vllm.serve(work.folder / "target", tmp_path, *flags) as server:
+    with real_vllm.serve(work.folder / "target", tmp_path, *extracting(tmp_path / "shared", LAYERS)) as server:
         same(run(work.folder, tmp_path / "out", "--vllm_endpoint", server.url), work.expected)
         assert list((tmp_path / "shared").iterdir()) == []
         stop = threading.Timer(10, server.terminate)

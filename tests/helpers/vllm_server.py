@@ -21,9 +21,10 @@ HEADS = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}  # 
 
 
 class Model:
-    """What vLLM writes about a text, by transformers: hidden_states [T, 4, Ht], the last layer before its norm."""
+    """What vLLM writes about a text, by transformers: hidden_states [T, n + 1, Ht], the last layer before its norm."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, layers=LAYERS):
+        self.layers = layers
         self.model, self.lock = AutoModelForCausalLM.from_pretrained(folder).eval(), threading.Lock()
         self.model.model.norm.register_forward_pre_hook(lambda norm, args: setattr(self, "last", args[0][0]))
 
@@ -31,7 +32,7 @@ class Model:
         with torch.no_grad(), self.lock:
             ids = torch.tensor([input_ids])
             found = self.model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-            return torch.stack([*(found[i][0] for i in LAYERS), self.last], dim=1)
+            return torch.stack([*(found[i][0] for i in self.layers), self.last], dim=1)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
