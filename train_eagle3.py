@@ -830,7 +830,7 @@ def prepare_conversations(args):
 
 def build_draft(args, config, target, d2t, checkpoint):
     """The draft, initialised from the seed or with a checkpoint's weights."""
-    torch.manual_seed(args.seed)
+    checkpoints.seed_generators(args.seed)
     draft = DraftModel(config, target.embedding)
     draft.attention_backend = args.attention_backend
     if target.embedding.device.type == "cpu":  # FlexAttention has no backward pass there

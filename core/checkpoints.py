@@ -109,6 +109,13 @@ def order(best):
     return (value, -loss)
 
 
+def seed_generators(seed):
+    """Seed all of them: transformers' set_seed would import every trainer's package."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def generator_states():
     """This rank's random number generators, as tensors by name."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
