@@ -546,6 +546,7 @@ def run_end_to_end(args):
         "Data: forming and moving a batch, no prefetching."
     )
     put_header(args, END_COLUMNS, note)
+    args.total_seq_len = args.total_seq_len or (16384 if args.device.type == "cuda" else 2048)
     sizes = [(args.total_seq_len, share) for share in args.shares]
     if args.device.type == "cuda":
         sizes += [(tokens, args.shares[0]) for tokens in (2048, 8192, 32768)]
@@ -592,10 +593,17 @@ def add_size_flags(parser):
         add(f"--{name}", type=int, default=default, help="of the draft" if default else "none: hidden_size")
 
 
-def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+def make_parser(description):
+    """A parser of the flags that say what is measured, and on which sizes."""
+    parser = common.Parser(description)
     add_measuring_flags(parser)
     add_size_flags(parser)
+    parser.set_defaults(tree=ROOT, target_model_path=None)
+    return parser
+
+
+def parse_args(argv=None):
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("prompt").add_argument
     add("--conversations", type=int, default=4, help="concatenated conversations")
     add("--prompt_length", type=int, default=256, help="tokens, before doubling")
@@ -604,7 +612,6 @@ def parse_args(argv=None):
     add("--target_model_path", help="folder or hub id; none: random, on a GPU of Llama-3.1-8B's shape")
     add("--total_seq_len", type=int, help="tokens per step at most; none: 2048, on a GPU 16384")
     add("--steps", type=int, default=5, help="optimizer steps per round")
-    parser.set_defaults(tree=ROOT)
     return resolve(parser.parse_args(argv))
 
 
@@ -623,7 +630,6 @@ def resolve(args):
     args.dtype = args.dtypes[0]
     if args.attention_backend == "auto":
         args.attention_backend = "flex_attention" if cuda else "sdpa"
-    args.total_seq_len = args.total_seq_len or (16384 if cuda else 2048)
     if args.table:
         vars(args).update(TABLE)
     if args.other:

@@ -12,6 +12,7 @@ from helpers import dense, statement, tiny
 sys.path.insert(0, str(tiny.REPOSITORY / "benchmarks"))  # it is not a package
 
 import blocks as benchmark_blocks
+import gpu
 import objective
 import operations
 import scale
@@ -115,6 +116,28 @@ def test_scale_prints_both_tables(capsys, tmp_path):
     assert (tmp_path / "scale.md").read_text() in printed
     plan, start = ([line for line in printed.splitlines() if line.startswith(name)] for name in ("| 2 x 3", "| 500"))
     assert len(plan) == len(start) == 1 and plan[0].count("|") == 4 and start[0].count("|") == 6
+
+
+def test_what_only_a_gpu_shows_is_tried_on_a_cpu(capsys, tmp_path, monkeypatch):
+    words = [*TINY, "--tiny", "--output", str(tmp_path / "gpu.md")]
+    with pytest.raises(SystemExit) as end:
+        gpu.main(gpu.parse_args(words))
+    lines = (tmp_path / "gpu.md").read_text().splitlines()
+    outcomes = dict(line.strip("| ").split(" | ") for line in lines if line.count("|") == 3)
+    assert end.value.code == 0 and {outcomes[name] for name in gpu.CHECKS} == {"right", "left out: it needs a GPU"}
+    assert sum(line.startswith(("| objective, ", "| target, ")) for line in lines) == 3
+
+    # The comparison can fail: as if the objective were off, in a gradient.
+    found = step.loss_and_gradients
+
+    def off(case, side):
+        loss, *gradients = found(case, side)
+        return loss, *(x * (1.01 if side == "product" else 1) for x in gradients)
+
+    monkeypatch.setattr(step, "loss_and_gradients", off)
+    with pytest.raises(SystemExit) as end:
+        gpu.main(gpu.parse_args(words))
+    assert end.value.code == 1 and "off by 0.01, the dense form by" in capsys.readouterr().out
 
 
 def test_dense_reference_works_in_bf16():
