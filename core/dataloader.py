@@ -602,7 +602,11 @@ def read_steps(
             worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # it would draw from the global one, more often in a resumed run
         )
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, waits.STOP_SIGNALS
+        )  # workers inherit it, see ignore_stop_signals
         batches = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             while True:
                 with waits.waiting_for("the next step's data"):
@@ -622,6 +626,10 @@ def read_steps(
 
 
 def ignore_stop_signals(worker):
-    """In a worker process: leave signals that ask for an end to the training, which still needs what is read ahead."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """In a worker process: leave signals that ask for an end to the training, which still needs what is read ahead.
+
+    They are blocked from its first moment on: torch has SIGTERM end a worker until this is called.
+    """
+    for number in waits.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, waits.STOP_SIGNALS)

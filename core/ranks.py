@@ -358,7 +358,6 @@ def stop_signals():
     The training ends when its step is done. A second Ctrl-C ends it at once; a wait ends it after waits.GRACE.
     """
     asked = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def note(number, frame):
         asked.append(signal.Signals(number).name)
@@ -366,12 +365,12 @@ def stop_signals():
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = [signal.signal(number, note) for number in numbers]
+    before = [signal.signal(number, note) for number in waits.STOP_SIGNALS]
     try:
         yield asked
     finally:
         waits.ask_for_end(None)
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(waits.STOP_SIGNALS, before, strict=True):
             signal.signal(number, handler)
 
 

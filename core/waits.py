@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 NOTICE = 60  # seconds after which a wait is told of
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # they ask a training for an end
 GRACE = 20  # seconds that a wait may still take when a signal has asked for an end
 LAUNCHERS = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch"}
 

@@ -1,8 +1,11 @@
 """How tokenised rows are read for training: which rank reads which row in which micro-batch of which optimizer step."""
 
+import contextlib
 import itertools
 import math
+import os
 import pickle
+import signal
 import time
 from random import Random
 from typing import NamedTuple
@@ -391,3 +394,32 @@ def test_an_epoch_is_one_order_for_all_and_another_one_for_each_seed_and_epoch()
     assert len({tuple(each.tolist()) for each in (order, *others)}) == 4
     with pytest.raises(ValueError, match="read-only"):
         order[0] = 1  # every later step of the epoch would read other rows
+
+
+def test_a_worker_that_is_asked_to_end_in_its_first_moment_reads_on(monkeypatch):
+    """The signal reaches all processes of a training at once. torch has it end a worker until its first line runs."""
+    for name, value in {"get_rank": 0, "get_world_size": 1}.items():
+        monkeypatch.setattr(dataloader.dist, name, lambda value=value: value)
+    handlers = torch.utils.data._utils.signal_handling
+    begin = handlers._set_worker_signal_handlers
+
+    def begin_and_be_asked():
+        begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(handlers, "_set_worker_signal_handlers", begin_and_be_asked)
+    args = training.flags("--num_workers", 2)
+    steps = dataloader.read_steps(
+        as_dataset(random_rows(9)),
+        states.Online(None, 2),
+        train_eagle3.batch_of(args),
+        torch.device("cpu"),
+        seed=0,
+        global_batch_size=2,
+        micro_batch_size=2,
+        num_workers=2,
+        prefetch_factor=2,
+    )
+    with contextlib.closing(steps):
+        assert len(list(steps)) == 5
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "the training itself has them blocked"
