@@ -12,7 +12,6 @@ objective's memory by length where 512 chains stand for all.
 """
 
 import copy
-import math
 import statistics
 import sys
 import tempfile
@@ -50,8 +49,9 @@ def check_numbers(args, config):
     for side in ("dense", "product"):
         found = step.loss_and_gradients(case, side)
         gaps[side] = max(map(step.relative_gap, found, expected))
-    bound = 2 * gaps["dense"] + 1e-5
-    return "" if gaps["product"] < bound else f"off by {gaps['product']:.2g}, the dense form by {gaps['dense']:.2g}"
+    if gaps["product"] < 2 * gaps["dense"] + 1e-5:
+        return ""
+    return f"off by {gaps['product']:.2g}, the dense form by {gaps['dense']:.2g}"
 
 
 def check_compiled(args, config):
@@ -96,7 +96,9 @@ def check_collectives(args, config):
             gathered = ranks.gather({"rank": 0})
         finally:
             dist.destroy_process_group()
-    return "" if ones.sum() == 8 and gathered == [{"rank": 0}] else f"{ones.tolist()}, {gathered}"
+    if ones.sum() == 8 and gathered == [{"rank": 0}]:
+        return ""
+    return f"{ones.tolist()}, {gathered}"
 
 
 CHECKS = {
@@ -122,41 +124,51 @@ def time_target(args):
     """A forward of the target on concatenated sequences, beside one with transformers' mask of tokens x tokens."""
     target = step.load_target(args)
     for count, length in args.target_sizes:
-        ids = torch.randint(len(target.embedding), (count * length,), device=args.device)
-        positions = slots.positions_of([length] * count, args.device)[None]
+        alone, masked = time_forwards(args, target, count, length)
+        yield f"target, {count} x {length:,} tokens, s; with a mask", alone, masked, alone / masked
 
-        def alone(ids=ids, lengths=(length,) * count):
-            target.hidden_states(ids, list(lengths))
 
-        def masked(ids=ids, positions=positions):
-            with torch.no_grad():
-                target.decoder(input_ids=ids[None], position_ids=positions, use_cache=False)
+def time_forwards(args, target, count, length):
+    """Median seconds of both forwards, in turn."""
+    ids = torch.randint(len(target.embedding), (count * length,), device=args.device)
+    positions = torch.arange(len(ids), device=args.device) % length
 
-        times = {alone: [], masked: []}
-        for _ in range(args.rounds + 1):
-            for work, taken in times.items():
-                taken.append(objective.seconds(work, args.device))
-        ours, theirs = (statistics.median(taken[1:]) for taken in times.values())
-        yield f"target, {count} x {length:,} tokens, s; with a mask", ours, theirs, ours / theirs
+    def each_alone():
+        target.hidden_states(ids, [length] * count)
+
+    @torch.no_grad()
+    def with_mask():
+        target.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+
+    alone = []
+    masked = []
+    for _ in range(args.rounds + 1):
+        alone.append(objective.seconds(each_alone, args.device))
+        masked.append(objective.seconds(with_mask, args.device))
+    return statistics.median(alone[1:]), statistics.median(masked[1:])  # the first ones compile and allocate
 
 
 def measure_chains(args, config):
     """The objective's peak memory where CHAINS chains stand for all, by length; beside it, that of all chains."""
     for length in args.memory_lengths:
-        peaks = {}
-        for most in (CHAINS, math.inf):
-            if most == math.inf and length > LENGTHS[1]:
-                continue
-            case = objective.make_case(args, config, [objective.tail(length, 60)], args.ttt_lengths[-1])
-            if most < length:
-                supervised = case["supervised"].cpu()
-                chosen = slots.choose_slots(supervised[0], [length], most, torch.rand(length))
-                plan = slots.plan_slots(supervised & chosen, [length])
-                case["plan"] = objective.place(plan, args.device)
-            peaks[most] = objective.peak_memory(case, "product") / 2**20
-        every = peaks.get(math.inf)
-        ratio = every and peaks[CHAINS] / every
-        yield f"objective, {length:,} tokens, {CHAINS} chains, MiB; all chains", peaks[CHAINS], every, ratio
+        drawn = peak_of_chains(args, config, length, CHAINS)
+        every = None
+        ratio = None
+        if length <= LENGTHS[1]:
+            every = peak_of_chains(args, config, length, length)
+            ratio = drawn / every
+        yield f"objective, {length:,} tokens, {CHAINS} chains, MiB; all chains", drawn, every, ratio
+
+
+def peak_of_chains(args, config, length, most):
+    """MiB of the objective with at most this many chains of one sequence."""
+    mask = objective.tail(length, 60)
+    case = objective.make_case(args, config, [mask], args.ttt_lengths[-1])
+    supervised = case["supervised"].cpu()
+    chosen = slots.choose_slots(supervised[0], [length], most, torch.rand(length))
+    plan = slots.plan_slots(supervised & chosen, [length])
+    case["plan"] = objective.place(plan, args.device)
+    return objective.peak_memory(case, "product") / 2**20
 
 
 # ==================== Command line ===================================================================================

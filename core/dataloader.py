@@ -602,9 +602,7 @@ def read_steps(
             worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # it would draw from the global one, more often in a resumed run
         )
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, waits.STOP_SIGNALS
-        )  # workers inherit it, see ignore_stop_signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, waits.STOP_SIGNALS)  # until workers ignore them
         batches = iter(loader)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
