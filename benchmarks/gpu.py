@@ -30,7 +30,12 @@ from core import ranks, slots  # noqa: E402
 
 CHAINS = 512
 LENGTHS = [2048, 8192, 32768, 131072]
-COLUMNS = ("what", "measured", "beside it", "ratio")
+COLUMNS = (
+    "what",
+    "measured",
+    "beside it",
+    "ratio",
+)
 
 # ==================== Checks: "" if right, else what is wrong ========================================================
 
@@ -179,8 +184,11 @@ def parse_args(argv=None):
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, in seconds")
     parser.set_defaults(mode="objective", lengths=[4096], ttt_lengths=[7], skip_dense=True, skip_memory=True)
     args = step.resolve(parser.parse_args(argv))
-    args.target_sizes = [(2, 64)] if args.tiny else [(8, 512), (2, 2048), (4, 8192)]
-    args.memory_lengths = [600] if args.tiny else LENGTHS
+    args.target_sizes = [(8, 512), (2, 2048), (4, 8192)]  # sequences, tokens of each
+    args.memory_lengths = LENGTHS
+    if args.tiny:
+        args.target_sizes = [(2, 64)]
+        args.memory_lengths = [600]
     return args
 
 
