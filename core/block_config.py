@@ -266,6 +266,11 @@ def check_continued(args, checkpoint, config):
         common.fail(f"flags do not say the draft of {checkpoint}: {', '.join(differ)}: drop them")
 
 
+def predictions(config):
+    """Of a slot that can be trained: a block is trained as a whole."""
+    return block_files.drafted_tokens(config)
+
+
 def check_shape(args, config):
     """End the program if no row holds a block, or if a slot of a block does not see the token before its anchor."""
     window = max(draft_files.windows(config))

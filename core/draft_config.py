@@ -430,6 +430,11 @@ def check_shape(args, config):
         common.fail(f"sliding_window {window} is less than ttt_length {args.ttt_length}: a chain would leave its slot")
 
 
+def predictions(config):
+    """Of a slot that can be trained, at least: a chain may be short."""
+    return 1
+
+
 def check_same_draft(path, config, checkpoint, continued):
     """End the program if the draft_model_config at `path` is not the configuration of the checkpoint's draft.
 

@@ -272,10 +272,10 @@ def say_notes(config, text_config):
         )
 
 
-def check_data(args, config, folder, data, data_config, world):
+def check_data(args, config, folder, data, data_config, world, predictions):
     """End the program if the prepared data in `folder` do not fit the target, the flags or the ranks.
 
-    config: the draft's, whose vocab_size is the target's.
+    config: the draft's, whose vocab_size is the target's; predictions: that a slot needs to be trained.
     """
     tokenizer = target_files.load_tokenizer(args.target_model_path, args.trust_remote_code)
     if data_config["ingredients"]["tokenizer"] != target_files.hash_tokenizer(tokenizer):
@@ -297,7 +297,7 @@ def check_data(args, config, folder, data, data_config, world):
         common.fail(
             f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}"
         )
-    slots.check_slots(folder, data["train"])
+    slots.check_slots(folder, data["train"], predictions)
     rows = len(data["train"])
     if rows < world:
         common.fail(f"{rows} training sequences for {world} ranks: a rank would have none")
@@ -401,7 +401,8 @@ def prepare(args, default, prepare_conversations, trainer):
     """Everything that can go wrong before a model loads, on rank 0; the Setup of all ranks.
 
     default: {flag: its default}; prepare_conversations(args) -> the folder of prepared data. trainer: the module with
-    what belongs to one kind of drafts: DECISIVE, FRESH, check_flags, configure_draft and check_shape, as draft_config.
+    what belongs to one kind of drafts: DECISIVE, FRESH, check_flags, configure_draft, check_shape and predictions, as
+    draft_config.
     """
     # --- flags ---
     world = dist.get_world_size()
@@ -438,7 +439,7 @@ def prepare(args, default, prepare_conversations, trainer):
     if folder:
         dataloader.check_files(folder, data_config)
     if folder:
-        check_data(args, config, folder, data, data_config, world)
+        check_data(args, config, folder, data, data_config, world, trainer.predictions(config))
         check_validation(args, data, default)
     d2t = vocabulary_mapping(args, config, folder, checkpoint)
     config["draft_vocab_size"] = len(d2t)

@@ -111,13 +111,13 @@ def measure_read(split):
     return np.concatenate(counts), np.concatenate(teachers)
 
 
-def check_slots(name, split):
-    """End the program if no row of a split has a slot, for which two supervised tokens in a row are needed."""
-    for start in range(0, len(split), 1000):
-        _, teachers = measure_read(split.select(range(start, min(start + 1000, len(split)))))
-        if teachers.any():
+def check_slots(name, split, steps=1):
+    """End the program if no row of a split has a slot that is supervised at all of the first `steps` steps."""
+    for row in split.select_columns("loss_mask").with_format("torch"):
+        mask = row["loss_mask"]
+        if supervised_slots(mask, torch.zeros_like(mask), steps)[-1].any():
             return
-    common.fail(f"{name}: nothing to train on, none of {len(split)} rows has two supervised tokens in a row")
+    common.fail(f"{name}: nothing to train on, none of {len(split)} rows has {steps + 1} supervised tokens in a row")
 
 
 # ==================== The plan of a micro-batch ======================================================================

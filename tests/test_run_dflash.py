@@ -130,6 +130,13 @@ def test_muon_trains_the_matrices_of_the_layers(work, tmp_path):
     assert losses[-1] < losses[0] - 0.02
 
 
+@pytest.mark.parametrize(("kind", "needed"), [("dflash", 505), ("dspark", 506)])
+def test_blocks_that_no_reply_holds_are_one_line(work, tmp_path, capfd, kind, needed):
+    """Before a model loads: a training on nothing would look like one that has learned all."""
+    error = refused(capfd, train, work, tmp_path / "out", kind, "--block_size", 505)
+    assert f"none of 22 rows has {needed} supervised tokens in a row" in error
+
+
 def test_wrong_flags_are_one_line(work, tmp_path, capfd):
     def call(*flags):
         return refused(capfd, train, work, tmp_path / "out", "dflash", *flags)
