@@ -30,7 +30,10 @@ from helpers.starts import Starts  # noqa: E402
 
 STEPS = 60
 SIZE = 80 * 1024  # KiB of the disk: about twice what a life holds
-FLAGS = "--save_steps", 1, "--total_steps", STEPS, "--save_total_limit", 3, "--num_workers", 1, "--resume"
+FLAGS = (
+    "--save_steps", 1, "--total_steps", STEPS, "--save_total_limit", 3, "--num_workers", 1, "--resume",
+    "--dist_timeout", 1,
+)  # fmt: skip
 
 
 class Life:
