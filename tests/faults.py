@@ -1,6 +1,6 @@
 """Injects faults and hostile input of many kinds, and prints what became of each as a table.
 
-    python tests/faults.py            # all rows of cases/faults.txt: twenty minutes
+    python tests/faults.py            # all rows of cases/faults.txt: ten minutes
     python tests/faults.py F1 F2      # some of them
 
 Each row names the tests that inject a fault and check the right end: the training goes on with the same numbers, or
