@@ -255,13 +255,13 @@ def fail_to_write(name, path, error) -> NoReturn:
 
 @contextlib.contextmanager
 def disk_errors_in_a_line():
-    """End the program with one line that names the file which a disk does not take, wherever that happens."""
+    """End the program with one line that names the file which a disk does not take or give, wherever that happens."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS or not error.filename:
             raise
-        fail(f"{error.filename} cannot be written: {error.strerror}")
+        fail(f"{error.filename}: {error.strerror}")
 
 
 def open_output(path):

@@ -74,7 +74,7 @@ class Life:
             self.resize(SIZE)
             was_killed = fault in (self.kill_all, self.kill_one) or -signal.SIGTERM in codes  # before it trained
             ends = self.log.read_text().splitlines()[-1:]
-            lines = ("another process writes there", "cannot be written")  # the second start was first; a full disk
+            lines = ("another process writes there", "No space left")  # the second start was first; a full disk
             is_refused = fault in (self.start_again, self.fill_disk) and any(x in str(ends) for x in lines)
             if not was_killed and not is_refused and codes != [0] * world:
                 self.fail(f"a start ended with {codes}, {fault.__name__ if fault else 'nothing'} beside it")

@@ -376,7 +376,7 @@ def test_a_write_that_fails_leaves_nothing_behind_and_is_one_line(tmp_path, caps
             common.write_atomic(disk / "big.json", b"x" * 2**20)
         assert list(disk.iterdir()) == []
         line = tiny.fails(capsys, ranks.run_watched, lambda path: common.write_atomic(path, b"x" * 2**20), disk / "a")
-        assert line == f"error: {disk / 'a'} cannot be written: No space left on device\n"
+        assert line == f"error: {disk / 'a'}: No space left on device\n"
 
 
 def test_a_writer_whose_folder_was_taken_over_ends(tmp_path, monkeypatch):
