@@ -45,7 +45,7 @@ def add_flags(add):
     """The flags that shape a new draft; add: the add_argument of their group."""
     positive = common.at_least(int, 1)
     kinds = tuple(block_files.ARCHITECTURES)
-    add("--algorithm", choices=kinds, default=kinds[0], help="dspark: a bias by the token before, and its confidence")
+    add("--algorithm", choices=kinds, default=kinds[0], help="dspark: the token before corrects logits")
     add("--num_layers", type=positive, help="layers of the draft; none: draft_model_config's, or 5")
     size = "slots of a block, the anchor and masks; none: draft_model_config's, or 8"
     add("--block_size", type=common.at_least(int, 2), help=size)
@@ -93,6 +93,7 @@ def read(flag, source, algorithm):
     """The keys, in the flat form, of the configuration that `flag` names; ends the program if it is of another kind."""
     raw = draft_config.read_file(flag, source)
     check_algorithm(f"{flag} {source}", raw, algorithm)
+    check_types(f"{flag} {source}", raw)
     if draft_files.is_speculators(raw):
         return block_files.from_speculators(raw, {})
     if block_files.is_block(raw):
@@ -100,9 +101,25 @@ def read(flag, source, algorithm):
     return draft_config.of_decoder(raw)
 
 
+def check_types(name, raw):
+    """End the program if what is counted with in a configuration is of another type."""
+    for part in (raw, raw.get("transformer_layer_config")):
+        if not isinstance(part, dict):
+            continue
+        count = part.get("num_hidden_layers", 1)
+        if type(count) is not int or count < 1:
+            common.fail(f"{name}: num_hidden_layers is {count!r}, not a number of layers")
+        for key, kind in (("layer_types", list), ("dflash_config", dict)):
+            if not isinstance(part.get(key) or kind(), kind):
+                common.fail(f"{name}: {key} is {part[key]!r}, not a {'list' if kind is list else 'JSON object'}")
+
+
 def check_algorithm(name, raw, algorithm):
     """End the program if a configuration is of another kind of drafts than is trained; name: of what has it."""
     found = block_files.algorithm(raw)
+    architectures = str(raw.get("architectures"))
+    if not found and re.search("dflash|dspark", architectures, re.IGNORECASE):
+        common.fail(f"{name} is of a draft of another kind, {architectures}, which train_dflash.py does not train")
     if found and found != algorithm:
         common.fail(f"{name} is of a {found} draft: give --algorithm {found}, or another one")
     if not found and (draft_config.is_eagle(raw) or draft_files.is_speculators(raw)):
@@ -145,7 +162,7 @@ def find_mask_token(tokenizer, rows):
     for pattern in RESERVED:
         ids = {i for token, i in tokens.items() if re.fullmatch(pattern, token)} - own
         if ids:
-            return min(ids), f"the token {tokenizer.convert_ids_to_tokens(min(ids))}, which no text may have"
+            return min(ids), f"the token {tokenizer.convert_ids_to_tokens(min(ids))}, which texts do not have"
     template = str(tokenizer.chat_template)
     added = tokenizer.added_tokens_decoder.items()
     specials = {i for i, token in added if token.special and token.content not in template} - own
@@ -276,7 +293,10 @@ def check_shape(args, config):
     window = max(draft_files.windows(config))
     if 0 < window <= config["block_size"]:
         common.fail(f"sliding_window {window} is not more than block_size {config['block_size']}: give a larger one")
-    if config["block_size"] > args.max_length:
-        common.fail(
-            f"block_size {config['block_size']} is more than max_length {args.max_length}: no row holds a block"
-        )
+    needed = predictions(config) + 2  # the token before the anchor, the anchor, and what is predicted
+    if needed > args.max_length:
+        size = config["block_size"]
+        common.fail(f"a block of block_size {size} needs {needed} tokens, max_length is {args.max_length}")
+    for key in ("enable_confidence_head", "confidence_head_with_markov"):
+        if block_files.algorithm(config) == "dspark" and not config[key]:
+            common.fail(f"the draft's configuration has {key} false: DSpark is trained here with its confidence head")

@@ -339,13 +339,16 @@ def from_speculators(raw, tensors):
         if raw.get(key) is not None:
             config.setdefault(key, raw[key])
     config["architectures"] = [ARCHITECTURES[kind]]
-    if "sliding_attention" in (config.get("layer_types") or []):
+    if isinstance(config.get("layer_types"), list) and "sliding_attention" in config["layer_types"]:
         config["use_sliding_window"] = True  # not read there, but of qwen3 in the flat form
     values = {}
     if raw.get("mask_token_id") is not None:
         values["mask_token_id"] = raw["mask_token_id"]
-    if isinstance(raw.get("aux_hidden_state_layer_ids"), list):
-        values["target_layer_ids"] = [layer - 1 for layer in raw["aux_hidden_state_layer_ids"]]
+    layers = raw.get("aux_hidden_state_layer_ids")
+    if draft_keys.is_layer_ids(layers, 1) and layers:
+        values["target_layer_ids"] = [layer - 1 for layer in layers]
+    elif layers is not None:
+        values["target_layer_ids"] = layers  # which the checks name
     config = with_options(complete(config, tensors), **values)
     if kind == "dspark":
         if tensors:

@@ -117,7 +117,10 @@ def check_slots(name, split, steps=1):
         mask = row["loss_mask"]
         if supervised_slots(mask, torch.zeros_like(mask), steps)[-1].any():
             return
-    common.fail(f"{name}: nothing to train on, none of {len(split)} rows has {steps + 1} supervised tokens in a row")
+    remedy = ": give a smaller --block_size" if steps > 1 else ""
+    common.fail(
+        f"{name}: nothing to train on, none of {len(split)} rows has {steps + 1} supervised tokens in a row{remedy}"
+    )
 
 
 # ==================== The plan of a micro-batch ======================================================================

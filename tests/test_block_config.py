@@ -151,7 +151,7 @@ def test_a_target_without_that_many_layers(capsys):
         (["--mask_token_id", 400], "mask_token_id 400 is not a row of the embedding, which has 400"),
         (["--sliding_window", 4], "sliding_window 4 is less than block_size 8"),
         (["--draft_vocab_size", 401], "draft_vocab_size 401 is not within 1..400"),
-        (["--block_size", 600, "--max_length", 512], "block_size 600 is more than max_length 512"),
+        (["--block_size", 600, "--max_length", 512], "block_size 600 needs 601 tokens, max_length is 512"),
         (["--position_weights", "dpace", "--dflash_decay_gamma", 5], "dflash_decay_gamma is of position_weights decay"),
     ],
 )
@@ -277,12 +277,37 @@ def test_a_decoder_of_the_target_gives_its_sizes(target, tmp_path):
         ({"architectures": ["DFlashDraftModel"], "attention_bias": True}, "attention_bias is true, not false"),
         ({"architectures": ["DFlashDraftModel"], "dflash_config": {"target_layer_ids": ["1"]}}, "target_layer_ids"),
         ({"architectures": ["DFlashDraftModel"], "dflash_config": {"projector_type": "domino"}}, "projector_type"),
+        ({"architectures": ["DFlash2DraftModel"]}, "another kind, ['DFlash2DraftModel']"),
+        ({"architectures": ["DFlashDraftModel"], "num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+        ({"architectures": ["DFlashDraftModel"], "num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+        ({"dflash_config": [3]}, "dflash_config is [3], not a JSON object"),
+        ({"speculators_model_type": "dflash", "transformer_layer_config": {"layer_types": 5}}, "layer_types is 5"),
+        (
+            {
+                "speculators_model_type": "dflash",
+                "transformer_layer_config": {"num_hidden_layers": 2},
+                "aux_hidden_state_layer_ids": ["a"],
+            },
+            "layer_ids",
+        ),
     ],
 )
 def test_a_configuration_that_is_refused(target, tmp_path, capsys, keys, expected):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(keys))
     assert expected in refused(capsys, target, "--draft_model_config", path)
+
+
+@pytest.mark.parametrize("key", ["enable_confidence_head", "confidence_head_with_markov"])
+def test_dspark_without_its_confidence_is_refused(target, key, capsys):
+    """The trainer always has it; the first checkpoint would not be complete."""
+    args = parse("--algorithm", "dspark", "--num_layers", 2)
+    config, _ = configure(target, "--algorithm", "dspark", "--num_layers", 2)
+    block_config.check_shape(args, config)
+    with pytest.raises(SystemExit):
+        block_config.check_shape(args, {**config, key: False})
+    assert f"has {key} false" in capsys.readouterr().err
 
 
 def test_eagle3_refuses_block_drafts(target, tmp_path, capsys):
