@@ -297,8 +297,11 @@ def check_data(args, config, folder, data, data_config, world, predictions):
         common.fail(
             f"total_seq_len {args.total_seq_len} is less than the {longest['train']} tokens of a row of {folder}"
         )
-    slots.check_slots(folder, data["train"], predictions)
     rows = len(data["train"])
+    useful = slots.check_slots(folder, data["train"], predictions)
+    if predictions > 1 and useful < rows:
+        without = f"{rows - useful} of {rows} rows"
+        print(f"{without} have no reply with {predictions + 1} tokens in a row: they teach nothing")
     if rows < world:
         common.fail(f"{rows} training sequences for {world} ranks: a rank would have none")
 

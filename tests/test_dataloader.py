@@ -423,3 +423,15 @@ def test_a_worker_that_is_asked_to_end_in_its_first_moment_reads_on(monkeypatch)
     with contextlib.closing(steps):
         assert len(list(steps)) == 5
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "the training itself has them blocked"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_rows_with_a_slot_are_counted(steps):
+    """Against the rule, row by row; also a row that is supervised from its first token on."""
+    rows = [*random_rows(300, seed=steps), ([7] * 9, [1] * 9), ([7] * 2, [1] * 2), ([7], [1])]
+    masks = [torch.tensor(mask) for _, mask in rows]
+    expected = 0
+    for mask in masks:
+        expected += bool(slots.supervised_slots(mask, torch.zeros_like(mask), steps)[-1].any())
+    assert 0 < expected < len(rows)
+    assert slots.check_slots("data", as_dataset(rows), steps) == expected

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -133,6 +134,10 @@ def test_muon_trains_the_matrices_of_the_layers(work, tmp_path):
 @pytest.mark.parametrize(("kind", "needed"), [("dflash", 505), ("dspark", 506)])
 def test_blocks_that_no_reply_holds_are_one_line(work, tmp_path, capfd, kind, needed):
     """Before a model loads: a training on nothing would look like one that has learned all."""
+    train(work, tmp_path / "some", kind, "--block_size", 60, "--dry_run")
+    assert re.search(
+        r"\d+ of 22 rows have no reply with 6[01] tokens in a row: they teach nothing", capfd.readouterr().out
+    )
     error = refused(capfd, train, work, tmp_path / "out", kind, "--block_size", 505)
     assert f"none of 22 rows has {needed} supervised tokens in a row" in error
 
