@@ -272,7 +272,7 @@ def say_notes(config, text_config):
         )
 
 
-def check_data(args, config, folder, data, data_config, world, predictions):
+def check_data(args, config, folder, data, data_config, world, predictions=1):
     """End the program if the prepared data in `folder` do not fit the target, the flags or the ranks.
 
     config: the draft's, whose vocab_size is the target's; predictions: that a slot needs to be trained.
