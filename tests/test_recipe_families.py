@@ -15,7 +15,7 @@ RECIPES = [
     ("run_qwen3_8b_dflash.sh", "qwen3", {"CHAT_TEMPLATE": "qwen3-instruct"}, "blocks of 8", "<|im_end|>"),
     ("run_llama3_dflash.sh", "llama", {"DRAFT_VOCAB_SIZE": ""}, "blocks of 8", "<|eot_id|>"),
     ("run_qwen3_30b_a3b_online.sh", "qwen3 experts", {"TP_SIZE": 2}, "tensor parallel over 2", "<|im_end|>"),
-    ("run_gpt_oss_20b_online.sh", "gpt-oss", {}, "target forward 1", "<|channel|>analysis<|message|>Because "),
+    ("run_gpt_oss_20b_online.sh", "gpt-oss", {}, "target forward 2", "<|channel|>analysis<|message|>Because "),
     ("run_deepseek_r1_distill_online.sh", "r1 llama", {}, "world 2 = dp 2 x tp 1", ".\n</think>\n\n"),
 ]
 R1 = {"r1 llama": FAMILIES["llama"]._replace(tokens=FAMILIES["deepseek"].tokens, template="deepseek-r1-distill")}
